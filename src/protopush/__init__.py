@@ -1,0 +1,59 @@
+"""protopush: prototype image classifiers whose prototypes are real patches of real training images.
+
+Everything public is reached lazily, so that ``import protopush`` costs nothing that is not used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from protopush.backbones import Features, create_backbone
+    from protopush.errors import InputError
+    from protopush.head_optimal import HeadOptimal
+    from protopush.model import ProtoModel
+    from protopush.prototypes import Anchor, PrototypeManager
+    from protopush.push import PushMixin, PushReport, push_prototypes
+    from protopush.training.run import load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Anchor": "protopush.prototypes",
+    "Features": "protopush.backbones",
+    "HeadOptimal": "protopush.head_optimal",
+    "InputError": "protopush.errors",
+    "ProtoModel": "protopush.model",
+    "PrototypeManager": "protopush.prototypes",
+    "PushMixin": "protopush.push",
+    "PushReport": "protopush.push",
+    "create_backbone": "protopush.backbones",
+    "load": "protopush.training.run",
+    "push_prototypes": "protopush.push",
+}
+
+__all__ = [
+    "Anchor",
+    "Features",
+    "HeadOptimal",
+    "InputError",
+    "ProtoModel",
+    "PrototypeManager",
+    "PushMixin",
+    "PushReport",
+    "create_backbone",
+    "load",
+    "push_prototypes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the home of a public name the first time it is asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'protopush' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Samples, sources, transforms and cached features."""

@@ -1,0 +1,106 @@
+"""Image files as people have them: read upright and in RGB, or named in one error that lists them all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from protopush.errors import InputError, listing
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+
+# What Pillow raises for files that are no image, truncated, damaged, or bombs.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The picture in a file, upright (EXIF), in RGB with 8 bits a channel.
+
+    16-bit grey files are scaled to 8 bits (Pillow alone would clip them to white).
+
+    Raises:
+        InputError: the file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except _UNREADABLE as error:
+        raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        eight_bit = values / 257.0 if values.max(initial=0) > 255 else values
+        return Image.fromarray(np.rint(eight_bit.clip(0, 255)).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright picture, read from the file's header alone."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: io.BufferedReader) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: None) -> list[str]:
+    """Decode every file once, before any long work, and return their SHA-256.
+
+    Args:
+        paths: image files.
+        advance: called once a file (a progress bar's step).
+
+    Raises:
+        InputError: some files can't be read; all of them are named at once.
+    """
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        found = []
+        for result in pool.map(_check, paths):
+            found.append(result)
+            advance()
+    bad = [f"{path} ({reason})" for path, (_, reason) in zip(paths, found, strict=True) if reason]
+    if bad:
+        count = "1 unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images"
+        raise InputError(
+            f"{count}: {listing(bad, limit=50)}; expected whole image files; remove or replace them"
+        )
+    return [digest for digest, _ in found]
+
+
+def _check(path: Path) -> tuple[str, str]:
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
+            image.load()
+    except FileNotFoundError:
+        return "", "missing"
+    except _UNREADABLE as error:
+        return "", "empty file" if path.exists() and path.stat().st_size == 0 else _reason(error)
+    return hashlib.sha256(data).hexdigest(), ""
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return "not an image" if "cannot identify" in text else text.splitlines()[0] if text else type(error).__name__

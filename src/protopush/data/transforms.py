@@ -1,0 +1,146 @@
+"""From a picture to the pixels that the model sees, and back from a cell to the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from protopush._compat import ensure_torchvision
+from protopush.data.preprocessing import Preprocessing
+from protopush.errors import InputError
+
+Box = tuple[int, int, int, int]
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """Where the pixels that the model sees lie in the original picture. All sizes are (width, height)."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+    crop: tuple[int, int]
+
+    @classmethod
+    def of(cls, original: tuple[int, int], size: tuple[int, int], crop_pct: float = 1.0) -> View:
+        """The view of a picture that is resized to cover ``size / crop_pct`` and cropped in the centre.
+
+        Args:
+            original: (width, height) of the picture.
+            size: (height, width) of the model's input, as in :class:`Preprocessing`.
+            crop_pct: the share of the resized short side that the crop keeps, in (0, 1].
+
+        Example:
+            >>> View.of((300, 100), (224, 224))
+            View(original=(300, 100), resized=(672, 224), offset=(224, 0), crop=(224, 224))
+        """
+        (width, height), (crop_height, crop_width) = original, size
+        scale = max(crop_width / width, crop_height / height) / crop_pct
+        resized = (max(crop_width, round(width * scale)), max(crop_height, round(height * scale)))
+        offset = ((resized[0] - crop_width) // 2, (resized[1] - crop_height) // 2)
+        return cls(original, resized, offset, (crop_width, crop_height))
+
+    def cell_box(self, cell: int, grid: tuple[int, int]) -> Box:
+        """The pixels (x0, y0, x1, y1) of the original picture under a cell of a (rows, columns) grid.
+
+        x1 and y1 are exclusive, as in ``PIL.Image.crop``.
+
+        Example:
+            >>> View.of((448, 448), (224, 224)).cell_box(8, (7, 7))
+            (64, 64, 128, 128)
+        """
+        row, column = divmod(cell, grid[1])
+        x0, x1 = (self._back(column + step, grid[1], axis=0) for step in (0, 1))
+        y0, y1 = (self._back(row + step, grid[0], axis=1) for step in (0, 1))
+        return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+    def _back(self, edge: int, cells: int, axis: int) -> int:
+        seen = edge * self.crop[axis] / cells + self.offset[axis]
+        return min(max(round(seen * self.original[axis] / self.resized[axis]), 0), self.original[axis])
+
+
+class EvalTransform:
+    """Resize to cover, crop the centre, normalise: the same pixels every time.
+
+    Example:
+        >>> transform = EvalTransform(Preprocessing())
+        >>> transform(Image.new("RGB", (300, 100))).shape
+        torch.Size([3, 224, 224])
+    """
+
+    def __init__(self, preprocessing: Preprocessing, crop_pct: float = 1.0) -> None:
+        if not 0 < crop_pct <= 1:
+            raise InputError(f"crop_pct is {crop_pct}; expected a share of the image in (0, 1]")
+        if preprocessing.interpolation not in RESAMPLING:
+            raise InputError(f"interpolation {preprocessing.interpolation!r}; expected one of {', '.join(RESAMPLING)}")
+        self.preprocessing = preprocessing
+        self.crop_pct = crop_pct
+
+    def view(self, original: tuple[int, int]) -> View:
+        """The geometry that this transform gives a picture of (width, height)."""
+        return View.of(original, self.preprocessing.size, self.crop_pct)
+
+    def visible(self, image: Image.Image) -> Image.Image:
+        """The picture that the model sees, before normalisation."""
+        view = self.view(image.size)
+        if view.resized != image.size:
+            image = image.resize(view.resized, RESAMPLING[self.preprocessing.interpolation])
+        (x, y), (width, height) = view.offset, view.crop
+        return image.crop((x, y, x + width, y + height))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB picture as a normalised float32 tensor (3, H, W)."""
+        return to_tensor(self.visible(image), self.preprocessing)
+
+
+class TrainTransform:
+    """Random resized crop, flips and a little colour: for a backbone that trains.
+
+    Args:
+        preprocessing: the model's input.
+        flip_vertical: also flip upside down (dermoscopy, inspection: yes; street scenes: no).
+        min_scale: smallest share of the image's area in a crop.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, flip_vertical: bool = True, min_scale: float = 0.5) -> None:
+        ensure_torchvision()
+        from torchvision.transforms import InterpolationMode, v2
+
+        self.preprocessing = preprocessing
+        flips = [v2.RandomHorizontalFlip()] + ([v2.RandomVerticalFlip()] if flip_vertical else [])
+        self.augment: Callable[[Image.Image], Image.Image] = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    list(preprocessing.size),
+                    scale=(min_scale, 1.0),
+                    ratio=(0.8, 1.25),
+                    interpolation=InterpolationMode(preprocessing.interpolation),
+                ),
+                *flips,
+                v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02),
+            ]
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB picture as a normalised float32 tensor (3, H, W), different each time."""
+        return to_tensor(self.augment(image), self.preprocessing)
+
+
+def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """An RGB picture of the model's size as a normalised float32 tensor (3, H, W)."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
+    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std).view(3, 1, 1)
+    return ((pixels - mean) / std).contiguous()

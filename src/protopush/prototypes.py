@@ -1,0 +1,120 @@
+"""The prototypes of all classes: the slots, the mask of the slots in use, and what each one stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from protopush.errors import InputError
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The real patch that a prototype stands for.
+
+    Attributes:
+        sample_id: what the dataset calls the sample (its index where it has no name).
+        cell: the patch, row by row from 0 in ``grid`` (rows, columns); (1, 1) for a pooled feature.
+        similarity: cosine of the prototype and the patch before the push moved the prototype.
+        similarity_after: the same after the push; 1 after a hard push.
+        file: the image file, relative to the data's root.
+        sha256: of the file's bytes.
+        group: lesion, patient, module, ...
+        box: (x0, y0, x1, y1) in pixels of the upright original picture.
+        image_size: (width, height) of that picture.
+        verified: False where the dataset could not say which file or view the patch came from.
+    """
+
+    sample_id: int | str
+    cell: int
+    grid: tuple[int, int]
+    similarity: float
+    similarity_after: float
+    file: str | None = None
+    sha256: str | None = None
+    group: str | None = None
+    box: tuple[int, int, int, int] | None = None
+    image_size: tuple[int, int] | None = None
+    verified: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Anchor:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON (which has no tuples)."""
+        plain = dict(values)
+        for name in ("grid", "box", "image_size"):
+            plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
+        return cls(**plain)
+
+
+class PrototypeManager(nn.Module):
+    """Unit vectors, each owned by one class.
+
+    Args:
+        num_classes: C.
+        num_prototypes: prototypes in use per class, one number for all classes or one for each.
+        dim: D, the embedding's size.
+        max_prototypes: slots per class, at least ``num_prototypes``; the rest is room to grow.
+
+    Attributes:
+        prototypes: Parameter (C * max_prototypes, D); slots of one class lie together.
+        valid_mask: bool (C * max_prototypes), the slots in use.
+        anchors: one :class:`Anchor` or None per slot.
+
+    Example:
+        >>> manager = PrototypeManager(num_classes=3, num_prototypes=2, dim=8)
+        >>> manager.get_prototype_indices()
+        [(0, 2), (2, 4), (4, 6)]
+        >>> manager.unit().shape
+        torch.Size([3, 2, 8])
+    """
+
+    valid_mask: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_prototypes: int | Sequence[int],
+        dim: int,
+        max_prototypes: int | None = None,
+    ) -> None:
+        super().__init__()
+        counts = [num_prototypes] * num_classes if isinstance(num_prototypes, int) else list(num_prototypes)
+        slots = max_prototypes or max(counts, default=0)
+        if num_classes < 1 or len(counts) != num_classes or min(counts) < 1 or max(counts) > slots:
+            raise InputError(
+                f"{counts} prototypes for {num_classes} classes of {slots} slots; "
+                "expected at least one per class and no more than max_prototypes"
+            )
+        self.num_classes = num_classes
+        self.max_prototypes = slots
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes * slots, dim), dim=-1))
+        used = torch.arange(slots).expand(num_classes, slots) < torch.tensor(counts).unsqueeze(1)
+        self.register_buffer("valid_mask", used.flatten())
+        self.anchors: list[Anchor | None] = [None] * (num_classes * slots)
+
+    @property
+    def dim(self) -> int:
+        """D, the embedding's size."""
+        return self.prototypes.shape[1]
+
+    def get_prototype_indices(self) -> list[tuple[int, int]]:
+        """(start, end) of the slots of each class, end exclusive; ``valid_mask`` marks those in use."""
+        size = self.max_prototypes
+        return [(c * size, (c + 1) * size) for c in range(self.num_classes)]
+
+    def unit(self) -> Tensor:
+        """The prototypes with unit norm, (num_classes, max_prototypes, D)."""
+        return F.normalize(self.prototypes, dim=-1).view(self.num_classes, self.max_prototypes, -1)
+
+    def mask(self) -> Tensor:
+        """The slots in use, bool (num_classes, max_prototypes)."""
+        return self.valid_mask.view(self.num_classes, self.max_prototypes)

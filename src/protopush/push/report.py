@@ -1,0 +1,97 @@
+"""What a push did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from protopush.prototypes import Anchor
+
+
+@dataclass(frozen=True)
+class PushedPrototype:
+    """One prototype. Distances are ``sqrt(2 - 2 * cosine)`` to its anchor's patch, in [0, 2].
+
+    ``duplicate_avoided``: it took a patch other than its nearest because another prototype stands for that one.
+    """
+
+    class_index: int
+    prototype: int
+    distance_before: float
+    distance_after: float
+    anchor: Anchor
+    duplicate_avoided: bool = False
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did.
+
+    Attributes:
+        use_local, momentum, max_patches_per_class: as asked.
+        prototypes: one record per pushed prototype.
+        patches_per_class: patches that were looked at.
+        images_per_class: the images they came from.
+        kept_classes: classes without a sample: their prototypes are as before.
+        verified: whether anchors are known to name the very patches.
+        note: why not.
+        seconds: time taken.
+    """
+
+    use_local: bool
+    momentum: float
+    max_patches_per_class: int | None
+    prototypes: list[PushedPrototype]
+    patches_per_class: list[int]
+    images_per_class: list[int]
+    kept_classes: list[int]
+    verified: bool
+    note: str
+    seconds: float
+    class_names: list[str] = field(default_factory=list)
+
+    @property
+    def min_dist(self) -> float:
+        """The smallest distance of a prototype to its patch before the push (NaN if nothing was pushed)."""
+        return min((p.distance_before for p in self.prototypes), default=float("nan"))
+
+    @property
+    def mean_dist(self) -> float:
+        """The mean over prototypes of the distance to their patch before the push (NaN if nothing was pushed)."""
+        return fmean(p.distance_before for p in self.prototypes) if self.prototypes else float("nan")
+
+    @property
+    def mean_dist_after(self) -> float:
+        """The same after the push."""
+        return fmean(p.distance_after for p in self.prototypes) if self.prototypes else float("nan")
+
+    def of_class(self, class_index: int) -> list[PushedPrototype]:
+        """The records of one class."""
+        return [p for p in self.prototypes if p.class_index == class_index]
+
+    def name(self, class_index: int) -> str:
+        """The class's name, or ``Class 3``."""
+        return self.class_names[class_index] if self.class_names else f"Class {class_index}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        sums = {"min_dist": self.min_dist, "mean_dist": self.mean_dist, "mean_dist_after": self.mean_dist_after}
+        return asdict(self) | {key: value if value == value else None for key, value in sums.items()}
+
+    def __str__(self) -> str:
+        kind = "local" if self.use_local else "global"
+        lines = [
+            f"{kind} push, momentum {self.momentum:g}: {len(self.prototypes)} prototypes in {self.seconds:.1f} s"
+            + ("" if self.verified else " (anchors unverified)"),
+            f"{'class':<20} {'images':>7} {'patches':>8} {'proto':>5} {'before':>7} {'after':>7}  nearest patch",
+        ]
+        for index, (images, patches) in enumerate(zip(self.images_per_class, self.patches_per_class, strict=True)):
+            head = f"{self.name(index)[:20]:<20} {images:>7} {patches:>8}"
+            if index in self.kept_classes:
+                lines.append(f"{head} {'-':>5} {'-':>7} {'-':>7}  no sample: prototypes kept")
+            for p in self.of_class(index):
+                place = f"{p.anchor.file or p.anchor.sample_id} cell {p.anchor.cell}"
+                lines.append(f"{head} {p.prototype:>5} {p.distance_before:>7.4f} {p.distance_after:>7.4f}  {place}")
+                head = " " * len(head)
+        return "\n".join(lines)
