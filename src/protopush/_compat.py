@@ -1,17 +1,17 @@
 """Make ``import torchvision`` possible beside a torch that its wheel was not built for.
 
-The trap: the torchvision wheels of the package index are CUDA builds. Beside a CPU-only torch their C++ extension ``_C``
-cannot be loaded, so its operators are never declared, and ``import torchvision`` dies in its own shape functions with
+The trap: the torchvision wheels of the package index are CUDA builds. Beside a CPU-only torch their C++ extension
+``_C`` cannot be loaded, so its operators are never declared, and ``import torchvision`` dies on its shape functions:
 
     RuntimeError: operator torchvision::nms does not exist
 
-timm, torchmetrics and lightning.fabric import torchvision and die with it. (The other cure is to install the torchvision
-wheel of the same build as torch: https://pytorch.org/get-started.)
+timm, torchmetrics and lightning_fabric import torchvision and die with it. (The other cure is to install the
+torchvision wheel of the same build as torch: https://pytorch.org/get-started.)
 
-The cure here: before any of them is imported, call :func:`ensure_torchvision`. When ``_C`` does not load it declares the
-schemas (names and argument types) of the missing operators, with no implementation. The import then works, and so does
-everything in torchvision that is plain Python: transforms, datasets, models. Calling one of the operators themselves
-(``nms``, ``roi_align``, ...) still raises torch's own NotImplementedError.
+The cure here: before any of them is imported, call :func:`ensure_torchvision`. When ``_C`` does not load it declares
+the schemas (names and argument types) of the missing operators, with no implementation. The import then works, and so
+does everything in torchvision that is plain Python: transforms, datasets, models. Calling one of the operators
+themselves (``torch.ops.torchvision.nms``, ...) still raises torch's own NotImplementedError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 def ensure_torchvision() -> None:
     """Declare torchvision's operators if its C++ extension cannot be loaded; otherwise change nothing.
 
-    Call it before importing torchvision, timm, torchmetrics or lightning.fabric. It does its work once per process; an
+    Call it before importing torchvision, timm, torchmetrics or lightning_fabric. It does its work once per process; an
     install that works, an import that has already succeeded and an absent torchvision are all left as they are.
 
     Example:
@@ -52,7 +52,7 @@ def _extension_loads(folder: Path) -> bool:
         library = folder / f"_C{suffix}"
         if library.is_file():
             try:
-                torch.ops.load_library(str(library))
+                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
             except (ImportError, OSError):  # the errors that torchvision itself takes for "not usable"
                 return False
             return True
@@ -61,18 +61,18 @@ def _extension_loads(folder: Path) -> bool:
 
 def _declare_operators() -> None:
     """Declare each schema that nobody has declared so far (another package may use the same cure)."""
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in SCHEMAS:
         if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARIES.append(library)
 
 
 # The declarations last as long as their Library object.
 _LIBRARIES: list[torch.library.Library] = []
 
-# As in torchvision's C++ sources (torchvision/csrc/ops), version 0.28. Its import needs nms and qnms; the others are here
-# so that code that looks them up gets NotImplementedError at the call and not AttributeError.
+# As in torchvision's C++ sources (torchvision/csrc/ops), version 0.28. Its import needs nms and qnms; the others are
+# here so that code that looks them up gets NotImplementedError at the call and not AttributeError.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

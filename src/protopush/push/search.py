@@ -8,12 +8,16 @@ from torch.nn import functional as F
 
 _NO_ID = torch.iinfo(torch.int64).max
 
+# Cosines that differ by less are equal, and the sample id decides. The same image gives embeddings that differ by a few
+# units of float32's last place from one batch size to another; without this, noise would choose between duplicates.
+TIE = 2.0**-21
+
 
 class TopM:
     """The M best patches of each prototype among the samples of its own class, each from another sample.
 
-    The order is (similarity, smaller sample id, smaller cell). Similarities are products of float64 unit vectors rounded to
-    float32, so that how a batch was cut does not decide between two patches.
+    The order is (similarity, smaller sample id, smaller cell), where similarities closer than :data:`TIE` are equal, so that
+    how the data was cut into batches does not decide between two patches.
 
     Args:
         prototypes: (C, K, D) unit vectors.
@@ -55,7 +59,9 @@ class TopM:
         every = (own @ embeddings.transpose(1, 2)).float()  # (B, K, L)
         every = every.masked_fill(~allowed.unsqueeze(1), -torch.inf)
         every = every.masked_fill(~self.used[present][row_class].unsqueeze(2), -torch.inf)
-        best, cell = every.max(dim=2)  # the first of equals: the smaller cell
+        tied = every >= every.amax(dim=2, keepdim=True) - TIE
+        cell = tied.int().argmax(dim=2)  # the first of equals: the smaller cell
+        best = every.gather(2, cell.unsqueeze(2)).squeeze(2)
 
         # Images of one class side by side: (present classes, images, K), as the state has (classes, M, K)
         shape = (len(present), most, best.shape[1])
@@ -76,10 +82,7 @@ class TopM:
         similarity = torch.cat([self.similarity[present], similarity], dim=1)
         numbers = torch.cat([self.ids[present], numbers], dim=1)
         cells = torch.cat([self.cells[present], cells], dim=1)
-        # Two stable sorts: by id, then by similarity; equals stay in the order of their ids.
-        by_id = numbers.argsort(dim=1, stable=True)
-        ranked = similarity.gather(1, by_id).argsort(dim=1, descending=True, stable=True)[:, : self.depth]
-        keep = by_id.gather(1, ranked)  # (present, M, K)
+        keep = _ranking(similarity, numbers)[:, : self.depth]  # (present, M, K)
         cell = cells.gather(1, keep)
 
         fresh = keep >= self.depth
@@ -92,6 +95,17 @@ class TopM:
         self.similarity[present] = similarity.gather(1, keep)
         self.ids[present] = numbers.gather(1, keep)
         self.cells[present] = cell
+
+
+def _ranking(similarity: Tensor, numbers: Tensor) -> Tensor:
+    """The order along dim 1: by similarity, equals (see :data:`TIE`) by number."""
+    falling, order = similarity.sort(dim=1, descending=True)
+    gaps = (falling[:, :-1] - falling[:, 1:]) > TIE  # -inf beside -inf gives NaN: no gap
+    level = torch.zeros_like(order)
+    level[:, 1:] = gaps.cumsum(dim=1)
+    by_number = numbers.gather(1, order).argsort(dim=1, stable=True)
+    by_level = level.gather(1, by_number).argsort(dim=1, stable=True)
+    return order.gather(1, by_number.gather(1, by_level))
 
 
 def search_dtype(device: torch.device) -> torch.dtype:

@@ -172,7 +172,9 @@ def _gives_the_same_twice(dataset: Any, tries: int = 8) -> bool:
     return True
 
 
-def _describe(dataset: Any, index: int) -> Provenance:
+def _describe(dataset: Any, index: int, name: int | None = None) -> Provenance:
+    """Where an item comes from; without a better name it is called by its index in the outermost ConcatDataset."""
+    name = index if name is None else name
     if hasattr(dataset, "describe"):
         found: Provenance = dataset.describe(index)
         return found
@@ -181,14 +183,17 @@ def _describe(dataset: Any, index: int) -> Provenance:
     if isinstance(dataset, ConcatDataset):
         part = next(k for k, end in enumerate(dataset.cumulative_sizes) if index < end)
         start = dataset.cumulative_sizes[part - 1] if part else 0
-        return _describe(dataset.datasets[part], index - start)
-    item = dataset[index]
-    name = item[2] if len(item) > 2 and isinstance(item[2], (str, int, Tensor)) else index
+        return _describe(dataset.datasets[part], index - start, name)
     files = getattr(dataset, "imgs", None)  # torchvision's ImageFolder
-    return Provenance(
-        sample_id=name if isinstance(name, str) else int(name),
-        file=str(files[index][0]) if files is not None else None,
-    )
+    return Provenance(_name_in(dataset[index], name), file=str(files[index][0]) if files is not None else None)
+
+
+def _name_in(item: Any, default: int) -> int | str:
+    """The third element of an item, where it is a name or a number."""
+    name = item[2] if len(item) > 2 else default
+    if isinstance(name, str):
+        return name
+    return int(name) if isinstance(name, (int, Tensor)) else default
 
 
 def _order(loader: DataLoader[Any], seed: int | None) -> list[int]:

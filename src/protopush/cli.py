@@ -1,0 +1,271 @@
+"""The command line. It parses first; torch is imported when there is something to do.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from protopush import __version__
+from protopush.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+ABOUT = {
+    "demo": "train, push and explain on solar cells, and leave pictures in runs/demo",
+    "train": "train a prototype classifier and push it onto real patches",
+    "push": "push a run's prototypes once more, into a new run",
+    "evaluate": "accuracy, balanced accuracy, F1 and AUROC on a split",
+    "explain": "show which patches of which training images an image looks like",
+    "verify": "embed every anchor's file again and see whether it still holds",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except InputError as error:
+        print(f"protopush: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("protopush: interrupted; what was saved is still there", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"protopush {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(COMMANDS)}"
+        raise InputError(f"unknown command {words[0]!r}; {hint}")
+    return COMMANDS[words[0]](words[1:])
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {about}" for name, about in ABOUT.items())
+    return (
+        "usage: protopush COMMAND [options]\n\n"
+        "Prototype image classifiers whose prototypes are real patches of real training images.\n\n"
+        f"{commands}\n\n"
+        "  protopush COMMAND --help tells a command's options; protopush --version tells the version."
+    )
+
+
+def _parser(command: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    return ArgumentParser(prog=f"protopush {command}", description=ABOUT[command], exit_on_error=False)
+
+
+def _parse(parser: ArgumentParser, words: list[str]) -> Any:
+    from argparse import ArgumentError
+
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        _refuse(parser, str(error))
+
+
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    """One line with the nearest valid name where a name was wrong."""
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    option = re.search(r"(?:[Uu]nrecognized arguments?: --|Key ')([\w.]+)", message)
+    wrong = f"{group[1]}.{group[2]}" if group else option[1] if option else ""
+    if wrong:
+        near = get_close_matches(wrong, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; {parser.prog} --help lists the keys"
+        raise InputError(f"unknown key {wrong!r}{hint}")
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    raise InputError(f"{' '.join(lines)}; {parser.prog} --help tells what is expected")
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument("--data.path", type=str | None, default=None, help="other data than the run was trained on")
+    parser.add_argument("--data.source", type=str | None, default=None, help="auto, folder, manifest or elpv")
+    parser.add_argument("--data.num_workers", type=int, default=2, help="processes that read images")
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+
+
+def _log_to_stderr() -> None:
+    """The log as plain lines; above a progress bar where there is one."""
+    from rich.logging import RichHandler
+
+    from protopush.training.progress import console
+
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("protopush")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _train_parser(command: str) -> ArgumentParser:
+    from protopush.training.config import RunConfig
+
+    parser = _parser(command)
+    parser.add_argument("--config", action="config", help="a recipe (YAML); options after it override it")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def demo(words: list[str]) -> int:
+    """``protopush demo``."""
+    parser = _train_parser("demo")
+    parser.add_argument("--out", type=str, default="runs/demo", help="the run folder; replaced if it is a run")
+    recipe = ["--config", str(_recipe("elpv"))] if "--config" not in words else []
+    options = _parse(parser, [*recipe, *words])
+    _log_to_stderr()
+    from protopush.demo import run_demo
+
+    print(run_demo(_config(parser, options), Path(options.out)))
+    return 0
+
+
+def train(words: list[str]) -> int:
+    """``protopush train``."""
+    parser = _train_parser("train")
+    parser.add_argument("--out", type=str, required=True, help="the run folder to write")
+    options = _parse(parser, words)
+    _log_to_stderr()
+    from protopush.training.loop import train as train_run
+
+    run = train_run(_config(parser, options), options.out, overwrite=options.overwrite)
+    print(f"Trained {run.folder}. Next: protopush evaluate {run.folder} --data.split test; protopush verify {run.folder}")
+    return 0
+
+
+def _config(parser: ArgumentParser, options: Any) -> Any:
+    from protopush.training.config import RunConfig
+
+    made = parser.instantiate(options)
+    return RunConfig(made.data, made.model, made.loss, made.push, made.train)
+
+
+def _recipe(name: str) -> Path:
+    """A recipe that ships with the package, or lies in the repository."""
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parent.parent / "recipes"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise InputError(f"no recipe {name!r}; give --config FILE.yaml")
+
+
+def push(words: list[str]) -> int:
+    """``protopush push``."""
+    parser = _parser("push")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("--out", type=str, required=True, help="the run folder to write")
+    parser.add_argument("--momentum", type=float, default=0.9, help="0 puts prototypes onto their patches")
+    parser.add_argument("--use_local", type=bool, default=True, help="patches, or pooled features")
+    parser.add_argument("--max_patches_per_class", type=int | None, default=None, help="bound the work")
+    parser.add_argument("--data.split", type=str, default="train", help="the split whose images prototypes may stand for")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
+    _add_data(parser)
+    _add_json(parser)
+    options = _parse(parser, words)
+    _log_to_stderr()
+    from protopush.commands import push_run
+
+    report = push_run(options)
+    _print_json(report.to_dict()) if options.json else print(report)
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    """``protopush evaluate``."""
+    parser = _parser("evaluate")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("--data.split", type=str, default="test", help="train, val, test or all")
+    _add_data(parser)
+    _add_json(parser)
+    options = _parse(parser, words)
+    _log_to_stderr()
+    from protopush.commands import evaluate_run, metrics_table
+
+    metrics = evaluate_run(options)
+    _print_json(metrics) if options.json else print(metrics_table(metrics))
+    return 0
+
+
+def explain(words: list[str]) -> int:
+    """``protopush explain``."""
+    parser = _parser("explain")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("images", type=str, nargs="+", help="image files")
+    parser.add_argument("--out", type=str, required=True, help="folder for the panels (PNG) and their data (JSON)")
+    parser.add_argument("--rows", type=int, default=5, help="prototypes shown in a panel")
+    parser.add_argument("--top_classes", type=int, default=3, help="classes told in the JSON")
+    _add_json(parser)
+    options = _parse(parser, words)
+    _log_to_stderr()
+    from protopush.commands import explain_images
+
+    found = explain_images(options)
+    if options.json:
+        _print_json(found)
+    else:
+        for item in found:
+            print(f"{item['file']}: {item['predicted_name']} ({item['probability']:.0%}) -> {item['panel']}")
+    return 0
+
+
+def verify(words: list[str]) -> int:
+    """``protopush verify``."""
+    parser = _parser("verify")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("--root", type=str | None, default=None, help="where the training images are now")
+    _add_json(parser)
+    options = _parse(parser, words)
+    _log_to_stderr()
+    from protopush.commands import anchors_table, verify_run
+
+    checks = verify_run(options)
+    holds = all(check.holds for check in checks)
+    if options.json:
+        _print_json({"holds": holds, "anchors": [vars(check) | {"holds": check.holds} for check in checks]})
+    else:
+        print(anchors_table(checks))
+    return 0 if holds else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "push": push,
+    "evaluate": evaluate,
+    "explain": explain,
+    "verify": verify,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What the commands do, once their words are parsed. (Heavy imports live here, so that ``--help`` needn't wait.)"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from protopush.data.dataset import ImageDataset
+from protopush.data.files import write_atomic, write_json
+from protopush.data.images import check_images, read_image
+from protopush.data.manifest import Catalog
+from protopush.errors import InputError
+from protopush.explain import draw_panel, explain_image
+from protopush.push import PushReport
+from protopush.push.certificate import AnchorCheck, verify_anchors
+from protopush.training.config import DataConfig
+from protopush.training.evaluate import evaluate
+from protopush.training.loop import push_row
+from protopush.training.prepare import make_fabric, open_split
+from protopush.training.run import Run, append_metrics, fresh_folder, open_run, save_run
+
+
+def push_run(options: Namespace) -> PushReport:
+    """Push a run's prototypes once more and write the result as a new run."""
+    out = Path(options.out)
+    if out.resolve() == Path(options.run).resolve():
+        raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
+    if not 0 <= options.momentum <= 1:
+        raise InputError(f"momentum is {options.momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
+    run, device = _open(options)
+    fresh_folder(out, options.overwrite)
+    dataset, catalog = _split(run, options)
+    report: PushReport = run.model.push_prototypes(
+        _loader(dataset, options),
+        device,
+        use_local=options.use_local,
+        momentum=options.momentum,
+        max_patches_per_class=options.max_patches_per_class,
+    )
+    pushed = replace(run, model=run.model.cpu(), folder=out, root=catalog.root.resolve(), data=_data(run, options))
+    save_run(pushed)
+    append_metrics(out, push_row(report, 0, None, None))
+    return report
+
+
+def evaluate_run(options: Namespace) -> dict[str, Any]:
+    """The metrics of a run on a split."""
+    run, device = _open(options)
+    dataset, _ = _split(run, options)
+    return evaluate(run.model, _loader(dataset, options), device, run.class_names)
+
+
+def explain_images(options: Namespace) -> list[dict[str, Any]]:
+    """Panels (PNG) and their data (JSON) for image files; every file is checked before the first is explained."""
+    run, device = _open(options)
+    paths = [Path(image) for image in options.images]
+    check_images(paths)
+    return [
+        explain_to(run, path, Path(options.out), name, device, options.rows, options.top_classes)
+        for path, name in zip(paths, _distinct_names(paths), strict=True)
+    ]
+
+
+def explain_to(
+    run: Run, path: Path, out: Path, name: str, device: torch.device, rows: int = 5, top_classes: int = 3
+) -> dict[str, Any]:
+    """Write ``name.png`` and ``name.json`` for one image; returns what the JSON holds."""
+    explanation = explain_image(run.model, path, run.transform, run.class_names, device, top_classes)
+    panel, data = out / f"{name}.png", out / f"{name}.json"
+    picture = draw_panel(explanation, read_image(path), run.picture, rows)
+    write_atomic(panel, lambda temporary: picture.save(temporary, format="PNG"))
+    values = explanation.to_dict() | {"panel": str(panel)}
+    write_json(data, values)
+    return values
+
+
+def verify_run(options: Namespace) -> list[AnchorCheck]:
+    """Whether each anchor of a run still holds."""
+    run, device = _open(options)
+    root = Path(options.root) if options.root else run.root
+    if not root.is_dir():
+        raise InputError(f"no such folder: {root}; expected the training images; say where they are with --root")
+    return verify_anchors(run.model, run.head.proto_manager, run.transform, root, run.class_names, device)  # type: ignore[arg-type]
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The metrics of a run for people."""
+    sums = Table(show_header=False, box=None)
+    for name in ("n", "accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        sums.add_row(name, _number(metrics[name]))
+    table = Table("class", "n", "recall", "precision", "f1", "auroc", box=None)
+    for name, row in metrics["per_class"].items():
+        table.add_row(name, *(_number(row[key]) for key in ("n", "recall", "precision", "f1", "auroc")))
+    return _text(sums) + "\n" + _text(table)
+
+
+def anchors_table(checks: Sequence[AnchorCheck]) -> str:
+    """What no longer holds, or that everything does."""
+    wrong = [check for check in checks if not check.holds]
+    if not wrong:
+        return f"All {len(checks)} anchors hold: each prototype is where its record says."
+    table = Table("class", "prototype", "file", "recorded", "measured", "problem", box=None)
+    for check in wrong:
+        told = (check.class_name, str(check.prototype), check.file)
+        table.add_row(*told, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
+    return f"{len(wrong)} of {len(checks)} anchors do not hold:\n" + _text(table)
+
+
+def _open(options: Namespace) -> tuple[Run, torch.device]:
+    run = open_run(options.run)
+    device = make_fabric(options.device).device
+    run.model.to(device)
+    return run, device
+
+
+def _data(run: Run, options: Namespace) -> dict[str, Any]:
+    """The run's own data, or what the options say."""
+    if options.data.path is None and options.data.source is None:
+        return run.data
+    source = options.data.source or ("auto" if options.data.path else run.data["source"])
+    return run.data | {"path": options.data.path or "", "source": source}
+
+
+def _split(run: Run, options: Namespace) -> tuple[ImageDataset, Catalog]:
+    data = DataConfig(**_data(run, options))
+    return open_split(data, options.data.split, run.class_names, run.transform)
+
+
+def _loader(dataset: ImageDataset, options: Namespace) -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(dataset, batch_size=32, num_workers=options.data.num_workers)
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' stems; where two are alike, with a number."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _number(value: float | int | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(file=StringIO(), width=160, color_system=None, soft_wrap=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

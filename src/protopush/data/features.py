@@ -1,0 +1,171 @@
+"""Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from protopush.data.dataset import ImageDataset
+from protopush.data.files import atomic, write_json
+from protopush.data.provenance import Provenance
+from protopush.errors import InputError, listing
+from protopush.fingerprint import weights_fingerprint
+
+FORMAT = 1
+
+
+class HasPatches(Protocol):
+    """What a backbone returns."""
+
+    @property
+    def patches(self) -> Tensor: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+
+class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
+    """Items are (patches float16 (L, C), label, index), in the order of an :class:`ImageDataset`."""
+
+    def __init__(self, images: ImageDataset, file: Path, grid: tuple[int, int]) -> None:
+        self.images = images.eval_view()
+        self.file = file
+        self.grid = grid
+        self.array = np.load(file, mmap_mode="r")
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each sample."""
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        patches = torch.from_numpy(np.array(self.array[index]))
+        return patches, self.images.samples[index].label, index
+
+    def eval_view(self) -> CachedFeatures:
+        """Itself: the features come from un-augmented images."""
+        return self
+
+    def describe(self, index: int) -> Provenance:
+        """As the images say."""
+        return self.images.describe(index)
+
+
+def default_cache_dir() -> Path:
+    """``$PROTOPUSH_CACHE``, or ``protopush`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
+
+
+def cache_features(
+    backbone: nn.Module,
+    images: ImageDataset,
+    hashes: Sequence[str],
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    num_workers: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> CachedFeatures:
+    """The features of all images, from disk where exactly these weights, this transform and these files were computed before.
+
+    Args:
+        backbone: returns an object with ``patches`` (B, L, C) and ``grid``.
+        images: read through its deterministic view.
+        hashes: SHA-256 of each image file, from :func:`protopush.data.images.check_images`.
+        folder: where the files are kept; by default :func:`default_cache_dir`.
+        device: where the backbone is.
+        batch_size, num_workers: of the pass over the images.
+        advance: called with the number of images done (a progress bar's step).
+
+    Raises:
+        InputError: features aren't finite (the images are named), or the disk is too full.
+    """
+    folder = folder or default_cache_dir()
+    view = images.eval_view()
+    stem = folder / _key(backbone, view, hashes)
+    array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
+    if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
+        grid = _compute(backbone, view, array, torch.device(device), batch_size, num_workers, advance)
+        write_json(meta, {"grid": list(grid), "images": len(view)})
+    rows, columns = json.loads(meta.read_text())["grid"]
+    return CachedFeatures(view, array, (rows, columns))
+
+
+def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
+    transform = view.eval_transform
+    told = {
+        "format": FORMAT,
+        "weights": weights_fingerprint(backbone.state_dict()),
+        "backbone": f"{getattr(backbone, 'name', '')} {getattr(backbone, 'layout', '')}",
+        "preprocessing": transform.preprocessing.to_dict(),
+        "crop_pct": transform.crop_pct,
+        "files": list(hashes),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@torch.no_grad()
+def _compute(
+    backbone: nn.Module,
+    view: ImageDataset,
+    file: Path,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    advance: Callable[[int], None],
+) -> tuple[int, int]:
+    loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
+    grid, done = (0, 0), 0
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with atomic(file) as temporary:
+            array: np.memmap[Any, Any] | None = None
+            for images, _, ids in loader:
+                features: HasPatches = backbone(images.to(device))
+                patches = features.patches.half().cpu()
+                _refuse_non_finite(patches, ids, view)
+                if array is None:
+                    array, grid = _allocate(temporary, len(view), patches), features.grid
+                array[done : done + len(patches)] = patches.numpy()
+                done += len(patches)
+                advance(len(patches))
+            if array is not None:
+                array.flush()
+    finally:
+        backbone.train(was_training)
+    return grid
+
+
+def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
+    shape = (count, *like.shape[1:])
+    needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(file.parent).free
+    if needed > free:
+        raise InputError(
+            f"the features need {needed / 2**30:.1f} GiB but {file.parent} has {free / 2**30:.1f} GiB free; "
+            "make room or choose --train.cache_dir"
+        )
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+
+
+def _refuse_non_finite(patches: Tensor, ids: Tensor, view: ImageDataset) -> None:
+    bad = ~patches.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        names = [view.samples[i].name for i in ids[bad].tolist()]
+        raise InputError(
+            f"NaN or infinite features in {len(names)} samples: {listing(names)}; expected finite ones; "
+            "look at these images and at the backbone's weights"
+        )

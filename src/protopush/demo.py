@@ -1,0 +1,85 @@
+"""The demo: train on solar cells, push, and leave pictures that show what the prototypes are."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protopush.commands import explain_to
+from protopush.data.files import write_atomic
+from protopush.data.sources import load_catalog
+from protopush.explain import draw_gallery
+from protopush.metrics.classification import classification_metrics
+from protopush.training.config import RunConfig
+from protopush.training.evaluate import predict
+from protopush.training.loop import train
+from protopush.training.prepare import open_split
+from protopush.training.run import Run
+
+
+def run_demo(config: RunConfig, out: Path) -> str:
+    """Train, draw the prototypes and three explanations; returns what to tell the user at the end."""
+    started = time.perf_counter()
+    run = train(config, out, overwrite=True)
+    draw_prototypes(run)
+    dataset, _ = open_split(config.data, "test", run.class_names, run.transform)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=32, num_workers=config.data.num_workers)
+    found = predict(run.model, loader, "cpu", "Test images")
+    cpu = torch.device("cpu")
+    panels = [
+        explain_to(run, dataset.samples[index].image, out / "explanations", name, cpu)["panel"]
+        for name, index in telling_cases(found.probabilities, found.labels).items()
+    ]
+    metrics = classification_metrics(found.probabilities, found.labels, run.class_names)
+    return closing_words(out, metrics, panels, time.perf_counter() - started)
+
+
+def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:
+    """Three images worth a look: the surest right one, the surest wrong one, and the least sure one.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,).
+    """
+    top, predicted = probabilities.max(dim=1)
+    right = predicted == labels
+    cases = {
+        "surest-right": int(top.masked_fill(~right, -1.0).argmax()),
+        "least-sure": int(top.argmin()),
+        "surest-wrong": int(top.masked_fill(right, -1.0).argmax()),
+    }
+    if bool(right.all()):  # then show the least sure of the right ones in its stead
+        cases["surest-wrong"] = int(top.topk(min(2, len(top)), largest=False).indices[-1])
+    return cases
+
+
+def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], seconds: float) -> str:
+    """Where to look, and what to run next."""
+    looks = "\n".join(f"  {panel}" for panel in panels)
+    return (
+        f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: accuracy {metrics['accuracy']:.3f}, "
+        f"balanced accuracy {metrics['balanced_accuracy']:.3f}, AUROC {metrics['auroc']:.3f}.\n\n"
+        f"Look at\n  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{looks}   (why)\n\n"
+        f"Then try\n  protopush verify {out}\n"
+        f"  protopush evaluate {out}\n"
+        f"  protopush explain {out} YOUR_IMAGE.png --out explained\n"
+        "  protopush train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
+    )
+
+
+def draw_prototypes(run: Run) -> None:
+    """Write ``prototypes.png``: each class's prototypes as crops, beside their source images."""
+    manager = run.head.proto_manager
+    slots = manager.max_prototypes
+    gallery = draw_gallery(
+        run.class_names,
+        lambda c, k: manager.anchors[c * slots + k],
+        run.picture,
+        manager.num_classes,
+        slots,
+        per_class=slots,
+    )
+    write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))

@@ -1,0 +1,6 @@
+"""What the model saw in a picture: as data, and as pictures of its parts beside the training parts that they look like."""
+
+from protopush.explain.explanation import ClassEvidence, Explanation, Match, explain_image
+from protopush.explain.render import draw_gallery, draw_panel
+
+__all__ = ["ClassEvidence", "Explanation", "Match", "draw_gallery", "draw_panel", "explain_image"]

@@ -1,0 +1,1 @@
+"""Training: configuration, loop, schedules and run folders."""

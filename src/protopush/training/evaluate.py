@@ -1,0 +1,44 @@
+"""What a model says of a data set, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from protopush.metrics.classification import classification_metrics
+from protopush.push.untouched import untouched
+from protopush.training.progress import bar
+
+
+class Predictions(NamedTuple):
+    """In the loader's order: probabilities (N, C), similarities (N, C, K) and labels (N,), on the CPU."""
+
+    probabilities: Tensor
+    similarities: Tensor
+    labels: Tensor
+
+
+def predict(model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating") -> Predictions:
+    """Run a model over a loader of (images, labels, ids), in eval mode."""
+    probabilities, similarities, labels = [], [], []
+    with untouched(model), bar(what, _batches(loader)) as advance:
+        for images, target, *_ in loader:
+            out = model(images.to(device))
+            probabilities.append(out.logits.float().softmax(dim=1).cpu())
+            similarities.append(out.similarities.float().cpu())
+            labels.append(target)
+            advance(1)
+    return Predictions(torch.cat(probabilities), torch.cat(similarities), torch.cat(labels))
+
+
+def _batches(loader: Iterable[Any]) -> int:
+    return len(loader) if isinstance(loader, Sized) else 0
+
+
+def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str]) -> dict[str, Any]:
+    """The metrics of :func:`classification_metrics` for a model on a loader."""
+    found = predict(model, loader, device)
+    return classification_metrics(found.probabilities, found.labels, class_names)

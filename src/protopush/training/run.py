@@ -1,0 +1,208 @@
+"""A run is a folder: written whole, reopened without unpickling anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from protopush import __version__
+from protopush.backbones import Backbone, create_backbone
+from protopush.data.files import read_json, write_atomic, write_json
+from protopush.data.images import read_image, sha256_of
+from protopush.data.preprocessing import Preprocessing
+from protopush.data.transforms import EvalTransform
+from protopush.errors import InputError
+from protopush.head_optimal import HeadOptimal
+from protopush.model import ProtoModel
+from protopush.push.certificate import certificate, restore_anchors
+
+FORMAT = 1
+PICTURE_SIDE = 640  # longest side of the anchors' pictures that a run keeps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what is needed to use it.
+
+    Attributes:
+        model: in eval mode.
+        class_names: in label order.
+        transform: what the model's images go through.
+        root: the folder that anchor files are relative to.
+        data: path and source of the training data, as they were given.
+        folder: where it was read from or written to.
+    """
+
+    model: ProtoModel
+    class_names: list[str]
+    transform: EvalTransform
+    root: Path
+    data: dict[str, Any]
+    folder: Path
+
+    @property
+    def head(self) -> HeadOptimal:
+        """The prototype head."""
+        head = self.model.head
+        if not isinstance(head, HeadOptimal):
+            raise InputError(f"the head is a {type(head).__name__}; a run folder holds a HeadOptimal")
+        return head
+
+    def picture(self, class_index: int, prototype: int) -> Image.Image | None:
+        """The source picture of an anchor, downscaled; None if the prototype was never pushed."""
+        file = self.folder / "prototypes" / picture_name(class_index, prototype)
+        return read_image(file) if file.is_file() else None
+
+
+def picture_name(class_index: int, prototype: int) -> str:
+    """The file of an anchor's picture in ``prototypes/``."""
+    return f"class{class_index:02d}-prototype{prototype:02d}.jpg"
+
+
+def save_run(run: Run) -> None:
+    """Write ``model.safetensors``, ``prototypes/*.jpg``, ``prototypes.json`` and, last, ``config.json``.
+
+    Raises:
+        InputError: the folder can't be written, or the backbone is a module of your own, which no name could reopen.
+    """
+    head, folder = run.head, run.folder
+    backbone = run.model.backbone
+    if not isinstance(backbone, Backbone):
+        raise InputError(f"the backbone is a {type(backbone).__name__}; wrap it with protopush.create_backbone first")
+    state = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
+    weights = folder / "model.safetensors"
+    write_atomic(weights, lambda temporary: save_file(state, temporary))
+    digest = sha256_of(weights)
+    _save_pictures(run)
+    write_json(folder / "prototypes.json", certificate(head.proto_manager, run.class_names, digest))
+    manager = head.proto_manager
+    write_json(
+        folder / "config.json",
+        {
+            "format": FORMAT,
+            "protopush": __version__,
+            "weights_sha256": digest,
+            "backbone": {"name": backbone.name, "channels": backbone.channels},
+            "preprocessing": backbone.preprocessing.to_dict(),
+            "crop_pct": run.transform.crop_pct,
+            "head": {
+                "num_classes": manager.num_classes,
+                "num_prototypes": manager.mask().sum(dim=1).tolist(),
+                "max_prototypes": manager.max_prototypes,
+                "embed_dim": manager.dim,
+                "match": head.match,
+            },
+            "classes": list(run.class_names),
+            "root": str(run.root),
+            "data": run.data,
+        },
+    )
+
+
+def _save_pictures(run: Run) -> None:
+    manager = run.head.proto_manager
+    for row, anchor in enumerate(manager.anchors):
+        if anchor is None or anchor.file is None or not (run.root / anchor.file).is_file():
+            continue
+        picture = read_image(run.root / anchor.file)
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        target = run.folder / "prototypes" / picture_name(*divmod(row, manager.max_prototypes))
+        write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
+
+
+def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
+    """Reopen a run folder.
+
+    Args:
+        folder: as :func:`save_run` wrote it.
+        backbone: the module itself, where it isn't a timm model.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no such run folder: {folder}; expected one that `protopush train --out` wrote")
+    config = read_json(folder / "config.json")
+    try:
+        features = create_backbone(
+            backbone if backbone is not None else config["backbone"]["name"], pretrained=False, **config["preprocessing"]
+        )
+        model = ProtoModel(features, HeadOptimal(features.channels, **config["head"]))
+        classes, transform = list(config["classes"]), EvalTransform(features.preprocessing, config["crop_pct"])
+        root, data, digest = Path(config["root"]), dict(config["data"]), config["weights_sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run") from error
+    _load_weights(model, folder / "model.safetensors", digest)
+    restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
+    model.class_names = classes
+    return Run(model.eval(), classes, transform, root, data, folder)
+
+
+def _load_weights(model: nn.Module, file: Path, digest: str) -> None:
+    if not file.is_file():
+        raise InputError(f"no such file: {file}; the run is incomplete: train it again or take a copy")
+    if sha256_of(file) != digest:
+        raise InputError(
+            f"damaged file: {file} (its sha256 is not the one in config.json); expected the weights that this run "
+            "saved; take them from a copy of the run"
+        )
+    try:
+        model.load_state_dict(load_file(file))
+    except Exception as error:  # safetensors raises its own type, torch RuntimeError
+        reason = str(error).splitlines()[0]
+        raise InputError(f"damaged file: {file} ({reason}); take it from a copy of the run") from error
+
+
+def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:
+    """The model of a run folder, in eval mode, with ``class_names``.
+
+    Args:
+        folder: as ``protopush train --out`` wrote it.
+        backbone: the module itself, where it isn't a timm model.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    return open_run(folder, backbone).model
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Add one line to ``metrics.jsonl``."""
+    try:
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {folder / 'metrics.jsonl'} ({error.strerror}); make room") from error
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, seed: int) -> None:
+    """Write ``checkpoints/last.pt``, which ``torch.load(weights_only=True)`` reads."""
+    state = {"epoch": epoch, "seed": seed, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_atomic(folder / "checkpoints" / "last.pt", lambda temporary: torch.save(state, temporary))
+
+
+def fresh_folder(out: Path, overwrite: bool, owned: Sequence[str] = ("config.json", "metrics.jsonl")) -> None:
+    """Refuse a folder that holds something, unless it is a run to be overwritten.
+
+    Raises:
+        InputError: the folder isn't empty, or isn't a folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; expected a folder for the run; choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    is_run = any((out / name).is_file() for name in owned)
+    if not overwrite:
+        what = "holds a run already" if is_run else "is not empty"
+        raise InputError(f"{out} {what}; choose another --out" + (", or add --overwrite true" if is_run else ""))
+    if not is_run:
+        raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")

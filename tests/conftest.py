@@ -1,0 +1,66 @@
+"""Shared fixtures: a small foreign model, small image folders, and the real dermoscopy images where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from protopush import PushMixin
+from protopush.prototypes import PrototypeManager
+
+HAM = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ham() -> Path:
+    if not (HAM / "manifest.csv").is_file():
+        pytest.skip(f"the dermoscopy images are not at {HAM}")
+    return HAM
+
+
+class ToyNet(PushMixin, nn.Module):
+    """Somebody else's model: images are patches (B, L, C) already; anything goes in between."""
+
+    def __init__(self, classes: int, prototypes: int, channels: int = 6, dim: int | None = None) -> None:
+        super().__init__()
+        self.head = nn.Module()
+        self.head.proj = nn.Identity() if dim is None else nn.Sequential(nn.Linear(channels, dim), nn.Dropout(0.5))
+        self.head.proto_manager = PrototypeManager(classes, prototypes, dim or channels)
+        self.norm = nn.BatchNorm1d(channels)  # in train mode its statistics would move
+
+    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        patches = images.flatten(2).transpose(1, 2) if images.ndim == 4 else images
+        self.norm(patches.transpose(1, 2))
+        return patches.mean(1, keepdim=True), patches
+
+
+@pytest.fixture
+def toy() -> type[ToyNet]:
+    return ToyNet
+
+
+def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int, int] = (40, 32)) -> Path:
+    """Folders of noisy images whose mean colour tells the class."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            pixels = random.integers(0, 60, (size[1], size[0], 3))
+            pixels[..., number % 3] += 120 + 20 * (number // 3)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)

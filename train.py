@@ -1,0 +1,8 @@
+"""The training script: ``python train.py --config recipes/ham10000.yaml --data.path manifest.csv --out runs/ham``."""
+
+import sys
+
+from protopush.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
