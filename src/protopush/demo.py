@@ -10,7 +10,6 @@ import torch
 
 from protopush.commands import explain_to
 from protopush.data.files import write_atomic
-from protopush.data.sources import load_catalog
 from protopush.explain import draw_gallery
 from protopush.metrics.classification import classification_metrics
 from protopush.training.config import RunConfig

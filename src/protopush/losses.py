@@ -60,8 +60,8 @@ def orthogonality_loss(prototypes: Tensor, used: Tensor) -> Tensor:
 def consistency_loss(similarities: Tensor, labels: Tensor, used: Tensor, temperature: float = 0.1) -> Tensor:
     """Images of a class should use its prototypes alike.
 
-    Each image's use of its class's prototypes is ``softmax_k(s[b, y_b, k] / temperature)``; the loss is the mean squared
-    distance to the batch's mean use in that class. 0 where each class has at most one image in the batch.
+    Each image's use of its class's prototypes is ``softmax_k(s[b, y_b, k] / temperature)``; the loss is the mean
+    squared distance to the batch's mean use in that class. 0 where each class has at most one image in the batch.
 
     Source: the training counterpart of the consistency score of Huang et al. (2023).
 

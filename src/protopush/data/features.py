@@ -79,7 +79,7 @@ def cache_features(
     num_workers: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> CachedFeatures:
-    """The features of all images, from disk where exactly these weights, this transform and these files were computed before.
+    """The features of all images, from disk where they were computed before from these weights, transform and files.
 
     Args:
         backbone: returns an object with ``patches`` (B, L, C) and ``grid``.

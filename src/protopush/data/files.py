@@ -23,9 +23,11 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror or error}); make room or choose another folder") from error
+        raise InputError(
+            f"cannot write {path} ({error.strerror or error}); make room or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -82,9 +82,7 @@ def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: No
     bad = [f"{path} ({reason})" for path, (_, reason) in zip(paths, found, strict=True) if reason]
     if bad:
         count = "1 unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images"
-        raise InputError(
-            f"{count}: {listing(bad, limit=50)}; expected whole image files; remove or replace them"
-        )
+        raise InputError(f"{count}: {listing(bad, limit=50)}; expected whole image files; remove or replace them")
     return [digest for digest, _ in found]
 
 

@@ -122,7 +122,9 @@ def elpv(path: str = "", classes: Sequence[str] | None = None) -> Catalog:
 def _elpv_home() -> Path:
     spec = find_spec("elpv_dataset")
     if spec is None or spec.origin is None:
-        raise InputError("the package elpv-dataset is not installed; pip install 'protopush[demo]', or give --data.path")
+        raise InputError(
+            "the package elpv-dataset is not installed; pip install 'protopush[demo]', or give --data.path"
+        )
     return Path(spec.origin).parent / "data"
 
 

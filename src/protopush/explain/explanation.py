@@ -31,8 +31,8 @@ class Match:
         similarity: cosine of the prototype and the cell, [-1, 1].
         weight: what a similarity of 1 would add to the logit.
         contribution: what it does add: ``similarity * weight``.
-        cell: row by row from 0 in ``grid`` (rows, columns); the grid is (1, 1) for a model that matches the pooled feature.
-        grid: of the model's last feature map.
+        cell: row by row from 0 in ``grid`` (rows, columns).
+        grid: of the model's last feature map; (1, 1) for a model that matches the pooled feature.
         box: the cell, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
         anchor: the training patch that the prototype stands for; None before the first push.
     """
@@ -129,9 +129,10 @@ def explain_image(
         >>> import tempfile
         >>> from PIL import Image
         >>> model = ProtoModel.create("resnet18", num_classes=2, pretrained=False, num_prototypes=3)
+        >>> transform = EvalTransform(model.backbone.preprocessing)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("RGB", (300, 100)).save(Path(folder, "a.png"))
-        ...     found = explain_image(model, Path(folder, "a.png"), EvalTransform(model.backbone.preprocessing), ["cat", "dog"])
+        ...     found = explain_image(model, Path(folder, "a.png"), transform, ["cat", "dog"])
         >>> found.image_size, len(found.classes), len(found.classes[0].matches)
         ((300, 100), 2, 3)
     """
@@ -145,7 +146,9 @@ def explain_image(
         weights = head.weights().cpu()
     logits = output.logits[0].double().cpu()
     if not logits.isfinite().all():
-        raise InputError(f"the logits of {path} are {logits.tolist()}; expected finite numbers; look at the model's weights")
+        raise InputError(
+            f"the logits of {path} are {logits.tolist()}; expected finite numbers; look at the model's weights"
+        )
     probabilities = logits.softmax(dim=0).tolist()
     # stable, so that equal logits name the same class as argmax
     ranked = logits.argsort(descending=True, stable=True).tolist()[:top_classes]

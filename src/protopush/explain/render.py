@@ -1,10 +1,11 @@
-"""Pictures for people: "this part looks like that part of that training image". Pillow only; nothing is read or written.
+"""Pictures for people: "this part looks like that part of that training image". Pillow only; no file is written.
 
 All boxes come in pixels of the original pictures and are scaled to whatever size a picture is drawn at.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -151,11 +152,14 @@ def fit_text(text: str, size: int, width: float) -> str:
     """
     text = "".join(" " if letter.isspace() else letter for letter in text)
     font = _font(size, text)
-    cut, keep = text, len(text)
-    while keep > 0 and font.getlength(cut) > width:
-        keep -= 1
-        cut = text[: (keep + 1) // 2] + "..." + text[len(text) - keep // 2 :]
-    return cut
+    if font.getlength(text) <= width:
+        return text
+
+    def cut(keep: int) -> str:
+        return text[: (keep + 1) // 2] + "..." + text[len(text) - keep // 2 :]
+
+    fitting = bisect_right(range(len(text)), width, key=lambda keep: font.getlength(cut(keep)))
+    return cut(max(fitting - 1, 0))
 
 
 # The panel's parts, from top to bottom.
@@ -416,7 +420,14 @@ def _write(
 
 # Pillow's own font knows little more than ASCII. Matplotlib's, which is there, has the rest of Europe; for Chinese,
 # Japanese and Korean names the usual fonts of Linux, Windows and macOS are tried, wherever Pillow finds them.
-_WIDER = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc")
+_WIDER = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+)
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -436,7 +447,9 @@ def _font_of(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
     if not name:
         return ImageFont.load_default(size)
     package = find_spec("matplotlib")
-    own = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name if package and package.origin else Path(name)
+    own = (
+        Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name if package and package.origin else Path(name)
+    )
     return ImageFont.truetype(str(own) if own.is_file() else name, size)
 
 

@@ -14,9 +14,9 @@ from protopush._compat import ensure_torchvision
 def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
     """n, accuracy, balanced_accuracy, macro_f1, auroc, per_class.
 
-    Balanced accuracy is the mean recall over the classes that occur (Brodersen et al., 2010); macro F1 the mean F1 over the
-    classes that occur or are predicted; AUROC the mean, over classes that occur but aren't all there is, of one against the
-    rest (Fawcett, 2006), None if there is no such class.
+    Balanced accuracy is the mean recall over the classes that occur (Brodersen et al., 2010); macro F1 the mean F1 over
+    the classes that occur or are predicted; AUROC the mean, over classes that occur but aren't all there is, of one
+    against the rest (Fawcett, 2006), None if there is no such class.
 
     Args:
         probabilities: (N, C), or any scores that rank within a class.
@@ -42,7 +42,9 @@ def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: S
     guesses = torch.bincount(predicted, minlength=count)
     occurs, seen = support > 0, (support > 0) | (guesses > 0)
     auroc = [
-        float(tm.binary_auroc(probabilities[:, c].double(), (labels == c).long())) if 0 < support[c] < len(labels) else None
+        float(tm.binary_auroc(probabilities[:, c].double(), (labels == c).long()))
+        if 0 < support[c] < len(labels)
+        else None
         for c in range(count)
     ]
     known = [value for value in auroc if value is not None]

@@ -53,7 +53,9 @@ def restore_anchors(manager: PrototypeManager, values: dict[str, Any]) -> None:
             row = int(entry["class_index"]) * manager.max_prototypes + int(entry["prototype"])
             manager.anchors[row] = Anchor.from_dict(entry["anchor"]) if entry["anchor"] is not None else None
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"prototypes.json does not fit the model ({error!r}); take it from a copy of the run") from error
+        raise InputError(
+            f"prototypes.json does not fit the model ({error!r}); take it from a copy of the run"
+        ) from error
 
 
 @dataclass(frozen=True)

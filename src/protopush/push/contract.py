@@ -46,7 +46,7 @@ def unwrap(model: nn.Module) -> Pushable:
         InputError: it lacks a part of the contract.
     """
     net: Any = model
-    while not _missing(net) == [] and isinstance(getattr(net, "module", None), nn.Module):
+    while _missing(net) and isinstance(getattr(net, "module", None), nn.Module):
         net = net.module
     missing = _missing(net)
     if missing:

@@ -39,8 +39,8 @@ def push_prototypes(
 ) -> PushReport:
     """Move each prototype towards the nearest patch among the training images of its own class.
 
-    ``p <- normalise(momentum * p + (1 - momentum) * f)``, where p and every patch embedding f have unit norm. One pass over
-    the data, exact, in memory that does not grow with the number of images. Nothing is changed if it fails.
+    ``p <- normalise(momentum * p + (1 - momentum) * f)``, where p and every patch embedding f have unit norm. One pass
+    over the data, exact, in memory that does not grow with the number of images. Nothing is changed if it fails.
 
     Args:
         model: any module with ``extract_features(images) -> (x_fu (B, 1, C), x_fu1 (B, L, C))``, ``head.proj`` (C -> D)

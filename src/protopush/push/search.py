@@ -16,8 +16,8 @@ TIE = 2.0**-21
 class TopM:
     """The M best patches of each prototype among the samples of its own class, each from another sample.
 
-    The order is (similarity, smaller sample id, smaller cell), where similarities closer than :data:`TIE` are equal, so that
-    how the data was cut into batches does not decide between two patches.
+    The order is (similarity, smaller sample id, smaller cell), where similarities closer than :data:`TIE` are equal, so
+    that how the data was cut into batches does not decide between two patches.
 
     Args:
         prototypes: (C, K, D) unit vectors.

@@ -45,8 +45,8 @@ class Source:
 def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Source:
     """The source behind a loader.
 
-    A loader over a dataset with ``len`` and ``[]`` is read again through its dataset (through its deterministic view where
-    it has one), in order, or in a seeded random order. Anything else is iterated as it is.
+    A loader over a dataset with ``len`` and ``[]`` is read again through its dataset (through its deterministic view
+    where it has one), in order, or in a seeded random order. Anything else is iterated as it is.
 
     Args:
         loader: a DataLoader, shuffled or not, or any iterable of ``(images, labels[, ids])``.
@@ -54,7 +54,9 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Source
     """
     plain = getattr(loader, "_dataloader", loader)  # behind Fabric's wrapper
     dataset = getattr(plain, "dataset", None)
-    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    indexed = (
+        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    )
     if isinstance(plain, DataLoader) and indexed and plain.batch_sampler is not None:
         return DatasetSource(plain, order_seed)
     return StreamSource(loader)
@@ -118,8 +120,8 @@ class StreamSource(Source):
             if ids is None:
                 self.verified = False
                 self.note = (
-                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in the "
-                    "order of reading and marked unverified; yield (images, labels, ids)"
+                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
+                    "the order of reading and marked unverified; yield (images, labels, ids)"
                 )
                 numbers = torch.arange(seen, seen + len(labels))
             else:

@@ -21,7 +21,9 @@ class Predictions(NamedTuple):
     labels: Tensor
 
 
-def predict(model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating") -> Predictions:
+def predict(
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating"
+) -> Predictions:
     """Run a model over a loader of (images, labels, ids), in eval mode."""
     probabilities, similarities, labels = [], [], []
     with untouched(model), bar(what, _batches(loader)) as advance:
@@ -38,7 +40,9 @@ def _batches(loader: Iterable[Any]) -> int:
     return len(loader) if isinstance(loader, Sized) else 0
 
 
-def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str]) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str]
+) -> dict[str, Any]:
     """The metrics of :func:`classification_metrics` for a model on a loader."""
     found = predict(model, loader, device)
     return classification_metrics(found.probabilities, found.labels, class_names)

@@ -306,4 +306,6 @@ def _say_epoch(row: dict[str, Any], epochs: int) -> None:
 
 def _short(metrics: dict[str, Any]) -> str:
     auroc = metrics["auroc"]
-    return f"balanced accuracy {metrics['balanced_accuracy']:.3f}" + (f", AUROC {auroc:.3f}" if auroc is not None else "")
+    return f"balanced accuracy {metrics['balanced_accuracy']:.3f}" + (
+        f", AUROC {auroc:.3f}" if auroc is not None else ""
+    )

@@ -158,7 +158,9 @@ def make_fabric(device: str, precision: str = "32-true") -> Fabric:
             return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"cannot run on device {device!r} with {precision} ({reason}); try --train.device cpu") from error
+            raise InputError(
+                f"cannot run on device {device!r} with {precision} ({reason}); try --train.device cpu"
+            ) from error
 
 
 @contextmanager
@@ -169,7 +171,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def open_split(data: DataConfig, split: str, class_names: list[str], transform: EvalTransform) -> tuple[ImageDataset, Catalog]:
+def open_split(
+    data: DataConfig, split: str, class_names: list[str], transform: EvalTransform
+) -> tuple[ImageDataset, Catalog]:
     """One split of a source for a trained model, each of its images checked.
 
     Raises:

@@ -17,7 +17,6 @@ from protopush import __version__
 from protopush.backbones import Backbone, create_backbone
 from protopush.data.files import read_json, write_atomic, write_json
 from protopush.data.images import read_image, sha256_of
-from protopush.data.preprocessing import Preprocessing
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
 from protopush.head_optimal import HeadOptimal
@@ -134,13 +133,17 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
     config = read_json(folder / "config.json")
     try:
         features = create_backbone(
-            backbone if backbone is not None else config["backbone"]["name"], pretrained=False, **config["preprocessing"]
+            backbone if backbone is not None else config["backbone"]["name"],
+            pretrained=False,
+            **config["preprocessing"],
         )
         model = ProtoModel(features, HeadOptimal(features.channels, **config["head"]))
         classes, transform = list(config["classes"]), EvalTransform(features.preprocessing, config["crop_pct"])
         root, data, digest = Path(config["root"]), dict(config["data"]), config["weights_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run") from error
+        raise InputError(
+            f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run"
+        ) from error
     _load_weights(model, folder / "model.safetensors", digest)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
     model.class_names = classes
