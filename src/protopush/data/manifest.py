@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -66,19 +67,27 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
     unknown = sorted({row["label"] for row in rows} - number.keys())
     if unknown:
         raise InputError(f"unknown labels in {path}: {listing(unknown)}; the model knows: {listing(names)}")
-    root = path.parent
+    images = [path.parent / row["image"].replace("\\", "/") for row in rows]
+    root = _root(path.parent, images)
     samples = tuple(
         Sample(
-            image=root / row["image"],
-            name=row["image"].replace("\\", "/"),
+            image=image,
+            name=Path(os.path.relpath(image, root)).as_posix(),
             label=number[row["label"]],
             split=_SPLIT_ALIASES.get(row.get("split") or "", row.get("split") or ""),
             group=row.get("group") or None,
-            mask=root / row["mask"] if row.get("mask") else None,
+            mask=path.parent / row["mask"] if row.get("mask") else None,
         )
-        for row in rows
+        for image, row in zip(images, rows, strict=True)
     )
     return Catalog(samples, names, root)
+
+
+def _root(folder: Path, images: Sequence[Path]) -> Path:
+    """The manifest's folder, or the nearest one that holds all images where some lie outside of it."""
+    if not any(os.path.relpath(image, folder).startswith("..") for image in images):
+        return folder
+    return Path(os.path.commonpath([os.path.abspath(path) for path in (folder, *images)]))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -95,39 +95,28 @@ def verify_anchors(
         device: where the model is.
         tolerance: of the cosine between prototype and patch.
     """
-    checks = []
     embedded: dict[tuple[str, bool], Tensor | str] = {}  # a file is embedded once, however many anchors it has
-    for row, anchor in enumerate(manager.anchors):
-        if not manager.valid_mask[row]:
-            continue
-        c, k = divmod(row, manager.max_prototypes)
-        told = (class_names[c], k, anchor.file or "" if anchor else "")
-        if anchor is None or anchor.file is None:
-            problem = "never pushed: no anchor" if anchor is None else "the anchor names no file"
-            checks.append(AnchorCheck(*told, None, None, problem))
-            continue
-        is_local = anchor.grid != (1, 1)
-        key = (anchor.file, is_local)
-        if key not in embedded:
-            embedded[key] = _embed(model, transform, root, anchor, is_local, torch.device(device))
-        found = embedded[key]
-        if isinstance(found, str):
-            checks.append(AnchorCheck(*told, anchor.similarity_after, None, found))
-            continue
-        prototype = F.normalize(manager.prototypes[row].detach().to(found.dtype), dim=0)
-        measured = float(found[anchor.cell] @ prototype)
-        off = abs(measured - anchor.similarity_after) > tolerance
-        checks.append(AnchorCheck(*told, anchor.similarity_after, measured, "similarity is off" if off else ""))
+    checks = []
+    for row in manager.valid_mask.nonzero().flatten().tolist():
+        anchor, (c, k) = manager.anchors[row], divmod(row, manager.max_prototypes)
+        measured, problem = None, "never pushed: no anchor"
+        if anchor is not None:
+            key = (str(anchor.file), anchor.grid != (1, 1))
+            if key not in embedded:
+                embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
+            measured, problem = _compare(anchor, manager.prototypes[row].detach(), embedded[key], tolerance)
+        file, recorded = (anchor.file or "", anchor.similarity_after) if anchor else ("", None)
+        checks.append(AnchorCheck(class_names[c], k, file, recorded, measured, problem))
     return checks
 
 
-def _embed(
-    model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, is_local: bool, device: torch.device
-) -> Tensor | str:
+def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device) -> Tensor | str:
     """Unit embeddings (L, D) of the anchor's image, or what is wrong with the file."""
-    file = root / str(anchor.file)
-    if not file.resolve().is_relative_to(root.resolve()):
+    if anchor.file is None:
+        return "the anchor names no file"
+    if PurePosixPath(anchor.file).is_absolute() or ".." in PurePosixPath(anchor.file).parts:
         return "the file lies outside the data folder"
+    file = root / anchor.file
     if not file.is_file():
         return "file missing"
     if anchor.sha256 is not None and sha256_of(file) != anchor.sha256:
@@ -135,5 +124,15 @@ def _embed(
     with untouched(model):  # type: ignore[arg-type]
         images = transform(read_image(file)).unsqueeze(0).to(device)
         pooled, patches = model.extract_features(images)
-        projected = model.head.proj(patches if is_local else pooled)[0]
+        projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
     return F.normalize(projected.to(search_dtype(projected.device)), dim=-1)
+
+
+def _compare(anchor: Anchor, prototype: Tensor, embeddings: Tensor | str, tolerance: float) -> tuple[float | None, str]:
+    """The measured similarity, and what is wrong (nothing: an empty string)."""
+    if isinstance(embeddings, str):
+        return None, embeddings
+    if not 0 <= anchor.cell < len(embeddings):
+        return None, f"no cell {anchor.cell} in the image"
+    measured = float(embeddings[anchor.cell] @ F.normalize(prototype.to(embeddings.dtype), dim=0))
+    return measured, "similarity is off" if abs(measured - anchor.similarity_after) > tolerance else ""

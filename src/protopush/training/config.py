@@ -68,7 +68,7 @@ class LossConfig:
         class_balance: exponent of the class weights: 0 counts images alike, 1 counts classes alike.
     """
 
-    cluster: float = 0.0
+    cluster: float = 0.5
     separation: float = 0.0
     orthogonality: float = 0.05
     consistency: float = 0.0
@@ -110,27 +110,27 @@ class TrainConfig:
         weight_decay: of AdamW, on weight matrices alone.
         warmup_epochs: linear rise of the learning rate; a cosine falls after it.
         freeze_backbone: train the head alone, on features computed once.
-        connection_epochs: full-batch steps on the class connections after the final push.
+        connection_steps: full-batch steps on the class connections after the final push.
         connection_lr: their learning rate.
         connection_decay: pulls the connections to what they were before the final push.
-        select: the validation metric that chooses the best epoch.
+        select: the validation metric that chooses the best epoch; mean is that of balanced accuracy and AUROC.
         seed: of weights, order and augmentation.
         device: auto, cpu, cuda or mps.
         precision: of Lightning Fabric (32-true, bf16-mixed, 16-mixed).
         cache_dir: where computed features are kept; by default the user's cache folder.
     """
 
-    epochs: int = 30
+    epochs: int = 15
     batch_size: int = 64
     lr: float = 1e-3
     backbone_lr: float = 1e-4
     weight_decay: float = 0.01
     warmup_epochs: float = 1.0
     freeze_backbone: bool = True
-    connection_epochs: int = 200
+    connection_steps: int = 100
     connection_lr: float = 0.02
-    connection_decay: float = 0.01
-    select: Literal["balanced_accuracy", "auroc", "macro_f1", "accuracy"] = "balanced_accuracy"
+    connection_decay: float = 0.1
+    select: Literal["mean", "balanced_accuracy", "auroc", "macro_f1", "accuracy"] = "mean"
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"

@@ -109,6 +109,8 @@ class FeatureReader(nn.Module):
 def fit(job: Job, stage: Frozen | Joint, out: Path) -> None:
     """The epochs; leaves the model at its best epoch on the validation images."""
     config = job.config
+    # Again: whether features came from the cache or not must not decide the random numbers that follow.
+    job.fabric.seed_everything(config.train.seed, verbose=False)
     optimizer = _optimizer(job, stage.model)
     total = config.train.epochs * len(stage.train_loader)
     warmup = round(config.train.warmup_epochs * len(stage.train_loader))
@@ -198,7 +200,7 @@ def final_push(job: Job, stage: Frozen | Joint, out: Path) -> None:
     report = _push(job, job.model, job.loader(job.train), momentum)
     after = on_validation()
     row = push_row(report, config.train.epochs, before, after) | {"final": config.push.final}
-    if config.train.connection_epochs and momentum < 1:
+    if config.train.connection_steps and momentum < 1:
         row["connection_step"] = _connections(job, stage)
         row["val_connections"] = on_validation()
     append_metrics(out, row)
@@ -216,8 +218,7 @@ def _connections(job: Job, stage: Frozen | Joint) -> int:
     def score() -> float:
         with torch.no_grad():
             logits = (held_similarities * head.weights()).sum(-1) + head.bias
-        value = classification_metrics(logits.softmax(dim=1).cpu(), held.labels, names)[config.select]
-        return float(value if value is not None else 0.0)
+        return score_of(classification_metrics(logits.softmax(dim=1).cpu(), held.labels, names), config.select)
 
     return fit_connections(
         head,
@@ -225,10 +226,16 @@ def _connections(job: Job, stage: Frozen | Joint) -> int:
         train.labels.to(device),
         job.class_weights(),
         score,
-        config.connection_epochs,
+        config.connection_steps,
         config.connection_lr,
         config.connection_decay,
     )
+
+
+def score_of(metrics: dict[str, Any], name: str) -> float:
+    """The number that chooses between models, larger is better; ``mean`` is that of balanced accuracy and AUROC."""
+    parts = ("balanced_accuracy", "auroc") if name == "mean" else (name,)
+    return sum(metrics[part] or 0.0 for part in parts) / len(parts)
 
 
 class Best:
@@ -243,7 +250,7 @@ class Best:
 
     def see(self, metrics: dict[str, Any] | None, where: str) -> None:
         """Compare the model as it is now."""
-        score = self.score if metrics is None else metrics[self.metric] or 0.0
+        score = self.score if metrics is None else score_of(metrics, self.metric)
         if score >= self.score:
             self.score, self.where = score, where
             self.state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
