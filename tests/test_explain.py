@@ -14,7 +14,7 @@ from protopush.data.preprocessing import Preprocessing
 from protopush.data.transforms import EvalTransform, View
 from protopush.errors import InputError
 from protopush.explain import ClassEvidence, Explanation, Match, draw_gallery, draw_panel, explain_image
-from protopush.explain.render import COLOURS, draw_box, fit_text
+from protopush.explain.drawing import COLOURS, draw_box, fit_text
 from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
 from protopush.prototypes import Anchor

@@ -5,29 +5,34 @@ All boxes come in pixels of the original pictures and are scaled to whatever siz
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from protopush.errors import InputError
+from protopush.explain.drawing import (
+    COLOURS,
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    TILE,
+    Colour,
+    Rect,
+    draw_box,
+    empty_tile,
+    fit_text,
+    part_tile,
+    resized,
+    scaled,
+    tile,
+    write,
+)
 from protopush.explain.explanation import ClassEvidence, Explanation, Match
 from protopush.prototypes import Anchor
 
 SourceOf = Callable[[int, int], Image.Image | None]
-Colour = tuple[int, int, int]
-Rect = tuple[float, float, float, float]
-
-# Okabe and Ito's colours for the colour-blind (2008), in an order in which neighbours differ in brightness too.
-COLOURS: tuple[Colour, ...] = (
-    (0, 114, 178), (240, 228, 66), (213, 94, 0), (0, 158, 115), (86, 180, 233), (204, 121, 167), (230, 159, 0),
-)  # fmt: skip
-INK, MUTED, RULE, TILE, PAPER = (27, 31, 36), (87, 96, 106), (208, 215, 222), (240, 242, 245), (255, 255, 255)
-
 MARGIN = 32
 GAP = 16
 LEFT = 560  # the panel's large picture
@@ -69,7 +74,7 @@ def draw_panel(explanation: Explanation, image: Image.Image, source_of: SourceOf
     _draw_classes(draw, explanation.classes, top + large.height + 36)
     strongest = max(abs(match.contribution) for match in shown)
     for i, match in enumerate(shown):
-        here = _part(image, _scaled(match.box, explanation.image_size, image.size), COLOURS[i % len(COLOURS)], PART)
+        here = part_tile(image, scaled(match.box, explanation.image_size, image.size), COLOURS[i % len(COLOURS)], PART)
         picture = source_of(match.class_index, match.prototype) if match.anchor is not None else None
         corner = (right, top + i * (PART + GAP))
         _draw_row(canvas, corner, i, match, evidence.class_name, here, picture, strongest)
@@ -109,9 +114,9 @@ def draw_gallery(
     top = 116
     canvas = Image.new("RGB", (width, top + sum(heights) + GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _write(draw, (MARGIN, 28), "Prototypes, and the training images that they come from", 28, width - 2 * MARGIN)
+    write(draw, (MARGIN, 28), "Prototypes, and the training images that they come from", 28, width - 2 * MARGIN)
     legend = "Left the part, right its whole image; similarity is that of the prototype and the part."
-    _write(draw, (MARGIN, 70), legend, 16, width - 2 * MARGIN, MUTED)
+    write(draw, (MARGIN, 70), legend, 16, width - 2 * MARGIN, MUTED)
     for c, some in enumerate(found):
         _draw_band(canvas, top, heights[c] - GAP, c, class_names[c], len(some), per_class)
         for place, (k, anchor) in enumerate(some[:per_class]):
@@ -119,47 +124,6 @@ def draw_gallery(
             _draw_pair(canvas, corner, k, anchor, source_of(c, k), COLOURS[c % len(COLOURS)])
         top += heights[c]
     return canvas
-
-
-def draw_box(picture: Image.Image, box: Rect, colour: Colour, line: int = 3) -> None:
-    """Frame a box (x0, y0, x1, y1; x1 and y1 exclusive) of an RGB picture, in place.
-
-    The colour lies on the outermost pixels of the box, with a white and a black line around it: on any picture one of
-    the three stands out, and what is in the box stays free.
-
-    Example:
-        >>> picture = Image.new("RGB", (40, 40))
-        >>> draw_box(picture, (10, 10, 30, 30), (0, 114, 178))
-        >>> picture.getpixel((10, 29)), picture.getpixel((9, 29)), picture.getpixel((20, 20))
-        ((0, 114, 178), (255, 255, 255), (0, 0, 0))
-    """
-    draw = ImageDraw.Draw(picture)
-    x0, y0, x1, y1 = (round(edge) for edge in box)
-    x1, y1 = max(x1 - 1, x0), max(y1 - 1, y0)
-    for out, ink in ((2, (0, 0, 0)), (1, (255, 255, 255))):
-        draw.rectangle((x0 - out, y0 - out, x1 + out, y1 + out), outline=ink)
-    draw.rectangle((x0, y0, x1, y1), outline=colour, width=line)
-
-
-def fit_text(text: str, size: int, width: float) -> str:
-    """The text on one line, its middle replaced by an ellipsis where it is wider than ``width`` pixels.
-
-    The end stays because names of files and classes often differ there.
-
-    Example:
-        >>> fit_text("a_very_long_name_of_an_image_0024306.jpg", 16, 200)
-        'a_very_long_...0024306.jpg'
-    """
-    text = "".join(" " if letter.isspace() else letter for letter in text)
-    font = _font(size, text)
-    if font.getlength(text) <= width:
-        return text
-
-    def cut(keep: int) -> str:
-        return text[: (keep + 1) // 2] + "..." + text[len(text) - keep // 2 :]
-
-    fitting = bisect_right(range(len(text)), width, key=lambda keep: font.getlength(cut(keep)))
-    return cut(max(fitting - 1, 0))
 
 
 # The panel's parts, from top to bottom.
@@ -170,24 +134,24 @@ def _draw_title(draw: ImageDraw.ImageDraw, explanation: Explanation, width: int)
     runner_up = f"   |   runner-up: {others[0]}" if others else ""
     chance = _percent(explanation.probability)
     name = fit_text(explanation.predicted_name, 32, width - 320)
-    _write(draw, (MARGIN, 26), f"Predicted: {name}, {chance}", 32, width)
+    write(draw, (MARGIN, 26), f"Predicted: {name}, {chance}", 32, width)
     file = fit_text(PurePath(explanation.file).name, 18, width * 0.6)
-    _write(draw, (MARGIN, 72), file + runner_up, 18, width, MUTED)
+    write(draw, (MARGIN, 72), file + runner_up, 18, width, MUTED)
 
 
 def _draw_headings(draw: ImageDraw.ImageDraw, x: int, y: int, class_name: str) -> None:
-    _write(draw, (MARGIN, y), "the image", 15, LEFT, MUTED, "ls")
-    _write(draw, (x, y), "this part", 15, PART, MUTED, "ls")
-    _write(draw, (x + PART + LOOKS, y), "that part", 15, PART, MUTED, "ls")
-    _write(draw, (x + 2 * PART + LOOKS + GAP, y), "of this training image", 15, SOURCE, MUTED, "ls")
+    write(draw, (MARGIN, y), "the image", 15, LEFT, MUTED, "ls")
+    write(draw, (x, y), "this part", 15, PART, MUTED, "ls")
+    write(draw, (x + PART + LOOKS, y), "that part", 15, PART, MUTED, "ls")
+    write(draw, (x + 2 * PART + LOOKS + GAP, y), "of this training image", 15, SOURCE, MUTED, "ls")
     at = x + 2 * PART + LOOKS + SOURCE + 3 * GAP
-    _write(draw, (at, y), f"evidence for {class_name}", 15, TEXT, MUTED, "ls")
+    write(draw, (at, y), f"evidence for {class_name}", 15, TEXT, MUTED, "ls")
 
 
 def _large(explanation: Explanation, image: Image.Image, shown: Sequence[Match], height: int) -> Image.Image:
     """The picture with the numbered boxes of the matches; boxes of the same cell lie within each other."""
-    large = _resized(image, LEFT, height)
-    boxes = [_scaled(match.box, explanation.image_size, large.size) for match in shown]
+    large = resized(image, LEFT, height)
+    boxes = [scaled(match.box, explanation.image_size, large.size) for match in shown]
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         inset = max(0, min(4 * boxes[:i].count(boxes[i]), (min(x1 - x0, y1 - y0) - 8) // 2))
         alone = boxes.count(boxes[i]) == 1
@@ -231,18 +195,18 @@ def _draw_badge(draw: ImageDraw.ImageDraw, at: Rect, number: int) -> None:
     x, y = round(at[0]), round(at[1])
     draw.rectangle((x, y, x + BADGE - 1, y + BADGE - 1), fill=colour, outline=(0, 0, 0))
     bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 130
-    _write(draw, (x + BADGE / 2, y + BADGE / 2), str(number + 1), 16, BADGE, INK if bright else PAPER, "mm")
+    write(draw, (x + BADGE / 2, y + BADGE / 2), str(number + 1), 16, BADGE, INK if bright else PAPER, "mm")
 
 
 def _draw_classes(draw: ImageDraw.ImageDraw, classes: Sequence[ClassEvidence], top: int) -> None:
     for i, some in enumerate(classes):
         y = top + i * 38
-        _write(draw, (MARGIN, y), some.class_name, 16, 200, INK, "lm")
+        write(draw, (MARGIN, y), some.class_name, 16, 200, INK, "lm")
         draw.rectangle((MARGIN + 216, y - 9, MARGIN + LEFT - 160, y + 9), fill=TILE)
         length = round((LEFT - 376) * some.probability)
         draw.rectangle((MARGIN + 216, y - 9, MARGIN + 216 + length, y + 9), fill=MUTED)
-        _write(draw, (MARGIN + LEFT - 88, y), _percent(some.probability), 16, 72, INK, "rm")
-        _write(draw, (MARGIN + LEFT, y), f"logit {_number(some.logit)}", 13, 86, MUTED, "rm")
+        write(draw, (MARGIN + LEFT - 88, y), _percent(some.probability), 16, 72, INK, "rm")
+        write(draw, (MARGIN + LEFT, y), f"logit {_number(some.logit)}", 13, 86, MUTED, "rm")
 
 
 def _draw_row(
@@ -259,7 +223,7 @@ def _draw_row(
     x, y = corner
     draw, colour = ImageDraw.Draw(canvas), COLOURS[number % len(COLOURS)]
     canvas.paste(here, (x, y))
-    _write(draw, (x + PART + LOOKS / 2, y + PART / 2), "looks like", 16, LOOKS - 4, INK, "mm")
+    write(draw, (x + PART + LOOKS / 2, y + PART / 2), "looks like", 16, LOOKS - 4, INK, "mm")
     x += PART + LOOKS
     part, whole = _part_and_whole(picture, match.anchor, colour, PART, SOURCE)
     canvas.paste(part, (x, y))
@@ -267,15 +231,15 @@ def _draw_row(
     x, y = x + PART + SOURCE + 3 * GAP, y + 10
     _draw_badge(draw, (x, y, x + BADGE, y + BADGE), number)
     name = fit_text(class_name, 20, TEXT - BADGE - 80)
-    _write(draw, (x + BADGE + 10, y + BADGE / 2), f"{name} #{match.prototype}", 20, TEXT - BADGE - 10, INK, "lm")
-    _write(draw, (x, y + 38), _file_name(match.anchor), 15, TEXT, MUTED)
-    _write(draw, (x, y + 60), _likeness(match.anchor), 15, TEXT, MUTED)
+    write(draw, (x + BADGE + 10, y + BADGE / 2), f"{name} #{match.prototype}", 20, TEXT - BADGE - 10, INK, "lm")
+    write(draw, (x, y + 38), _file_name(match.anchor), 15, TEXT, MUTED)
+    write(draw, (x, y + 60), _likeness(match.anchor), 15, TEXT, MUTED)
     numbers = f"similarity {_number(match.similarity)}  x  weight {_number(match.weight)}"
-    _write(draw, (x, y + 92), numbers, 16, TEXT)
+    write(draw, (x, y + 92), numbers, 16, TEXT)
     length = round((TEXT - 76) * abs(match.contribution) / strongest) if strongest else 0
     fill = colour if match.contribution >= 0 else PAPER  # hollow: it speaks against
     draw.rectangle((x, y + 124, x + max(length, 1), y + 144), fill=fill, outline=INK)
-    _write(draw, (x + length + 10, y + 134), f"{match.contribution:+.2f}", 18, 70, INK, "lm")
+    write(draw, (x + length + 10, y + 134), f"{match.contribution:+.2f}", 18, 70, INK, "lm")
 
 
 def _draw_footer(draw: ImageDraw.ImageDraw, evidence: ClassEvidence, shown: int, y: int, width: int) -> None:
@@ -288,8 +252,8 @@ def _draw_footer(draw: ImageDraw.ImageDraw, evidence: ClassEvidence, shown: int,
         + f"bias {_number(evidence.bias)};  logit {_number(evidence.logit)}."
     )
     draw.line((MARGIN, y - 4, MARGIN + width, y - 4), fill=RULE)
-    _write(draw, (MARGIN, y + 10), text, 17, width)
-    _write(draw, (MARGIN, y + 38), "Boxes show the grid cell; the model's receptive field is larger.", 14, width, MUTED)
+    write(draw, (MARGIN, y + 10), text, 17, width)
+    write(draw, (MARGIN, y + 38), "Boxes show the grid cell; the model's receptive field is larger.", 14, width, MUTED)
 
 
 # The gallery's parts.
@@ -299,11 +263,11 @@ def _draw_band(canvas: Image.Image, top: int, height: int, c: int, name: str, fo
     draw, width = ImageDraw.Draw(canvas), canvas.width - 2 * MARGIN
     draw.line((MARGIN, top, MARGIN + width, top), fill=RULE)
     draw.rectangle((MARGIN, top + 12, MARGIN + 7, top + 32), fill=COLOURS[c % len(COLOURS)])
-    _write(draw, (MARGIN + 18, top + 22), name, 21, width - 360, INK, "lm")
+    write(draw, (MARGIN + 18, top + 22), name, 21, width - 360, INK, "lm")
     count = f"{min(found, per_class)} of {found} prototypes" if found > per_class else f"{found} prototypes"
-    _write(draw, (MARGIN + width, top + 22), "1 prototype" if found == 1 else count, 15, 320, MUTED, "rm")
+    write(draw, (MARGIN + width, top + 22), "1 prototype" if found == 1 else count, 15, 320, MUTED, "rm")
     if not found:
-        _write(draw, (MARGIN + 18, top + 60), "None stands for a training image yet.", 15, width, MUTED, "lm")
+        write(draw, (MARGIN + 18, top + 60), "None stands for a training image yet.", 15, width, MUTED, "lm")
 
 
 def _draw_pair(
@@ -315,11 +279,8 @@ def _draw_pair(
     canvas.paste(part, (x, y))
     canvas.paste(whole, (x + SMALL_PART + 6, y))
     draw = ImageDraw.Draw(canvas)
-    _write(draw, (x, y + SMALL_PART + 8), f"#{k}  {_file_name(anchor)}", 15, width)
-    _write(draw, (x, y + SMALL_PART + 29), f"similarity {_number(anchor.similarity_after)}", 14, width, MUTED)
-
-
-# Tiles and words.
+    write(draw, (x, y + SMALL_PART + 8), f"#{k}  {_file_name(anchor)}", 15, width)
+    write(draw, (x, y + SMALL_PART + 29), f"similarity {_number(anchor.similarity_after)}", 14, width, MUTED)
 
 
 def _part_and_whole(
@@ -328,57 +289,15 @@ def _part_and_whole(
     """Two tiles: an anchor's part (height x height) and its whole picture (width x height)."""
     if picture is None or anchor is None:
         words = "no picture" if anchor is not None else "not pushed yet"
-        return _empty(height, height, words), _empty(width, height, words)
+        return empty_tile(height, height, words), empty_tile(width, height, words)
     picture = picture.convert("RGB")
     if anchor.box is None:
-        return _empty(height, height, "place unknown"), _tile(_resized(picture, width, height), width, height, 0)
-    whole = _resized(picture, width, height)
+        return empty_tile(height, height, "place unknown"), tile(resized(picture, width, height), width, height, 0)
+    whole = resized(picture, width, height)
     original = anchor.image_size or picture.size
-    draw_box(whole, _scaled(anchor.box, original, whole.size), colour, line=2)
-    part = _part(picture, _scaled(anchor.box, original, picture.size), colour, height)
-    return part, _tile(whole, width, height, 0)
-
-
-def _part(picture: Image.Image, box: Rect, colour: Colour, side: int) -> Image.Image:
-    """A square tile: the box, framed, with half its size around it on every side where the picture has that."""
-    reach = 2 * max(box[2] - box[0], box[3] - box[1])
-    starts, spans = [], []
-    for low, high, limit in ((box[0], box[2], picture.width), (box[1], box[3], picture.height)):
-        spans.append(min(reach, limit))
-        starts.append(min(max((low + high - spans[-1]) / 2, 0), limit - spans[-1]))
-    scale = side / max(spans)
-    size = (max(1, round(spans[0] * scale)), max(1, round(spans[1] * scale)))
-    seen = (starts[0], starts[1], starts[0] + spans[0], starts[1] + spans[1])
-    crop = picture.resize(size, Image.Resampling.BICUBIC, box=seen)
-    shifted = (box[0] - seen[0], box[1] - seen[1], box[2] - seen[0], box[3] - seen[1])
-    draw_box(crop, _scaled(shifted, (spans[0], spans[1]), size), colour)
-    return _tile(crop, side, side)
-
-
-def _resized(picture: Image.Image, width: int, height: int) -> Image.Image:
-    scale = min(width / picture.width, height / picture.height)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _scaled(box: Rect, size: tuple[float, float], to: tuple[float, float]) -> Rect:
-    x, y = to[0] / size[0], to[1] / size[1]
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
-
-
-def _tile(picture: Image.Image, width: int, height: int, along: float = 0.5) -> Image.Image:
-    """The picture on paper: ``along`` is 0 for the left side, 0.5 for the middle."""
-    tile = Image.new("RGB", (width, height), PAPER)
-    tile.paste(picture, (round((width - picture.width) * along), (height - picture.height) // 2))
-    return tile
-
-
-def _empty(width: int, height: int, words: str) -> Image.Image:
-    tile = Image.new("RGB", (width, height), TILE)
-    draw = ImageDraw.Draw(tile)
-    draw.rectangle((0, 0, width - 1, height - 1), outline=RULE)
-    _write(draw, (width / 2, height / 2), words, 14, width - 12, MUTED, "mm")
-    return tile
+    draw_box(whole, scaled(anchor.box, original, whole.size), colour, line=2)
+    part = part_tile(picture, scaled(anchor.box, original, picture.size), colour, height)
+    return part, tile(whole, width, height, 0)
 
 
 def _file_name(anchor: Anchor | None) -> str:
@@ -403,56 +322,3 @@ def _percent(probability: float) -> str:
 
 def _number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: never "-0.00"
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    at: tuple[float, float],
-    text: str,
-    size: int,
-    width: float,
-    fill: Colour = INK,
-    anchor: str = "la",
-) -> None:
-    """One line of text, at most ``width`` pixels wide; ``anchor`` as in Pillow's ``ImageDraw.text``."""
-    draw.text(at, fit_text(text, size, width), font=_font(size, text), fill=fill, anchor=anchor)
-
-
-# Pillow's own font knows little more than ASCII. Matplotlib's, which is there, has the rest of Europe; for Chinese,
-# Japanese and Korean names the usual fonts of Linux, Windows and macOS are tried, wherever Pillow finds them.
-_WIDER = (
-    "DejaVuSans.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "wqy-zenhei.ttc",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-)
-
-
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's font, or one that has the text's characters, where there is one."""
-    if text.isascii():
-        return _font_of("", size)
-    for name in _WIDER:
-        with suppress(OSError):
-            font = _font_of(name, size)
-            if isinstance(font, ImageFont.FreeTypeFont) and _has(font, text):
-                return font
-    return _font_of("", size)
-
-
-@lru_cache(maxsize=64)
-def _font_of(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    if not name:
-        return ImageFont.load_default(size)
-    package = find_spec("matplotlib")
-    own = (
-        Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name if package and package.origin else Path(name)
-    )
-    return ImageFont.truetype(str(own) if own.is_file() else name, size)
-
-
-def _has(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    missing = bytes(font.getmask("\uffff"))
-    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
