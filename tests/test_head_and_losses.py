@@ -17,6 +17,7 @@ from protopush.losses import (
     balanced_class_weights,
     cluster_loss,
     consistency_loss,
+    grounding_loss,
     orthogonality_loss,
     separation_loss,
 )
@@ -117,6 +118,12 @@ def test_losses_against_slow_versions(seed):
 
     cluster = np.mean([1 - max(float(s[b, y, k]) for k in range(slots) if used[y, k]) for b, y in enumerate(labels)])
     assert float(cluster_loss(s, labels, used)) == pytest.approx(cluster, abs=1e-6)
+
+    near = [
+        1 - max(float(s[b, c, k]) for b in range(batch) if labels[b] == c)
+        for c in set(labels.tolist()) for k in range(slots) if used[c, k]
+    ]  # fmt: skip
+    assert float(grounding_loss(s, labels, used)) == pytest.approx(np.mean(near), abs=1e-6)
 
     others = [
         max(float(s[b, c, k]) for c in range(classes) for k in range(slots) if c != y and used[c, k])

@@ -34,10 +34,10 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def small(path: Path, **train_options) -> RunConfig:
-    """ResNet-18 with random weights: 512 channels, 7x7 cells."""
+    """A tiny ResNet with random weights: 160 pixels, 5x5 cells."""
     return RunConfig(
         data=DataConfig(path=str(path), num_workers=0),
-        model=ModelConfig(backbone="resnet18", pretrained=False, num_prototypes=2, embed_dim=16),
+        model=ModelConfig(backbone="test_resnet", pretrained=False, num_prototypes=2, embed_dim=16),
         push=PushConfig(start_epoch=2, interval=2),
         train=TrainConfig(**({"epochs": 4, "batch_size": 8, "device": "cpu"} | train_options)),
     )
@@ -97,7 +97,7 @@ def test_the_anchors_of_a_run_are_real_patches_of_their_own_class(trained):
 
 def test_load_gives_the_same_logits(trained, tmp_path):
     run = open_run(trained)
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 160, 160)
     model = load(trained)
     assert isinstance(model, ProtoModel)
     assert not model.training
@@ -125,7 +125,7 @@ def test_joint_training_moves_the_backbone_and_frozen_training_does_not(tmp_path
     joint = train(config, tmp_path / "joint")
     frozen = train(small(image_folder, epochs=1, seed=3), tmp_path / "frozen")
     torch.manual_seed(3)
-    start = create_backbone("resnet18", pretrained=False).state_dict()
+    start = create_backbone("test_resnet", pretrained=False).state_dict()
     moved = {k for k, v in joint.model.backbone.state_dict().items() if not torch.equal(v, start[k])}
     assert any("conv" in k for k in moved)
     assert any("running_mean" in k for k in moved)
@@ -134,6 +134,24 @@ def test_joint_training_moves_the_backbone_and_frozen_training_does_not(tmp_path
         joint.model, joint.head.proto_manager, joint.transform, joint.root, joint.class_names, tolerance=1e-5
     )
     assert all(check.holds for check in checks)  # un-augmented patches, although training augments
+
+
+def test_mixed_precision_trains_and_still_ends_on_exact_anchors(tmp_path, image_folder):
+    config = small(image_folder, epochs=1, freeze_backbone=False, precision="bf16-mixed")
+    config.push.start_epoch = config.push.interval = 1
+    run = train(config, tmp_path / "run")
+    manager = run.head.proto_manager
+    checks = verify_anchors(run.model, manager, run.transform, run.root, run.class_names, tolerance=1e-5)
+    assert all(check.holds for check in checks)
+
+
+def test_without_validation_images_the_last_epoch_is_taken(tmp_path):
+    for split in ("train", "test"):
+        make_images(tmp_path / "images" / split, ["bird", "cat"], 3)  # too few to hold any out
+    run = train(small(tmp_path / "images", epochs=2), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["val"] is None for row in rows if "epoch" in row)
+    assert run.folder == tmp_path / "run"
 
 
 def test_the_best_epoch_is_chosen_on_validation_never_on_test(tmp_path, image_folder, monkeypatch):
@@ -157,7 +175,7 @@ def _spy(evaluate, seen):
 
 
 def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
-    backbone = create_backbone("resnet18", pretrained=False).freeze()
+    backbone = create_backbone("test_resnet", pretrained=False).freeze()
     calls = []
     backbone.register_forward_hook(lambda *_: calls.append(1))
     samples = load_catalog(str(image_folder)).samples
@@ -173,7 +191,7 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
     first, passes = cached()
     assert passes == 2
     assert first.array.dtype == np.float16
-    assert first.grid == (7, 7)
+    assert first.grid == (5, 5)
     with torch.no_grad():
         image = first.images[5][0].unsqueeze(0)
         np.testing.assert_allclose(first[5][0].float(), backbone(image).patches[0], rtol=2e-3, atol=2e-3)
@@ -193,7 +211,7 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
 
 
 def test_a_broken_cache_computation_leaves_no_cache(tmp_path, image_folder):
-    backbone = create_backbone("resnet18", pretrained=False).freeze()
+    backbone = create_backbone("test_resnet", pretrained=False).freeze()
     with torch.no_grad():
         next(backbone.parameters()).fill_(torch.nan)
     samples = load_catalog(str(image_folder)).samples

@@ -28,6 +28,25 @@ def cluster_loss(similarities: Tensor, labels: Tensor, used: Tensor) -> Tensor:
     return (1.0 - own.amax(dim=1)).mean()
 
 
+def grounding_loss(similarities: Tensor, labels: Tensor, used: Tensor) -> Tensor:
+    """Each prototype should be near some patch of its class: mean over prototypes of ``1 - max_b s[b, c, k]``.
+
+    b runs over the batch's images of the prototype's class; classes that the batch lacks don't count. Prototypes that lie
+    near real patches lose little when a hard push puts them onto one.
+
+    Source: the first interpretability term of Li et al. (2018), over patches instead of images.
+
+    Example:
+        >>> s = torch.tensor([[[0.2, 0.9]], [[0.6, 0.5]]])
+        >>> grounding_loss(s, torch.tensor([0, 0]), torch.ones(1, 2, dtype=torch.bool))
+        tensor(0.2500)
+    """
+    own_class = F.one_hot(labels, similarities.shape[1]).bool()
+    nearest = similarities.masked_fill(~own_class.unsqueeze(2), -1.0).amax(dim=0)
+    counted = used & own_class.any(dim=0).unsqueeze(1)
+    return ((1.0 - nearest) * counted).sum() / counted.sum().clamp(min=1)
+
+
 def separation_loss(similarities: Tensor, labels: Tensor, used: Tensor, margin: float = 0.3) -> Tensor:
     """No patch should be near a prototype of another class: mean of ``relu(max s - margin)`` over other classes.
 
@@ -87,7 +106,7 @@ class PrototypeLoss(nn.Module):
 
     Args:
         class_weights: (num_classes,) for the cross-entropy, or None.
-        cluster, separation, orthogonality, consistency: weights of the terms; a term of weight 0 isn't computed.
+        grounding, cluster, separation, orthogonality, consistency: weights of the terms; a term of weight 0 isn't computed.
         separation_margin: the cosine up to which another class's prototype may be similar.
         label_smoothing: of the cross-entropy.
 
@@ -99,6 +118,7 @@ class PrototypeLoss(nn.Module):
     def __init__(
         self,
         class_weights: Tensor | None = None,
+        grounding: float = 0.0,
         cluster: float = 0.0,
         separation: float = 0.0,
         orthogonality: float = 0.0,
@@ -109,6 +129,7 @@ class PrototypeLoss(nn.Module):
         super().__init__()
         self.register_buffer("class_weights", class_weights)
         self.weights = {
+            "grounding": grounding,
             "cluster": cluster,
             "separation": separation,
             "orthogonality": orthogonality,
@@ -121,6 +142,7 @@ class PrototypeLoss(nn.Module):
         """The loss of a batch and its terms, as scalars."""
         used = manager.mask()
         terms = {
+            "grounding": lambda: grounding_loss(out.similarities, labels, used),
             "cluster": lambda: cluster_loss(out.similarities, labels, used),
             "separation": lambda: separation_loss(out.similarities, labels, used, self.separation_margin),
             "orthogonality": lambda: orthogonality_loss(manager.unit(), used),

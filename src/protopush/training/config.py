@@ -59,7 +59,8 @@ class LossConfig:
     """Weights of the loss terms; 0 leaves a term out.
 
     Args:
-        cluster: own prototypes near.
+        grounding: each prototype near a patch of its class, so that a hard push costs little.
+        cluster: each image near a prototype of its class.
         separation: other classes' prototypes beyond a margin.
         orthogonality: prototypes of a class unlike each other.
         consistency: images of a class use its prototypes alike.
@@ -68,7 +69,8 @@ class LossConfig:
         class_balance: exponent of the class weights: 0 counts images alike, 1 counts classes alike.
     """
 
-    cluster: float = 0.5
+    grounding: float = 1.0
+    cluster: float = 0.0
     separation: float = 0.0
     orthogonality: float = 0.05
     consistency: float = 0.0

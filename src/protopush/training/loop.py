@@ -118,24 +118,32 @@ def fit(job: Job, stage: Frozen | Joint, out: Path) -> None:
     model, wrapped = job.fabric.setup(stage.model, optimizer)
     loss = job.loss().to(job.fabric.device)
     best = Best(stage.model, config.train.select)
-    names = list(job.catalog.classes)
     for epoch in range(config.train.epochs):
         terms = train_epoch(job, model, wrapped, schedule, stage.train_loader, loss, epoch)
         if epoch == 0:  # not before: an input that fails in the first epoch leaves nothing behind
             _begin_folder(out, config)
         row: dict[str, Any] = {"epoch": epoch + 1, **terms}
-        row["val"] = evaluate(stage.model, stage.val_loader, job.fabric.device, names) if stage.val_loader else None
+        row["val"] = on_validation(job, stage)
         append_metrics(out, row)
         best.see(row["val"], f"epoch {epoch + 1}")
         _say_epoch(row, config.train.epochs)
         if push_due(epoch, config.push.start_epoch, config.push.interval):
-            report = _push(job, stage.model, stage.train_loader, config.push.momentum, optimizer)
-            after = evaluate(stage.model, stage.val_loader, job.fabric.device, names) if stage.val_loader else None
+            with job.fabric.autocast():
+                report = _push(job, stage.model, stage.train_loader, config.push.momentum, optimizer)
+            after = on_validation(job, stage)
             append_metrics(out, push_row(report, epoch + 1, row["val"], after))
             best.see(after, f"epoch {epoch + 1} after its push")
         save_checkpoint(out, stage.model, optimizer, epoch + 1, config.train.seed)
     best.restore()
     logger.info("Best on validation: %s", best.where)
+
+
+def on_validation(job: Job, stage: Frozen | Joint) -> dict[str, Any] | None:
+    """The metrics on the validation images, in the precision of the run; None where there are no such images."""
+    if stage.val_loader is None:
+        return None
+    with job.fabric.autocast():
+        return evaluate(stage.model, stage.val_loader, job.fabric.device, list(job.catalog.classes))
 
 
 def _begin_folder(out: Path, config: RunConfig) -> None:
@@ -191,18 +199,13 @@ def final_push(job: Job, stage: Frozen | Joint, out: Path) -> None:
     """The last push, over the real images in full precision, and the class connections fitted to it."""
     config = job.config
     momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
-    names, device = list(job.catalog.classes), job.fabric.device
-
-    def on_validation() -> dict[str, Any] | None:
-        return evaluate(stage.model, stage.val_loader, device, names) if stage.val_loader else None
-
-    before = on_validation()
+    before = on_validation(job, stage)
     report = _push(job, job.model, job.loader(job.train), momentum)
-    after = on_validation()
+    after = on_validation(job, stage)
     row = push_row(report, config.train.epochs, before, after) | {"final": config.push.final}
     if config.train.connection_steps and momentum < 1:
         row["connection_step"] = _connections(job, stage)
-        row["val_connections"] = on_validation()
+        row["val_connections"] = on_validation(job, stage)
     append_metrics(out, row)
     for name in ("val_before", "val_after", "val_connections"):
         if row.get(name):

@@ -73,7 +73,7 @@ class Job:
         """The run's loss, on its device."""
         c = self.config.loss
         return PrototypeLoss(
-            self.class_weights(), c.cluster, c.separation, c.orthogonality, c.consistency,
+            self.class_weights(), c.grounding, c.cluster, c.separation, c.orthogonality, c.consistency,
             c.separation_margin, c.label_smoothing,
         )  # fmt: skip
 
