@@ -83,7 +83,7 @@ def test_contract(family: Backbone) -> None:
 @torch.no_grad()
 def test_cells_are_the_models_own_in_row_major_order(family: Backbone) -> None:
     images = noise(family, 1)
-    raw = family.model.forward_features(images)[0]
+    raw = family.model.forward_features(images.contiguous(memory_format=torch.channels_last))[0]
     patches, (rows, columns) = family(images).patches[0], FAMILIES[family.name][2]
     by_place = patches.reshape(rows, columns, family.channels)
     expected = {

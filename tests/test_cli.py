@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from conftest import make_images
 from protopush.cli import COMMANDS, main
 
-SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2", "--train.epochs",
-         "2", "--train.device", "cpu", "--data.num_workers", "0", "--train.batch_size", "8"]  # fmt: skip
+SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
+         "--train.epochs", "2", "--train.device", "cpu", "--train.batch_size", "8",
+         "--data.num_workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from conftest import make_images
 from protopush import InputError, ProtoModel, load
@@ -216,9 +217,25 @@ def test_a_broken_cache_computation_leaves_no_cache(tmp_path, image_folder):
         next(backbone.parameters()).fill_(torch.nan)
     samples = load_catalog(str(image_folder)).samples
     images = ImageDataset(samples, EvalTransform(backbone.preprocessing))
-    with pytest.raises(InputError, match=r"NaN or infinite features in 30 samples: bird/000.png, "):
+    with pytest.raises(InputError, match=r"in at least 2\d samples: bird/000.png, .* and 1\d more"):
         cache_features(backbone, images, ["x"] * 30, tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_every_image_with_nan_features_is_named(tmp_path, image_folder):
+    class Fragile(torch.nn.Module):
+        def forward(self, x):
+            return torch.where(x.mean(dim=(1, 2, 3), keepdim=True) > 0.1, x.new_tensor(torch.nan), x)[:, :, ::32, ::32]
+
+    backbone = create_backbone(Fragile())
+    samples = load_catalog(str(image_folder)).samples
+    images = ImageDataset(samples, EvalTransform(backbone.preprocessing))
+    bright = [s.name for i, s in enumerate(samples) if images[i][0].mean() > 0.1]
+    for name in (samples[3], samples[25]):
+        Image.new("RGB", (40, 32), "white").save(name.image)
+    expected = ", ".join([*bright, samples[3].name, samples[25].name])
+    with pytest.raises(InputError, match=rf"in 2 samples: {expected};"):
+        cache_features(backbone, images, ["x"] * 30, tmp_path / "c")
 
 
 def test_connections_mend_a_shifted_bias_and_never_lose_on_validation():

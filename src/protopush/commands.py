@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
 from protopush.data.files import write_atomic, write_json
 from protopush.data.images import check_images, read_image
 from protopush.data.manifest import Catalog
@@ -40,7 +42,7 @@ def push_run(options: Namespace) -> PushReport:
     fresh_folder(out, options.overwrite)
     dataset, catalog = _split(run, options)
     report: PushReport = run.model.push_prototypes(
-        _loader(dataset, options),
+        _loader(dataset, options, device),
         device,
         use_local=options.use_local,
         momentum=options.momentum,
@@ -56,7 +58,7 @@ def evaluate_run(options: Namespace) -> dict[str, Any]:
     """The metrics of a run on a split."""
     run, device = _open(options)
     dataset, _ = _split(run, options)
-    return evaluate(run.model, _loader(dataset, options), device, run.class_names)
+    return evaluate(run.model, _loader(dataset, options, device), device, run.class_names)
 
 
 def explain_images(options: Namespace) -> list[dict[str, Any]]:
@@ -135,8 +137,8 @@ def _split(run: Run, options: Namespace) -> tuple[ImageDataset, Catalog]:
     return open_split(data, options.data.split, run.class_names, run.transform)
 
 
-def _loader(dataset: ImageDataset, options: Namespace) -> torch.utils.data.DataLoader[Any]:
-    return torch.utils.data.DataLoader(dataset, batch_size=32, num_workers=options.data.num_workers)
+def _loader(dataset: ImageDataset, options: Namespace, device: torch.device) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=inference_batch_size(device), num_workers=options.data.num_workers)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

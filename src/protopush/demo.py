@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from protopush.commands import explain_to
+from protopush.data.features import inference_batch_size
 from protopush.data.files import write_atomic
 from protopush.explain import draw_gallery
 from protopush.metrics.classification import classification_metrics
@@ -25,15 +28,15 @@ def run_demo(config: RunConfig, out: Path) -> str:
     run = train(config, out, overwrite=True)
     draw_prototypes(run)
     dataset, _ = open_split(config.data, "test", run.class_names, run.transform)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=32, num_workers=config.data.num_workers)
-    found = predict(run.model, loader, "cpu", "Test images")
     cpu = torch.device("cpu")
+    loader = DataLoader(dataset, batch_size=inference_batch_size(cpu), num_workers=config.data.num_workers)
+    found = predict(run.model, loader, cpu, "Test images")
     panels = [
         explain_to(run, dataset.samples[index].image, out / "explanations", name, cpu)["panel"]
         for name, index in telling_cases(found.probabilities, found.labels).items()
     ]
     metrics = classification_metrics(found.probabilities, found.labels, run.class_names)
-    return closing_words(out, metrics, panels, time.perf_counter() - started)
+    return closing_words(out, metrics, panels, dataset.samples[0].image, time.perf_counter() - started)
 
 
 def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:
@@ -55,17 +58,22 @@ def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str
     return cases
 
 
-def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], seconds: float) -> str:
-    """Where to look, and what to run next."""
+def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], image: Path, seconds: float) -> str:
+    """Where to look, and what to run next, with the command as it was called."""
+    called = sys.argv[0] if Path(sys.argv[0]).name == "protopush" else "protopush"
+    numbers = ", ".join(
+        f"{name} {metrics[key]:.3f}"
+        for name, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy"), ("AUROC", "auroc"))
+        if metrics[key] is not None
+    )
     looks = "\n".join(f"  {panel}" for panel in panels)
     return (
-        f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: accuracy {metrics['accuracy']:.3f}, "
-        f"balanced accuracy {metrics['balanced_accuracy']:.3f}, AUROC {metrics['auroc']:.3f}.\n\n"
+        f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: {numbers}.\n\n"
         f"Look at\n  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{looks}   (why)\n\n"
-        f"Then try\n  protopush verify {out}\n"
-        f"  protopush evaluate {out}\n"
-        f"  protopush explain {out} YOUR_IMAGE.png --out explained\n"
-        "  protopush train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
+        f"Then try\n  {called} verify {out}\n"
+        f"  {called} evaluate {out}\n"
+        f"  {called} explain {out} {image} --out explained\n"
+        f"  {called} train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
     )
 
 

@@ -31,8 +31,8 @@ def cluster_loss(similarities: Tensor, labels: Tensor, used: Tensor) -> Tensor:
 def grounding_loss(similarities: Tensor, labels: Tensor, used: Tensor) -> Tensor:
     """Each prototype should be near some patch of its class: mean over prototypes of ``1 - max_b s[b, c, k]``.
 
-    b runs over the batch's images of the prototype's class; classes that the batch lacks don't count. Prototypes that lie
-    near real patches lose little when a hard push puts them onto one.
+    b runs over the batch's images of the prototype's class; classes that the batch lacks don't count. Prototypes that
+    lie near real patches lose little when a hard push puts them onto one.
 
     Source: the first interpretability term of Li et al. (2018), over patches instead of images.
 
@@ -106,7 +106,8 @@ class PrototypeLoss(nn.Module):
 
     Args:
         class_weights: (num_classes,) for the cross-entropy, or None.
-        grounding, cluster, separation, orthogonality, consistency: weights of the terms; a term of weight 0 isn't computed.
+        grounding, cluster, separation, orthogonality, consistency: weights of the terms; a term of weight 0 isn't
+            computed.
         separation_margin: the cosine up to which another class's prototype may be similar.
         label_smoothing: of the cross-entropy.
 

@@ -22,6 +22,7 @@ from protopush.errors import InputError, listing
 from protopush.fingerprint import weights_fingerprint
 
 FORMAT = 1
+MANY_BAD = 20  # samples with NaN after which no more are looked for
 
 
 class HasPatches(Protocol):
@@ -69,13 +70,18 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
 
 
+def inference_batch_size(device: torch.device) -> int:
+    """Images a forward pass without gradients: few on a CPU, where memory for large activations is dear."""
+    return 8 if device.type == "cpu" else 64
+
+
 def cache_features(
     backbone: nn.Module,
     images: ImageDataset,
     hashes: Sequence[str],
     folder: Path | None = None,
     device: torch.device | str = "cpu",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> CachedFeatures:
@@ -87,18 +93,20 @@ def cache_features(
         hashes: SHA-256 of each image file, from :func:`protopush.data.images.check_images`.
         folder: where the files are kept; by default :func:`default_cache_dir`.
         device: where the backbone is.
-        batch_size, num_workers: of the pass over the images.
+        batch_size, num_workers: of the pass over the images; by default :func:`inference_batch_size`.
         advance: called with the number of images done (a progress bar's step).
 
     Raises:
         InputError: features aren't finite (the images are named), or the disk is too full.
     """
     folder = folder or default_cache_dir()
+    device = torch.device(device)
     view = images.eval_view()
     stem = folder / _key(backbone, view, hashes)
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        grid = _compute(backbone, view, array, torch.device(device), batch_size, num_workers, advance)
+        batch_size = batch_size or inference_batch_size(device)
+        grid = _compute(backbone, view, array, device, batch_size, num_workers, advance)
         write_json(meta, {"grid": list(grid), "images": len(view)})
     rows, columns = json.loads(meta.read_text())["grid"]
     return CachedFeatures(view, array, (rows, columns))
@@ -128,7 +136,7 @@ def _compute(
     advance: Callable[[int], None],
 ) -> tuple[int, int]:
     loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
-    grid, done = (0, 0), 0
+    grid, done, bad = (0, 0), 0, list[str]()
     was_training = backbone.training
     backbone.eval()
     try:
@@ -137,12 +145,15 @@ def _compute(
             for images, _, ids in loader:
                 features: HasPatches = backbone(images.to(device))
                 patches = features.patches.half().cpu()
-                _refuse_non_finite(patches, ids, view)
+                bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
+                if len(bad) >= MANY_BAD:
+                    break
                 if array is None:
                     array, grid = _allocate(temporary, len(view), patches), features.grid
                 array[done : done + len(patches)] = patches.numpy()
                 done += len(patches)
                 advance(len(patches))
+            _refuse_non_finite(bad)
             if array is not None:
                 array.flush()
     finally:
@@ -161,11 +172,10 @@ def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
 
 
-def _refuse_non_finite(patches: Tensor, ids: Tensor, view: ImageDataset) -> None:
-    bad = ~patches.isfinite().flatten(1).all(dim=1)
-    if bad.any():
-        names = [view.samples[i].name for i in ids[bad].tolist()]
+def _refuse_non_finite(names: list[str]) -> None:
+    if names:
+        count = f"{len(names)} samples" if len(names) < MANY_BAD else f"at least {len(names)} samples"
         raise InputError(
-            f"NaN or infinite features in {len(names)} samples: {listing(names)}; expected finite ones; "
+            f"NaN or infinite features in {count}: {listing(names)}; expected finite ones; "
             "look at these images and at the backbone's weights"
         )

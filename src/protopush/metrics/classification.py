@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from protopush._compat import ensure_torchvision
@@ -34,34 +33,38 @@ def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: S
 
     count = len(class_names)
     predicted = probabilities.argmax(dim=1)
-    each: dict[str, Any] = {"num_classes": count, "average": "none"}
-    recall = tm.multiclass_recall(predicted, labels, **each)
-    precision = tm.multiclass_precision(predicted, labels, **each)
-    f1 = tm.multiclass_f1_score(predicted, labels, **each)
-    support = torch.bincount(labels, minlength=count)
-    guesses = torch.bincount(predicted, minlength=count)
-    occurs, seen = support > 0, (support > 0) | (guesses > 0)
+    counts = tm.multiclass_stat_scores(predicted, labels, num_classes=count, average="none").tolist()
     auroc = [
         float(tm.binary_auroc(probabilities[:, c].double(), (labels == c).long()))
-        if 0 < support[c] < len(labels)
+        if 0 < support < len(labels)
         else None
-        for c in range(count)
+        for c, (*_, support) in enumerate(counts)
     ]
-    known = [value for value in auroc if value is not None]
+    per_class = {
+        name: {
+            "n": support,
+            "recall": _ratio(hit, support),
+            "precision": _ratio(hit, hit + false_alarm),
+            "f1": _ratio(2 * hit, 2 * hit + false_alarm + miss),
+            "auroc": auroc[c],
+        }
+        for c, (name, (hit, false_alarm, _, miss, support)) in enumerate(zip(class_names, counts, strict=True))
+    }
     return {
         "n": len(labels),
-        "accuracy": float((predicted == labels).double().mean()),
-        "balanced_accuracy": float(recall[occurs].mean()),
-        "macro_f1": float(f1[seen].mean()),
-        "auroc": sum(known) / len(known) if known else None,
-        "per_class": {
-            name: {
-                "n": int(support[c]),
-                "recall": float(recall[c]) if occurs[c] else None,
-                "precision": float(precision[c]) if guesses[c] > 0 else None,
-                "f1": float(f1[c]) if seen[c] else None,
-                "auroc": auroc[c],
-            }
-            for c, name in enumerate(class_names)
-        },
+        "accuracy": _ratio(int((predicted == labels).sum()), len(labels)),
+        "balanced_accuracy": _mean([row["recall"] for row in per_class.values()]),
+        "macro_f1": _mean([row["f1"] for row in per_class.values()]),
+        "auroc": _mean(auroc),
+        "per_class": per_class,
     }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean over classes that have the number."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from protopush._compat import ensure_torchvision
 from protopush.backbones import Backbone, create_backbone
 from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
 from protopush.data.images import check_images
 from protopush.data.manifest import Catalog, require_training_images
 from protopush.data.sources import load_catalog
@@ -52,12 +53,16 @@ class Job:
         return self.model.head  # type: ignore[return-value]
 
     def loader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-        """A loader of the run's batch size; a seeded order of its own, so that nothing else's randomness moves it."""
+        """A loader with a seeded order of its own, so that nothing else's randomness moves it.
+
+        Batches have the run's size where they train (``shuffle``) or hold stored features, else what suits the device.
+        """
         generator = torch.Generator().manual_seed(self.config.train.seed)
         reads_files = isinstance(dataset, ImageDataset)
+        only_forward = reads_files and not shuffle
         return DataLoader(
             dataset,
-            batch_size=self.config.train.batch_size,
+            batch_size=inference_batch_size(self.fabric.device) if only_forward else self.config.train.batch_size,
             shuffle=shuffle,
             num_workers=self.config.data.num_workers if reads_files else 0,
             generator=generator,
