@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 import protopush
 from protopush import InputError, push_prototypes
+from protopush.data.provenance import Provenance
 from protopush.head_optimal import HeadOptimal
 
 
@@ -253,7 +254,8 @@ def test_full_classes_are_passed_over_unread(model, data):
     read = []
 
     class Labelled(TensorDataset):
-        labels = data.tensors[1].tolist()
+        def describe(self, index):
+            return Provenance(index)
 
         def __getitem__(self, index):
             read.append(index)

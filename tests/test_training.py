@@ -156,10 +156,10 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path):
 
 
 def test_the_best_epoch_is_chosen_on_validation_never_on_test(tmp_path, image_folder, monkeypatch):
-    import protopush.training.loop as loop
+    import protopush.training.stages as stages
 
     seen = []
-    monkeypatch.setattr(loop, "evaluate", _spy(loop.evaluate, seen))
+    monkeypatch.setattr(stages, "evaluate", _spy(stages.evaluate, seen))
     train(small(image_folder, epochs=2), tmp_path / "run")
     catalog = load_catalog(str(image_folder))
     val = {s.name for s in catalog.split("val")}

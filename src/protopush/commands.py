@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from protopush.push import PushReport
 from protopush.push.certificate import AnchorCheck, verify_anchors
 from protopush.training.config import DataConfig
 from protopush.training.evaluate import evaluate
-from protopush.training.loop import push_row
+from protopush.training.finish import push_row
 from protopush.training.prepare import make_fabric, open_split
 from protopush.training.run import Run, append_metrics, fresh_folder, open_run, save_run
 
@@ -129,7 +129,8 @@ def _data(run: Run, options: Namespace) -> dict[str, Any]:
     if options.data.path is None and options.data.source is None:
         return run.data
     source = options.data.source or ("auto" if options.data.path else run.data["source"])
-    return run.data | {"path": options.data.path or "", "source": source}
+    path = os.path.abspath(options.data.path) if options.data.path else ""
+    return run.data | {"path": path, "source": source}
 
 
 def _split(run: Run, options: Namespace) -> tuple[ImageDataset, Catalog]:
@@ -162,8 +163,3 @@ def _text(table: Table) -> str:
     console = Console(file=StringIO(), width=160, color_system=None, soft_wrap=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,8 @@ def run_demo(config: RunConfig, out: Path) -> str:
         for name, index in telling_cases(found.probabilities, found.labels).items()
     ]
     metrics = classification_metrics(found.probabilities, found.labels, run.class_names)
-    return closing_words(out, metrics, panels, dataset.samples[0].image, time.perf_counter() - started)
+    image = Path(os.path.relpath(dataset.samples[0].image))
+    return closing_words(out, metrics, panels, image, time.perf_counter() - started)
 
 
 def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:

@@ -23,6 +23,7 @@ def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: S
         class_names: C names.
 
     Example:
+        >>> import torch
         >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
         >>> found = classification_metrics(scores, torch.tensor([0, 1, 1, 1]), ["a", "b"])
         >>> found["accuracy"], round(found["balanced_accuracy"], 4), found["auroc"]

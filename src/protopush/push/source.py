@@ -77,7 +77,8 @@ class DatasetSource(Source):
             )
 
     def batches(self, skip: Callable[[int], bool]) -> Iterator[Batch]:
-        known = getattr(self.dataset, "labels", None)  # then full classes can be passed over unread
+        # A dataset that follows our protocol tells its labels: full classes can then be passed over unread.
+        known = getattr(self.dataset, "labels", None) if hasattr(self.dataset, "describe") else None
         order = (i for i in self.order if known is None or not skip(known[i]))
         loader = self.loader
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32

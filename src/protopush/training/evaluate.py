@@ -46,3 +46,17 @@ def evaluate(
     """The metrics of :func:`classification_metrics` for a model on a loader."""
     found = predict(model, loader, device)
     return classification_metrics(found.probabilities, found.labels, class_names)
+
+
+def score_of(metrics: dict[str, Any], name: str) -> float:
+    """The number that chooses between models, larger is better; ``mean`` is that of balanced accuracy and AUROC."""
+    parts = ("balanced_accuracy", "auroc") if name == "mean" else (name,)
+    return sum(metrics[part] or 0.0 for part in parts) / len(parts)
+
+
+def in_short(metrics: dict[str, Any]) -> str:
+    """Balanced accuracy and AUROC for a log line."""
+    auroc = metrics["auroc"]
+    return f"balanced accuracy {metrics['balanced_accuracy']:.3f}" + (
+        f", AUROC {auroc:.3f}" if auroc is not None else ""
+    )

@@ -1,0 +1,95 @@
+"""Pushes in a run, and how it ends: the final push over the real images, and the class connections fitted to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from protopush.metrics.classification import classification_metrics
+from protopush.push import PushReport
+from protopush.training.connections import fit_connections
+from protopush.training.evaluate import in_short, predict, score_of
+from protopush.training.prepare import Job
+from protopush.training.run import append_metrics
+from protopush.training.stages import Stage, on_validation
+
+logger = logging.getLogger("protopush.training")
+
+
+def push_now(
+    job: Job, model: nn.Module, loader: Iterable[Any], momentum: float, optimizer: torch.optim.Optimizer | None = None
+) -> PushReport:
+    """A push as the run's configuration asks for it."""
+    config = job.config.push
+    use_local = job.head.match == "local" if config.use_local is None else config.use_local
+    return model.push_prototypes(  # type: ignore[operator, no-any-return]
+        loader,
+        job.fabric.device,
+        use_local=use_local,
+        momentum=momentum,
+        max_patches_per_class=config.max_patches_per_class,
+        seed=job.config.train.seed,
+        optimizer=optimizer,
+    )
+
+
+def push_row(
+    report: PushReport, epoch: int, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A push as one line of ``metrics.jsonl``."""
+    return {
+        "push": epoch,
+        "use_local": report.use_local,
+        "momentum": report.momentum,
+        "min_dist": report.min_dist,
+        "mean_dist": report.mean_dist,
+        "mean_dist_after": report.mean_dist_after,
+        "seconds": report.seconds,
+        "val_before": before,
+        "val_after": after,
+    }
+
+
+def final_push(job: Job, stage: Stage, out: Path) -> None:
+    """The last push, over the real images in full precision, and the class connections fitted to it."""
+    config = job.config
+    momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
+    before = on_validation(job, stage)
+    report = push_now(job, job.model, job.loader(job.train), momentum)
+    after = on_validation(job, stage)
+    row = push_row(report, config.train.epochs, before, after) | {"final": config.push.final}
+    if config.train.connection_steps and momentum < 1:
+        row["connection_step"] = _connections(job, stage)
+        row["val_connections"] = on_validation(job, stage)
+    append_metrics(out, row)
+    for name in ("val_before", "val_after", "val_connections"):
+        if row.get(name):
+            logger.info("%-16s %s", name, in_short(row[name]))
+
+
+def _connections(job: Job, stage: Stage) -> int:
+    config, head, device = job.config.train, job.head, job.fabric.device
+    train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
+    held = predict(stage.model, stage.val_loader, device) if stage.val_loader else train
+    held_similarities, names = held.similarities.to(device), list(job.catalog.classes)
+
+    def score() -> float:
+        with torch.no_grad():
+            logits = (held_similarities * head.weights()).sum(-1) + head.bias
+        return score_of(classification_metrics(logits.softmax(dim=1).cpu(), held.labels, names), config.select)
+
+    return fit_connections(
+        head,
+        train.similarities.to(device),
+        train.labels.to(device),
+        job.class_weights(),
+        score,
+        config.connection_steps,
+        config.connection_lr,
+        config.connection_decay,
+    )

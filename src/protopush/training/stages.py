@@ -1,0 +1,74 @@
+"""What is trained: the model itself on images, or the head alone on features that were computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from protopush.backbones import Features
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import CachedFeatures, cache_features
+from protopush.model import ProtoModel
+from protopush.training.evaluate import evaluate
+from protopush.training.prepare import Job
+from protopush.training.progress import bar
+
+
+class Joint:
+    """What is trained when the backbone learns too: the model itself, on images."""
+
+    def __init__(self, job: Job) -> None:
+        self.model: nn.Module = job.model
+        self.train_loader = job.loader(job.train, shuffle=True)
+        self.val_loader = job.loader(job.val) if job.val else None
+        self.plain_train_loader = job.loader(job.train.eval_view())
+
+
+class Frozen:
+    """What is trained when the backbone is frozen: the head, on features that were computed once."""
+
+    def __init__(self, job: Job) -> None:
+        train = self._features(job, job.train, "training")
+        val = self._features(job, job.val, "validation") if job.val else None
+        self.model: nn.Module = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
+        self.train_loader = job.loader(train, shuffle=True)
+        self.val_loader = job.loader(val) if val else None
+        self.plain_train_loader = job.loader(train)
+
+    def _features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
+        config = job.config
+        with bar(f"Features of the {what} images", len(images)) as advance:
+            return cache_features(
+                job.model.backbone,
+                images,
+                [job.hashes[sample.name] for sample in images.samples],
+                Path(config.train.cache_dir) if config.train.cache_dir else None,
+                job.fabric.device,
+                num_workers=config.data.num_workers,
+                advance=advance,
+            )
+
+
+class FeatureReader(nn.Module):
+    """Stands in for the frozen backbone: stored patches (B, L, C) to :class:`Features`."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, patches: Tensor) -> Features:
+        patches = patches.float()
+        return Features(patches.mean(dim=1, keepdim=True), patches, self.grid)
+
+
+Stage = Joint | Frozen
+
+
+def on_validation(job: Job, stage: Stage) -> dict[str, Any] | None:
+    """The metrics on the validation images, in the precision of the run; None where there are no such images."""
+    if stage.val_loader is None:
+        return None
+    with job.fabric.autocast():
+        return evaluate(stage.model, stage.val_loader, job.fabric.device, list(job.catalog.classes))
