@@ -168,6 +168,8 @@ def test_damaged_run_folders(run_copy, tmp_path, capsys):
     assert "damaged file" in refused(capsys, "evaluate", run_copy)
     (run_copy / "config.json").write_text("{}")
     assert "damaged file" in refused(capsys, "evaluate", run_copy)
+    (run_copy / "config.json").unlink()
+    assert "did not come to its end" in refused(capsys, "evaluate", run_copy)
 
 
 def broken_image(home: Path) -> None:

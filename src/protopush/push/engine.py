@@ -96,7 +96,7 @@ def push_prototypes(
         verified=source.verified,
         note=source.note,
         seconds=time.perf_counter() - started,
-        class_names=list(getattr(net, "class_names", None) or []),
+        class_names=_class_names(net, len(slots.rows)),
     )
     _apply(manager, slots, moved, report, optimizer)
     _log(report, use_local)
@@ -183,6 +183,12 @@ def _apply(
             anchors[row] = record.anchor
 
 
+def _class_names(net: Pushable, count: int) -> list[str]:
+    """The model's own names of its classes, where it has as many."""
+    names = [str(name) for name in getattr(net, "class_names", None) or []]
+    return names if len(names) == count else []
+
+
 def _cosine(distance: float) -> float:
     return 1.0 - distance * distance / 2.0
 
@@ -259,10 +265,21 @@ class PushMixin:
         device: str | int | torch.device,
         use_local: bool = True,
         momentum: float = 0.9,
-        **options: Any,
+        max_patches_per_class: int | None = None,
+        seed: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> PushReport:
         """Push with every patch (or, with ``use_local=False``, the pooled features); see :func:`push_prototypes`."""
-        return push_prototypes(self, dataloader, device, use_local=use_local, momentum=momentum, **options)  # type: ignore[arg-type]
+        return push_prototypes(
+            self,  # type: ignore[arg-type]
+            dataloader,
+            device,
+            use_local=use_local,
+            momentum=momentum,
+            max_patches_per_class=max_patches_per_class,
+            seed=seed,
+            optimizer=optimizer,
+        )
 
     def push_prototypes_local(
         self,
@@ -270,14 +287,8 @@ class PushMixin:
         device: str | int | torch.device,
         momentum: float = 0.9,
         max_patches_per_class: int | None = 5000,
-        **options: Any,
+        seed: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> PushReport:
         """Push with at most ``max_patches_per_class`` patches of each class; see :func:`push_prototypes`."""
-        return push_prototypes(
-            self,  # type: ignore[arg-type]
-            dataloader,
-            device,
-            momentum=momentum,
-            max_patches_per_class=max_patches_per_class,
-            **options,
-        )
+        return self.push_prototypes(dataloader, device, True, momentum, max_patches_per_class, seed, optimizer)

@@ -130,6 +130,8 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no such run folder: {folder}; expected one that `protopush train --out` wrote")
+    if (folder / "metrics.jsonl").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"the run in {folder} did not come to its end; train it again with --overwrite true")
     config = read_json(folder / "config.json")
     try:
         features = create_backbone(
