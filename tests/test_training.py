@@ -137,6 +137,21 @@ def test_joint_training_moves_the_backbone_and_frozen_training_does_not(tmp_path
     assert all(check.holds for check in checks)  # un-augmented patches, although training augments
 
 
+def test_a_model_that_matches_the_pooled_feature_is_pushed_onto_pooled_features(tmp_path, image_folder):
+    config = small(image_folder, epochs=2)
+    config.model.match = "global"
+    run = train(config, tmp_path / "run")
+    manager = run.head.proto_manager
+    assert {anchor.grid for anchor in manager.anchors} == {(1, 1)}
+    assert {anchor.box for anchor in manager.anchors} == {(4, 0, 36, 32)}  # all that the centre crop of 40x32 shows
+    reopened = open_run(tmp_path / "run")
+    assert reopened.head.match == "global"
+    checks = verify_anchors(
+        reopened.model, reopened.head.proto_manager, run.transform, run.root, run.class_names, tolerance=1e-5
+    )
+    assert all(check.holds for check in checks)
+
+
 def test_mixed_precision_trains_and_still_ends_on_exact_anchors(tmp_path, image_folder):
     config = small(image_folder, epochs=1, freeze_backbone=False, precision="bf16-mixed")
     config.push.start_epoch = config.push.interval = 1
