@@ -176,15 +176,24 @@ class Tally:
 
 
 class NonFinite:
-    """Remembers, without waiting for the device, the smallest ids of samples with NaN or infinite features."""
+    """Remembers, without waiting for the device, the smallest ids of samples with NaN or infinite features.
 
-    def __init__(self, device: torch.device, keep: int = 20) -> None:
+    Args:
+        device: where the features are.
+        keep: ids to remember at most.
+        first_batch_only: later batches don't count, because in training they are bad for the first one's sake.
+    """
+
+    def __init__(self, device: torch.device, keep: int = 20, first_batch_only: bool = False) -> None:
+        self.first_batch_only = first_batch_only
         self.smallest = torch.full((keep,), _NO_ID, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, projected: Tensor, ids: Tensor) -> None:
         """Take in a batch: projected (B, L, D), ids (B,)."""
         bad = ~projected.isfinite().flatten(1).all(dim=1)
+        if self.first_batch_only:
+            bad = bad & (self.count == 0)
         candidates = torch.cat([self.smallest, ids.masked_fill(~bad, _NO_ID)])
         self.smallest = candidates.sort().values[: len(self.smallest)]
         self.count += bad.sum()

@@ -111,7 +111,7 @@ def train_epoch(
         InputError: embeddings became NaN or infinite; the samples are named.
     """
     sums: dict[str, Tensor] = {}
-    strange = NonFinite(job.fabric.device)
+    strange = NonFinite(job.fabric.device, first_batch_only=True)
     count = 0
     model.train()
     with bar(f"Epoch {epoch + 1}", len(loader)) as advance:  # type: ignore[arg-type]
@@ -132,8 +132,8 @@ def train_epoch(
     if bad:
         names = [job.train.samples[i].name for i in smallest]
         raise InputError(
-            f"NaN or infinite features in {bad} samples: {listing(names, 10)}; expected finite ones; "
-            "look at these images, or lower the learning rate"
+            f"NaN or infinite features in {bad} samples of one batch: {listing(names, 10)}; expected finite ones; "
+            "look at these images and at the weights, or lower the learning rate"
         )
     return {name: float(value) / count for name, value in sums.items()}
 
