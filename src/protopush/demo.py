@@ -13,21 +13,17 @@ from torch.utils.data import DataLoader
 
 from protopush.commands import explain_to
 from protopush.data.features import inference_batch_size
-from protopush.data.files import write_atomic
-from protopush.explain import draw_gallery
 from protopush.metrics.classification import classification_metrics
 from protopush.training.config import RunConfig
 from protopush.training.evaluate import predict
 from protopush.training.loop import train
 from protopush.training.prepare import open_split
-from protopush.training.run import Run
 
 
 def run_demo(config: RunConfig, out: Path) -> str:
-    """Train, draw the prototypes and three explanations; returns what to tell the user at the end."""
+    """Train, and draw three explanations; returns what to tell the user at the end."""
     started = time.perf_counter()
     run = train(config, out, overwrite=True)
-    draw_prototypes(run)
     dataset, _ = open_split(config.data, "test", run.class_names, run.transform)
     cpu = torch.device("cpu")
     loader = DataLoader(dataset, batch_size=inference_batch_size(cpu), num_workers=config.data.num_workers)
@@ -77,18 +73,3 @@ def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], image: 
         f"  {called} explain {out} {image} --out explained\n"
         f"  {called} train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
     )
-
-
-def draw_prototypes(run: Run) -> None:
-    """Write ``prototypes.png``: each class's prototypes as crops, beside their source images."""
-    manager = run.head.proto_manager
-    slots = manager.max_prototypes
-    gallery = draw_gallery(
-        run.class_names,
-        lambda c, k: manager.anchors[c * slots + k],
-        run.picture,
-        manager.num_classes,
-        slots,
-        per_class=slots,
-    )
-    write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))

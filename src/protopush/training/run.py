@@ -19,6 +19,7 @@ from protopush.data.files import read_json, write_atomic, write_json
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
+from protopush.explain import draw_gallery
 from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
 from protopush.push.certificate import certificate, restore_anchors
@@ -67,7 +68,7 @@ def picture_name(class_index: int, prototype: int) -> str:
 
 
 def save_run(run: Run) -> None:
-    """Write ``model.safetensors``, ``prototypes/*.jpg``, ``prototypes.json`` and, last, ``config.json``.
+    """Write ``model.safetensors``, ``prototypes/*.jpg``, ``prototypes.png``, ``prototypes.json``, last ``config.json``.
 
     Raises:
         InputError: the folder can't be written, or the backbone is a module of your own, which no name could reopen.
@@ -81,6 +82,7 @@ def save_run(run: Run) -> None:
     write_atomic(weights, lambda temporary: save_file(state, temporary))
     digest = sha256_of(weights)
     _save_pictures(run)
+    _save_gallery(run)
     write_json(folder / "prototypes.json", certificate(head.proto_manager, run.class_names, digest))
     manager = head.proto_manager
     write_json(
@@ -115,6 +117,21 @@ def _save_pictures(run: Run) -> None:
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         target = run.folder / "prototypes" / picture_name(*divmod(row, manager.max_prototypes))
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
+
+
+def _save_gallery(run: Run) -> None:
+    """``prototypes.png``: each class's prototypes as crops, beside their source images."""
+    manager = run.head.proto_manager
+    slots = manager.max_prototypes
+    gallery = draw_gallery(
+        run.class_names,
+        lambda c, k: manager.anchors[c * slots + k],
+        run.picture,
+        manager.num_classes,
+        slots,
+        per_class=slots,
+    )
+    write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))
 
 
 def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
