@@ -96,6 +96,13 @@ def test_push_writes_a_new_run_and_leaves_the_first(home, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "run2")]) == 0
     assert "the run itself" in refused(capsys, *words, "--out", home / "run")
     assert "--overwrite true" in refused(capsys, *words, "--out", tmp_path / "run2")
+    (tmp_path / "run2" / "old.txt").touch()
+    assert main([str(w) for w in (*words, "--out", tmp_path / "run2", "--overwrite", "true")]) == 0
+    assert {p.name for p in (tmp_path / "run2").iterdir()} == {
+        "config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "prototypes", "prototypes.json",
+        "prototypes.png",
+    }  # fmt: skip
+    assert len((tmp_path / "run2" / "metrics.jsonl").read_text().splitlines()) == 1
     assert main([str(w) for w in (*words, "--out", tmp_path / "run3", "--use_local", "false")]) == 0
     assert main(["verify", str(tmp_path / "run3")]) == 0
 

@@ -238,7 +238,7 @@ def explain(words: list[str]) -> int:
         _print_json(found)
     else:
         for item in found:
-            print(f"{item['file']}: {item['predicted_name']} ({item['probability']:.0%}) -> {item['panel']}")
+            print(f"{item['file']}: {item['predicted_name']} ({item['probability']:.1%}) -> {item['panel']}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from protopush.training.config import DataConfig
 from protopush.training.evaluate import evaluate
 from protopush.training.finish import push_row
 from protopush.training.prepare import make_fabric, open_split
-from protopush.training.run import Run, append_metrics, fresh_folder, open_run, save_run
+from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, open_run, save_run
 
 
 def push_run(options: Namespace) -> PushReport:
@@ -49,6 +50,9 @@ def push_run(options: Namespace) -> PushReport:
         max_patches_per_class=options.max_patches_per_class,
     )
     pushed = replace(run, model=run.model.cpu(), folder=out, root=catalog.root.resolve(), data=_data(run, options))
+    clear_folder(out)
+    if (run.folder / "config.yaml").is_file():
+        shutil.copyfile(run.folder / "config.yaml", out / "config.yaml")
     save_run(pushed)
     append_metrics(out, push_row(report, 0, None, None))
     return report

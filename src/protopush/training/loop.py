@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from protopush.training.evaluate import in_short, score_of
 from protopush.training.finish import final_push, push_now, push_row
 from protopush.training.prepare import Job, prepare
 from protopush.training.progress import bar
-from protopush.training.run import Run, append_metrics, fresh_folder, save_checkpoint, save_run
+from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, save_checkpoint, save_run
 from protopush.training.schedule import learning_rate_factor, push_due
 from protopush.training.stages import Frozen, Joint, Stage, on_validation
 
@@ -90,8 +89,7 @@ def fit(job: Job, stage: Stage, out: Path) -> None:
 
 
 def _begin_folder(out: Path, config: RunConfig) -> None:
-    if out.is_dir():
-        shutil.rmtree(out)  # empty, or a run to be overwritten: fresh_folder saw to it
+    clear_folder(out)
     text = yaml.safe_dump(asdict(config), sort_keys=False)
     write_atomic(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,3 +229,10 @@ def fresh_folder(out: Path, overwrite: bool, owned: Sequence[str] = ("config.jso
         raise InputError(f"{out} {what}; choose another --out" + (", or add --overwrite true" if is_run else ""))
     if not is_run:
         raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")
+
+
+def clear_folder(out: Path) -> None:
+    """Make an empty folder of what :func:`fresh_folder` let pass."""
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
