@@ -7,8 +7,7 @@ class and register tokens in front). Which of these it is gets decided once, whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from protopush._compat import ensure_torchvision
 from protopush.data.preprocessing import Preprocessing
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, first_line, listing
 from protopush.layouts import LAYOUTS, Tokens, choose_layout, token_stride
-from protopush.weights import PRETRAINED_SOURCES, first_line, load_in_order, load_weights
+from protopush.untouched import untouched
+from protopush.weights import PRETRAINED_SOURCES, load_in_order, load_weights
 
 
 class Features(NamedTuple):
@@ -163,7 +163,7 @@ class Backbone(nn.Module):
         image = like.new_zeros((1, 3, *self.preprocessing.size), dtype=like.dtype if like.is_floating_point() else None)
         nothing = torch.empty(0)
         save_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
-        with _undisturbed(self.model, like.device), torch.set_grad_enabled(with_graph), save_nothing:
+        with untouched(self.model), torch.set_grad_enabled(with_graph), save_nothing:
             try:
                 output = _features_of(self.model, image)
             except Exception as cause:
@@ -296,19 +296,6 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
     found = resolve_model_data_config(model, pretrained_cfg=config)  # type: ignore[no-untyped-call]
     look = {key: found[key] for key in ("mean", "std", "interpolation")}
     return Preprocessing.from_dict({**look, "size": found["input_size"][1:]})
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a model in eval mode, and leave its train flags and the random state as they were."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _stop_unused(model: nn.Module, output: Tensor) -> None:

@@ -23,7 +23,7 @@ from protopush.data.images import check_images, read_image
 from protopush.data.manifest import Catalog
 from protopush.errors import InputError
 from protopush.explain import draw_panel, explain_image
-from protopush.push import PushReport
+from protopush.push import PushReport, check_momentum
 from protopush.push.certificate import AnchorCheck, verify_anchors
 from protopush.training.config import DataConfig
 from protopush.training.evaluate import evaluate
@@ -37,8 +37,7 @@ def push_run(options: Namespace) -> PushReport:
     out = Path(options.out)
     if out.resolve() == Path(options.run).resolve():
         raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
-    if not 0 <= options.momentum <= 1:
-        raise InputError(f"momentum is {options.momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
+    check_momentum(options.momentum)
     run, device = _open(options)
     fresh_folder(out, options.overwrite)
     dataset, catalog = _split(run, options)

@@ -27,3 +27,8 @@ def listing(items: Sequence[object], limit: int = 10) -> str:
     shown = ", ".join(str(item) for item in items[:limit])
     rest = len(items) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def first_line(cause: BaseException) -> str:
+    """What an error says, cut to one line."""
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, first_line, listing
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def first_line(cause: BaseException) -> str:
-    """What an error says, cut to one line."""
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 # A weights file's ending -> how to read it without unpickling anything.

@@ -20,6 +20,7 @@ from protopush.data.files import atomic, write_json
 from protopush.data.provenance import Provenance
 from protopush.errors import InputError, listing
 from protopush.fingerprint import weights_fingerprint
+from protopush.untouched import untouched
 
 FORMAT = 1
 MANY_BAD = 20  # samples with NaN after which no more are looked for
@@ -125,7 +126,6 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@torch.no_grad()
 def _compute(
     backbone: nn.Module,
     view: ImageDataset,
@@ -137,27 +137,22 @@ def _compute(
 ) -> tuple[int, int]:
     loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
     grid, done, bad = (0, 0), 0, list[str]()
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with atomic(file) as temporary:
-            array: np.memmap[Any, Any] | None = None
-            for images, _, ids in loader:
-                features: HasPatches = backbone(images.to(device))
-                patches = features.patches.half().cpu()
-                bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
-                if len(bad) >= MANY_BAD:
-                    break
-                if array is None:
-                    array, grid = _allocate(temporary, len(view), patches), features.grid
-                array[done : done + len(patches)] = patches.numpy()
-                done += len(patches)
-                advance(len(patches))
-            _refuse_non_finite(bad)
-            if array is not None:
-                array.flush()
-    finally:
-        backbone.train(was_training)
+    with untouched(backbone), atomic(file) as temporary:
+        array: np.memmap[Any, Any] | None = None
+        for images, _, ids in loader:
+            features: HasPatches = backbone(images.to(device))
+            patches = features.patches.half().cpu()
+            bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
+            if len(bad) >= MANY_BAD:
+                break
+            if array is None:
+                array, grid = _allocate(temporary, len(view), patches), features.grid
+            array[done : done + len(patches)] = patches.numpy()
+            done += len(patches)
+            advance(len(patches))
+        _refuse_non_finite(bad)
+        if array is not None:
+            array.flush()
     return grid
 
 

@@ -18,7 +18,7 @@ from protopush.errors import InputError
 from protopush.head_optimal import HeadOptimal, HeadOutput
 from protopush.model import ProtoModel
 from protopush.prototypes import Anchor
-from protopush.push.untouched import untouched
+from protopush.untouched import untouched
 
 
 @dataclass(frozen=True)

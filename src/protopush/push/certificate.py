@@ -17,7 +17,7 @@ from protopush.errors import InputError
 from protopush.prototypes import Anchor, PrototypeManager
 from protopush.push.contract import Pushable
 from protopush.push.search import search_dtype
-from protopush.push.untouched import untouched
+from protopush.untouched import untouched
 
 FORMAT = 1
 TOLERANCE = 1e-4

@@ -18,8 +18,8 @@ from protopush.push.contract import PrototypeOwner, Pushable, Slots, resolve_dev
 from protopush.push.report import PushedPrototype, PushReport
 from protopush.push.search import NonFinite, Tally, TopM, unit_embeddings
 from protopush.push.source import Source, read_through
-from protopush.push.untouched import untouched
 from protopush.push.update import momentum_update, reset_moments
+from protopush.untouched import untouched
 
 logger = logging.getLogger("protopush.push")
 
@@ -200,9 +200,18 @@ def _grid(cells: int, images: Tensor) -> tuple[int, int]:
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
-def _check_arguments(momentum: float, cap: int | None) -> None:
+def check_momentum(momentum: float, name: str = "momentum") -> None:
+    """Refuse a momentum outside of [0, 1], under the name that the user knows it by.
+
+    Raises:
+        InputError: it is outside, or NaN.
+    """
     if not 0.0 <= momentum <= 1.0:
-        raise InputError(f"momentum is {momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
+        raise InputError(f"{name} is {momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
+
+
+def _check_arguments(momentum: float, cap: int | None) -> None:
+    check_momentum(momentum)
     if cap is not None and cap < 1:
         raise InputError(f"max_patches_per_class is {cap}; expected at least 1, or None for every patch")
 

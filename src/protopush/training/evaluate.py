@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from protopush.metrics.classification import classification_metrics
-from protopush.push.untouched import untouched
 from protopush.training.progress import bar
+from protopush.untouched import untouched
 
 
 class Predictions(NamedTuple):

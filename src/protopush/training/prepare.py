@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from protopush.backbones import Backbone, create_backbone
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import check_images
-from protopush.data.manifest import Catalog, require_training_images
+from protopush.data.manifest import Catalog, Sample, require_training_images
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
-from protopush.errors import InputError
+from protopush.errors import InputError, first_line
 from protopush.head_optimal import HeadOptimal
 from protopush.losses import PrototypeLoss, balanced_class_weights
 from protopush.model import ProtoModel
+from protopush.push import check_momentum
 from protopush.training.config import DataConfig, RunConfig
 from protopush.training.progress import bar
 
@@ -93,9 +94,7 @@ def prepare(config: RunConfig) -> Job:
     data = config.data
     catalog = load_catalog(data.path, data.source, seed=data.split_seed)
     require_training_images(catalog)
-    samples = list(catalog.samples)
-    with bar("Checking images", len(samples)) as advance:
-        digests = check_images([sample.image for sample in samples], lambda: advance(1))
+    hashes = _check_samples(catalog.samples)
     fabric = make_fabric(config.train.device, config.train.precision)
     fabric.seed_everything(config.train.seed, verbose=False)
     backbone = create_backbone(config.model.backbone, pretrained=config.model.pretrained)
@@ -113,7 +112,6 @@ def prepare(config: RunConfig) -> Job:
         backbone.freeze()
     transform = EvalTransform(backbone.preprocessing, data.crop_pct)
     train, val = _datasets(catalog, transform, _train_transform(config, backbone))
-    hashes = {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
 
 
@@ -145,8 +143,7 @@ def _check_numbers(config: RunConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
-    if not 0 <= push.momentum <= 1:
-        raise InputError(f"push.momentum is {push.momentum}; expected 0 (hard push) to 1 (no move), usually 0.9")
+    check_momentum(push.momentum, "push.momentum")
 
 
 def make_fabric(device: str, precision: str = "32-true") -> Fabric:
@@ -162,9 +159,8 @@ def make_fabric(device: str, precision: str = "32-true") -> Fabric:
         try:
             return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         except Exception as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"cannot run on device {device!r} with {precision} ({reason}); try --train.device cpu"
+                f"cannot run on device {device!r} with {precision} ({first_line(error)}); try --train.device cpu"
             ) from error
 
 
@@ -186,6 +182,12 @@ def open_split(
     """
     catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
     samples = catalog.split(split)
-    with bar("Checking images", len(samples)) as advance:
-        check_images([sample.image for sample in samples], lambda: advance(1))
+    _check_samples(samples)
     return ImageDataset(samples, transform), catalog
+
+
+def _check_samples(samples: Sequence[Sample]) -> dict[str, str]:
+    """Decode every image once; its SHA-256 by its name."""
+    with bar("Checking images", len(samples)) as advance:
+        digests = check_images([sample.image for sample in samples], lambda: advance(1))
+    return {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from protopush.backbones import Backbone, create_backbone
 from protopush.data.files import read_json, write_atomic, write_json
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError
+from protopush.errors import InputError, first_line
 from protopush.explain import draw_gallery
 from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
@@ -181,8 +180,7 @@ def _load_weights(model: nn.Module, file: Path, digest: str) -> None:
     try:
         model.load_state_dict(load_file(file))
     except Exception as error:  # safetensors raises its own type, torch RuntimeError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"damaged file: {file} ({reason}); take it from a copy of the run") from error
+        raise InputError(f"damaged file: {file} ({first_line(error)}); take it from a copy of the run") from error
 
 
 def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:
@@ -213,7 +211,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     write_atomic(folder / "checkpoints" / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
-def fresh_folder(out: Path, overwrite: bool, owned: Sequence[str] = ("config.json", "metrics.jsonl")) -> None:
+def fresh_folder(out: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless it is a run to be overwritten.
 
     Raises:
@@ -223,7 +221,7 @@ def fresh_folder(out: Path, overwrite: bool, owned: Sequence[str] = ("config.jso
         raise InputError(f"{out} is a file; expected a folder for the run; choose another --out")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    is_run = any((out / name).is_file() for name in owned)
+    is_run = any((out / name).is_file() for name in ("config.json", "metrics.jsonl"))
     if not overwrite:
         what = "holds a run already" if is_run else "is not empty"
         raise InputError(f"{out} {what}; choose another --out" + (", or add --overwrite true" if is_run else ""))
