@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from protopush import push_prototypes
-from protopush.push.search import TopM, unit_embeddings
+from protopush.push.candidates import Patches, TopM
 
 CASES = 60
 
@@ -89,15 +89,18 @@ def test_top_m_candidates_equal_brute_force(seed, depth):
     search = TopM(torch.from_numpy(unit(prototypes)), torch.ones(prototypes.shape[:2], dtype=torch.bool), depth)
     order = np.random.default_rng(seed).permutation(len(labels))
     for rows in np.array_split(order, range(4, len(order), 4)):
-        embeddings, allowed = unit_embeddings(torch.from_numpy(patches[rows]))
-        search.update(embeddings, torch.from_numpy(labels[rows]), torch.from_numpy(rows), allowed)
+        embeddings, ids = torch.from_numpy(patches[rows]), torch.from_numpy(rows)
+        norm = embeddings.norm(dim=2)
+        search.update(Patches(embeddings, norm, torch.from_numpy(labels[rows]), ids, ids, norm > 0, embeddings))
     for (c, k), expected in brute_force(patches, labels, prototypes, depth).items():
-        hit = search.similarity[c, :, k].isfinite()
-        assert list(zip(search.ids[c, hit, k].tolist(), search.cells[c, hit, k].tolist(), strict=True)) == [
+        found = search.ranked
+        hit = found.similarity[c, :, k].isfinite()
+        assert list(zip(found.ids[c, hit, k].tolist(), found.cells[c, hit, k].tolist(), strict=True)) == [
             (i, cell) for _, i, cell in expected
         ]
         for m, (_, i, cell) in enumerate(expected):
-            np.testing.assert_allclose(search.embeddings[c, m, k].numpy(), unit(patches[i, cell]), atol=1e-6)
+            vector = search.vectors[c, found.place[c, m, k], k].numpy()
+            np.testing.assert_allclose(vector, patches[i, cell])
 
 
 @pytest.mark.parametrize("loading", [

@@ -32,6 +32,7 @@ class HeadOutput(NamedTuple):
         similarities: (B, num_classes, K), the cosine at the best cell.
         cells: (B, num_classes, K), that cell.
         embeddings: (B, L, D), unit norm.
+        prototypes: (num_classes, K, D), unit norm.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class HeadOutput(NamedTuple):
     similarities: Tensor
     cells: Tensor
     embeddings: Tensor
+    prototypes: Tensor
 
 
 class HeadOptimal(nn.Module):
@@ -56,6 +58,9 @@ class HeadOptimal(nn.Module):
         dropout: after the projection, in training.
         match: ``local`` compares prototypes with every patch, ``global`` with the pooled feature as one patch.
         temperature: initial ``exp(log_temperature)``.
+        anchoring: ``off``, prototypes are parameters; ``live``, from its first push on each prototype *is* the
+            embedding of its anchor's stored feature, made anew in every forward, so that the projection learns to make
+            real patches good prototypes.
 
     Source: ProtoPNet (Chen et al., 2019) for the scores; cosine similarity as in TesNet (Wang et al., 2021).
 
@@ -78,22 +83,49 @@ class HeadOptimal(nn.Module):
         dropout: float = 0.1,
         match: str = "local",
         temperature: float = 10.0,
+        anchoring: str = "off",
     ) -> None:
         super().__init__()
+        if anchoring not in ("off", "live"):
+            raise InputError(f"anchoring={anchoring!r}; expected 'off' or 'live' (prototypes are real patches)")
         if match not in ("local", "global"):
             raise InputError(f"match={match!r}; expected 'local' (every patch) or 'global' (the pooled feature)")
         self.match = match
         self.proj = nn.Sequential(nn.Linear(in_dim, embed_dim), nn.LayerNorm(embed_dim), nn.Dropout(dropout))
-        self.proto_manager = PrototypeManager(num_classes, num_prototypes, embed_dim, max_prototypes)
+        self.anchoring = anchoring
+        anchor_dim = in_dim if anchoring == "live" else None
+        self.proto_manager = PrototypeManager(num_classes, num_prototypes, embed_dim, max_prototypes, anchor_dim)
         slots = self.proto_manager.max_prototypes
         # softplus(w) = 1: at first every prototype counts alike
         self.connections = nn.Parameter(torch.full((num_classes, slots), math.log(math.e - 1)))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.zeros(num_classes))
+        if anchoring == "live":  # what is saved are the prototypes that the model has
+            self.register_state_dict_pre_hook(_sync)  # type: ignore[no-untyped-call]
 
     def embed(self, features: Tensor) -> Tensor:
         """Features (..., C) as unit embeddings (..., D)."""
         return F.normalize(self.proj(features), dim=-1)
+
+    def prototypes(self) -> Tensor:
+        """The unit prototypes (num_classes, K, D): the parameter's, or their anchors' embeddings where live."""
+        manager = self.proto_manager
+        if manager.anchor_features is None or manager.anchor_ids is None:
+            return manager.unit()
+        anchored = F.normalize(self.proj[:-1](manager.anchor_features), dim=-1)  # without dropout
+        # The parameter stays in the graph, with a gradient of 0: DDP wants each parameter to take part.
+        live = torch.where(
+            manager.anchor_ids.unsqueeze(1) >= 0, anchored.view_as(manager.prototypes), manager.prototypes
+        )
+        return F.normalize(live, dim=-1).view(manager.num_classes, manager.max_prototypes, -1)
+
+    @torch.no_grad()
+    def sync_prototypes(self) -> None:
+        """Write live prototypes into the parameter, for those who read it: the push, a state dict, an export."""
+        manager = self.proto_manager
+        if manager.anchor_ids is not None:
+            live = (manager.anchor_ids >= 0).unsqueeze(1)
+            manager.prototypes.copy_(torch.where(live, self.prototypes().flatten(0, 1), manager.prototypes))
 
     def weights(self) -> Tensor:
         """What a similarity of 1 contributes, (num_classes, K): temperature, connection and mean; 0 in unused slots."""
@@ -103,11 +135,23 @@ class HeadOptimal(nn.Module):
 
     def forward(self, features: HasFeatures) -> HeadOutput:
         """Features of a batch, patches (B, L, C) and pooled (B, 1, C), to :class:`HeadOutput`."""
-        embeddings = self.embed(features.patches if self.match == "local" else features.pooled)
-        prototypes = self.proto_manager.unit()
+        return self.classify(self.embed_features(features))
+
+    def embed_features(self, features: HasFeatures) -> Tensor:
+        """The unit embeddings (B, L, D) that prototypes are compared with: of patches, or of the pooled feature."""
+        return self.embed(features.patches if self.match == "local" else features.pooled)
+
+    def classify(self, embeddings: Tensor) -> HeadOutput:
+        """Unit embeddings (B, L, D) to :class:`HeadOutput`."""
+        prototypes = self.prototypes()
         every = embeddings @ prototypes.flatten(0, 1).T  # (B, L, num_classes * K)
         best, cells = every.max(dim=1)
         shape = (-1, *prototypes.shape[:2])
         similarities = best.view(shape)
         contributions = similarities * self.weights()
-        return HeadOutput(contributions.sum(-1) + self.bias, contributions, similarities, cells.view(shape), embeddings)
+        logits = contributions.sum(-1) + self.bias
+        return HeadOutput(logits, contributions, similarities, cells.view(shape), embeddings, prototypes)
+
+
+def _sync(head: HeadOptimal, *_: object) -> None:
+    head.sync_prototypes()

@@ -146,7 +146,7 @@ class PrototypeLoss(nn.Module):
             "grounding": lambda: grounding_loss(out.similarities, labels, used),
             "cluster": lambda: cluster_loss(out.similarities, labels, used),
             "separation": lambda: separation_loss(out.similarities, labels, used, self.separation_margin),
-            "orthogonality": lambda: orthogonality_loss(manager.unit(), used),
+            "orthogonality": lambda: orthogonality_loss(out.prototypes, used),
             "consistency": lambda: consistency_loss(out.similarities, labels, used),
         }
         entropy = F.cross_entropy(out.logits, labels, self.class_weights, label_smoothing=self.label_smoothing)

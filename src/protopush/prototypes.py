@@ -28,6 +28,8 @@ class Anchor:
         box: (x0, y0, x1, y1) in pixels of the upright original picture.
         image_size: (width, height) of that picture.
         verified: False where the dataset could not say which file or view the patch came from.
+        runner_up: similarity, before the push, of the best candidate elsewhere: in another image, or in whatever of
+            which no two prototypes may share one. The anchor's margin is its similarity less this.
     """
 
     sample_id: int | str
@@ -41,6 +43,7 @@ class Anchor:
     box: tuple[int, int, int, int] | None = None
     image_size: tuple[int, int] | None = None
     verified: bool = True
+    runner_up: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -63,11 +66,14 @@ class PrototypeManager(nn.Module):
         num_prototypes: prototypes in use per class, one number for all classes or one for each.
         dim: D, the embedding's size.
         max_prototypes: slots per class, at least ``num_prototypes``; the rest is room to grow.
+        anchor_dim: C, where prototypes are to be live: made anew, in every forward, of their anchors' features.
 
     Attributes:
         prototypes: Parameter (C * max_prototypes, D); slots of one class lie together.
         valid_mask: bool (C * max_prototypes), the slots in use.
         anchors: one :class:`Anchor` or None per slot.
+        anchor_features: (C * max_prototypes, anchor_dim), the backbone's features at the anchors; None without.
+        anchor_ids, anchor_cells: int64, sample and cell that they come from; id -1 where there is no anchor.
 
     Example:
         >>> manager = PrototypeManager(num_classes=3, num_prototypes=2, dim=8)
@@ -78,6 +84,9 @@ class PrototypeManager(nn.Module):
     """
 
     valid_mask: Tensor
+    anchor_features: Tensor | None
+    anchor_ids: Tensor | None
+    anchor_cells: Tensor | None
 
     def __init__(
         self,
@@ -85,6 +94,7 @@ class PrototypeManager(nn.Module):
         num_prototypes: int | Sequence[int],
         dim: int,
         max_prototypes: int | None = None,
+        anchor_dim: int | None = None,
     ) -> None:
         super().__init__()
         counts = [num_prototypes] * num_classes if isinstance(num_prototypes, int) else list(num_prototypes)
@@ -99,7 +109,11 @@ class PrototypeManager(nn.Module):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes * slots, dim), dim=-1))
         used = torch.arange(slots).expand(num_classes, slots) < torch.tensor(counts).unsqueeze(1)
         self.register_buffer("valid_mask", used.flatten())
-        self.anchors: list[Anchor | None] = [None] * (num_classes * slots)
+        total = num_classes * slots
+        self.register_buffer("anchor_features", None if anchor_dim is None else torch.zeros(total, anchor_dim))
+        self.register_buffer("anchor_ids", None if anchor_dim is None else torch.full((total,), -1))
+        self.register_buffer("anchor_cells", None if anchor_dim is None else torch.zeros(total, dtype=torch.int64))
+        self.anchors: list[Anchor | None] = [None] * total
 
     @property
     def dim(self) -> int:

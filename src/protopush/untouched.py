@@ -13,13 +13,13 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module, loader: Any = None) -> Iterator[None]:
+def untouched(model: nn.Module, *loaders: Any) -> Iterator[None]:
     """Evaluate a model without gradients, then put back every mode and random state, also after an error.
 
     Random states are seeded inside, so that what happens there is the same each time.
     """
     modes = [(module, module.training) for module in model.modules()]
-    generators = {id(g): g for g in _generators(loader)}
+    generators = {id(g): g for loader in loaders for g in _generators(loader)}
     states = [(generator, generator.get_state()) for generator in generators.values()]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (other people's datasets use it)
     try:

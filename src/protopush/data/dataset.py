@@ -19,7 +19,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Items are (image (3, H, W), label, index); the index is the sample's place in ``samples``.
 
     A dataset of your own that the push can read as well offers the same two methods: ``eval_view()``
-    (the dataset without augmentation) and ``describe(index)`` (a :class:`protopush.data.provenance.Provenance`).
+    (the dataset without augmentation) and ``describe(index)`` (a :class:`protopush.data.provenance.Provenance`); with
+    ``labels`` and ``groups`` (one for each item) the push need not read images to know them.
     """
 
     def __init__(
@@ -36,6 +37,11 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def labels(self) -> list[int]:
         """The label of each sample, known without reading an image."""
         return [sample.label for sample in self.samples]
+
+    @property
+    def groups(self) -> list[str | None]:
+        """The group (lesion, patient) of each sample."""
+        return [sample.group for sample in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)

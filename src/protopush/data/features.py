@@ -49,6 +49,11 @@ class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
         """The label of each sample."""
         return self.images.labels
 
+    @property
+    def groups(self) -> list[str | None]:
+        """The group of each sample."""
+        return self.images.groups
+
     def __len__(self) -> int:
         return len(self.images)
 

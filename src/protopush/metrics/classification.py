@@ -11,14 +11,15 @@ from protopush._compat import ensure_torchvision
 
 
 def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """n, accuracy, balanced_accuracy, macro_f1, auroc, per_class.
+    """n, accuracy, balanced_accuracy, macro_f1, auroc, ece, per_class.
 
     Balanced accuracy is the mean recall over the classes that occur (Brodersen et al., 2010); macro F1 the mean F1 over
     the classes that occur or are predicted; AUROC the mean, over classes that occur but aren't all there is, of one
-    against the rest (Fawcett, 2006), None if there is no such class.
+    against the rest (Fawcett, 2006), None if there is no such class; ECE the expected calibration error, the mean gap
+    between confidence and accuracy over 15 bins of equal width (Guo et al., 2017).
 
     Args:
-        probabilities: (N, C), or any scores that rank within a class.
+        probabilities: (N, C), rows summing to 1; for all but ECE any scores that rank within a class will do.
         labels: int64 (N,).
         class_names: C names.
 
@@ -57,6 +58,7 @@ def classification_metrics(probabilities: Tensor, labels: Tensor, class_names: S
         "balanced_accuracy": _mean([row["recall"] for row in per_class.values()]),
         "macro_f1": _mean([row["f1"] for row in per_class.values()]),
         "auroc": _mean(auroc),
+        "ece": float(tm.multiclass_calibration_error(probabilities, labels, num_classes=count, n_bins=15)),
         "per_class": per_class,
     }
 

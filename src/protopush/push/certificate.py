@@ -15,8 +15,7 @@ from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
 from protopush.prototypes import Anchor, PrototypeManager
-from protopush.push.contract import Pushable
-from protopush.push.search import search_dtype
+from protopush.push.contract import Pushable, exact_dtype
 from protopush.untouched import untouched
 
 FORMAT = 1
@@ -125,7 +124,7 @@ def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor
         images = transform(read_image(file)).unsqueeze(0).to(device)
         pooled, patches = model.extract_features(images)
         projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
-    return F.normalize(projected.to(search_dtype(projected.device)), dim=-1)
+    return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1)
 
 
 def _compare(anchor: Anchor, prototype: Tensor, embeddings: Tensor | str, tolerance: float) -> tuple[float | None, str]:

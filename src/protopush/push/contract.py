@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protopush.errors import InputError
-from protopush.push.search import search_dtype
 
 
 class PrototypeOwner(Protocol):
@@ -81,7 +81,7 @@ class Slots(NamedTuple):
     Attributes:
         rows: int64 (C, K), the rows of the parameter; -1 where a class has fewer.
         used: bool (C, K).
-        unit: (C, K, D), unit norm, in the search's precision.
+        unit: (C, K, D), unit norm, in :func:`exact_dtype`.
     """
 
     rows: Tensor
@@ -89,11 +89,11 @@ class Slots(NamedTuple):
     unit: Tensor
 
     @classmethod
-    def of(cls, manager: PrototypeOwner) -> Slots:
-        """Lay out a manager's prototypes.
+    def of(cls, manager: PrototypeOwner, only: Iterable[tuple[int, int]] | None = None) -> Slots:
+        """Lay out a manager's prototypes; with ``only`` (class, prototype) in use, as if there were no others.
 
         Raises:
-            InputError: a prototype in use isn't finite.
+            InputError: a prototype in use isn't finite, or one of ``only`` isn't there.
         """
         parameter = manager.prototypes.detach()
         ranges = manager.get_prototype_indices()
@@ -104,7 +104,26 @@ class Slots(NamedTuple):
             rows[number, : end - start] = torch.arange(start, end)
         used = ((rows >= 0) & valid[rows.clamp(min=0)]).to(parameter.device)
         rows = rows.to(parameter.device)
-        vectors = parameter[rows.clamp(min=0)].to(search_dtype(parameter.device))
+        if only is not None:
+            used = _only(used, only)
+        vectors = parameter[rows.clamp(min=0)].to(exact_dtype(parameter.device))
         if not bool(vectors[used].isfinite().all()):
             raise InputError("the prototypes hold NaN or infinite values; expected finite ones; nothing was changed")
         return cls(rows, used, F.normalize(vectors, dim=-1))
+
+
+def _only(used: Tensor, only: Iterable[tuple[int, int]]) -> Tensor:
+    chosen = torch.zeros_like(used)
+    for c, k in only:
+        if not (0 <= c < used.shape[0] and 0 <= k < used.shape[1] and bool(used[c, k])):
+            raise InputError(
+                f"there is no prototype {c}:{k} in use; expected class:prototype, classes 0 to {used.shape[0] - 1}, "
+                f"prototypes 0 to {used.shape[1] - 1}"
+            )
+        chosen[c, k] = True
+    return chosen
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64 (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64

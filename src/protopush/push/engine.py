@@ -6,24 +6,31 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from protopush.errors import InputError, listing
+from protopush.errors import InputError
 from protopush.prototypes import Anchor
+from protopush.push.assign import check_unique
+from protopush.push.choose import Chosen, choose
 from protopush.push.contract import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
+from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
+from protopush.push.move import Move
 from protopush.push.report import PushedPrototype, PushReport
-from protopush.push.search import NonFinite, Tally, TopM, unit_embeddings
+from protopush.push.search import Allow, Query
 from protopush.push.source import Source, read_through
-from protopush.push.update import momentum_update, reset_moments
+from protopush.push.update import INTERPOLATIONS
 from protopush.untouched import untouched
 
-logger = logging.getLogger("protopush.push")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-LOG_EVERY = 50  # batches
+    from protopush.push.options import PushOptions
+
+logger = logging.getLogger("protopush.push")
 
 
 def push_prototypes(
@@ -36,16 +43,26 @@ def push_prototypes(
     max_patches_per_class: int | None = None,
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
+    unique: str = "none",
+    interpolation: str = "linear",
+    prototypes: Iterable[tuple[int, int]] | None = None,
+    allow: Allow | None = None,
+    guard: str = "off",
+    guard_budget: float = 0.01,
+    val_loader: Iterable[Any] | None = None,
 ) -> PushReport:
     """Move each prototype towards the nearest patch among the training images of its own class.
 
     ``p <- normalise(momentum * p + (1 - momentum) * f)``, where p and every patch embedding f have unit norm. One pass
     over the data, exact, in memory that does not grow with the number of images. Nothing is changed if it fails.
 
+    Under ``torch.distributed`` every rank must call it: the ranks divide the data and end with the same prototypes.
+
     Args:
         model: any module with ``extract_features(images) -> (x_fu (B, 1, C), x_fu1 (B, L, C))``, ``head.proj`` (C -> D)
             and ``head.proto_manager`` with ``prototypes`` (S, D), ``get_prototype_indices()`` and, optionally,
-            ``valid_mask`` (S,); wrapped by DDP or Fabric or not.
+            ``valid_mask`` (S,); wrapped by DDP or Fabric or not. Live prototypes (``anchoring="live"`` of
+            :class:`protopush.HeadOptimal`) are put onto their new anchors whatever the momentum, unless it is 1.
         dataloader: yields ``(images, labels)`` or ``(images, labels, ids)``, shuffled or not. A dataset that augments
             should offer ``eval_view()``, and ``describe(index)`` to have files and boxes in the anchors.
         device: where the model is and the images go.
@@ -55,6 +72,16 @@ def push_prototypes(
             (``seed``) until every class has as many.
         seed: of that order.
         optimizer: its moments of the pushed prototypes are set to 0.
+        unique: ``none``: each prototype takes its nearest patch; ``patch``, ``image``, ``group``: no two prototypes of
+            a class share one, and the sum of their similarities is the largest to be had. Where a class has too few,
+            the next lower word holds for it, and the report says so. Groups come from the dataset (``groups``).
+        interpolation: ``linear``, or ``slerp``, which goes ``1 - momentum`` of the angle.
+        prototypes: (class, prototype) of those to push; None for all.
+        allow: which patches may become anchors: ids (B,) and grid (rows, columns) to bool (B, L), on the CPU.
+        guard: ``off``; ``report`` measures the model on ``val_loader`` before and after; ``rollback`` takes the push
+            back where it costs more than ``guard_budget``; ``budget`` raises the momentum until it doesn't.
+        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
+        val_loader: validation images, as ``dataloader``.
 
     Raises:
         InputError: non-finite features (the samples are named), labels without a class, a model that lacks a part.
@@ -71,116 +98,101 @@ def push_prototypes(
         ([16, 16], 6)
     """
     started = time.perf_counter()
-    _check_arguments(momentum, max_patches_per_class)
     net = unwrap(model)
     manager = net.head.proto_manager
-    slots = Slots.of(manager)
+    live = getattr(manager, "anchor_features", None)
+    momentum = 0.0 if live is not None and momentum < 1 else momentum
+    _check_arguments(momentum, max_patches_per_class, unique, interpolation)
+    check_guard(guard, guard_budget, val_loader, live is not None)
     target = resolve_device(net, device)
-    name = "LOCAL patch" if use_local else "GLOBAL pooled"
-    logger.info("Collecting %s features for prototype push...", name)
-    with untouched(model, dataloader):
+    if live is not None:
+        net.head.sync_prototypes()  # type: ignore[attr-defined]
+    slots = Slots.of(manager, prototypes)
+    names = _class_names(net, len(slots.rows))
+    logger.info("Collecting %s features for prototype push...", "LOCAL patch" if use_local else "GLOBAL pooled")
+    with untouched(model, dataloader, val_loader):
         source = read_through(dataloader, order_seed=None if max_patches_per_class is None else seed)
-        tally = Tally(len(slots.rows), max_patches_per_class, seed)
-        found, grid = _search(net, source, slots, target, tally, use_local)
-        if not source.verified:
-            logger.warning("%s", source.note)
-        moved, records = _move(slots, found, source, grid, momentum)
+        query = Query(use_local, max_patches_per_class, seed, allow, None if live is None else live.shape[1])
+        chosen = choose(net, source, slots, query, unique, names)
+        vectors = chosen.vectors if live is None else net.head.proj(chosen.vectors.to(live.dtype))
+        nearest = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
+        anchored = None if live is None else (chosen.vectors, chosen.ids, chosen.cells)
+        move = Move(manager, slots, chosen.hit, nearest, interpolation, anchored)
+        decision = None
+        if guard != "off" and val_loader is not None:
+            decision = _guarded(Validation(model, net, val_loader, target), guard, guard_budget, momentum, move)
+    final = momentum if decision is None else decision.momentum
+    records = _records(slots, chosen, nearest, move.at(final), source)
     report = PushReport(
         use_local=use_local,
-        momentum=momentum,
+        momentum=final,
         max_patches_per_class=max_patches_per_class,
         prototypes=records,
-        patches_per_class=tally.patches.tolist(),
-        images_per_class=tally.images.tolist(),
-        kept_classes=[c for c in range(len(slots.rows)) if not any(r.class_index == c for r in records)],
+        patches_per_class=chosen.patches.tolist(),
+        images_per_class=chosen.images.tolist(),
+        kept_classes=_kept(slots, records),
         verified=source.verified,
-        note=source.note,
+        notes=[*([source.note] if source.note else []), *chosen.notes],
         seconds=time.perf_counter() - started,
-        class_names=_class_names(net, len(slots.rows)),
+        class_names=names,
+        unique=chosen.levels,
+        interpolation=interpolation,
+        guard=decision,
     )
-    _apply(manager, slots, moved, report, optimizer)
-    _log(report, use_local)
+    move.keep(final, optimizer)
+    if decision is None or decision.action != "rolled back":
+        _write_anchors(manager, slots, records)
+    _log(report)
     return report
 
 
-def _search(
-    net: Pushable, source: Source, slots: Slots, device: torch.device, tally: Tally, use_local: bool
-) -> tuple[TopM, tuple[int, int]]:
-    """The nearest patches of all prototypes, and the grid of the patches."""
-    found = TopM(slots.unit, slots.used)
-    strange = NonFinite(device)
-    grid, number = (1, 1), 0
-    for number, (images, labels, ids) in enumerate(source.batches(tally.full), start=1):
-        _check_labels(labels, ids, len(slots.rows))
-        x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
-        if number == 1:
-            _log_shapes(x_fu, x_fu1, use_local)
-            grid = _grid(x_fu1.shape[1], images) if use_local else (1, 1)
-        projected = net.head.proj(x_fu1 if use_local else x_fu)
-        ids = ids.to(device, non_blocking=True)
-        strange.update(projected, ids)
-        embeddings, allowed = unit_embeddings(projected)
-        allowed = allowed & tally.take(labels, projected.shape[1]).to(device, non_blocking=True)
-        found.update(embeddings, labels, ids, allowed)
-        if number % LOG_EVERY == 0:
-            logger.info("  Processed %d batches...", number)
-            _refuse_non_finite(strange, source)
-        if tally.done:
-            break
-    if number == 0:
-        raise InputError("the loader yields no batch; expected training images; nothing was changed")
-    _refuse_non_finite(strange, source)
-    return found, grid
+def _guarded(validation: Validation, guard: str, budget: float, momentum: float, move: Move) -> GuardDecision:
+    """The guard's decision; prototypes are as before when it returns, and when it fails."""
+    try:
+        return guarded(guard, budget, momentum, move.to, validation.score)
+    finally:
+        move.undo()
 
 
-def _move(
-    slots: Slots, found: TopM, source: Source, grid: tuple[int, int], momentum: float
-) -> tuple[Tensor, list[PushedPrototype]]:
-    """The new prototypes (C, K, D), and one record for each that found a patch."""
-    nearest = F.normalize(found.embeddings[:, 0].to(slots.unit.dtype), dim=-1)
-    hit = found.similarity[:, 0].isfinite()
-    moved = torch.where(hit.unsqueeze(-1), momentum_update(slots.unit, nearest, momentum), slots.unit)
+def _records(slots: Slots, chosen: Chosen, nearest: Tensor, moved: Tensor, source: Source) -> list[PushedPrototype]:
+    """One record for each prototype that found a patch."""
     before = torch.linalg.vector_norm(slots.unit - nearest, dim=-1).cpu()
     after = torch.linalg.vector_norm(moved - nearest, dim=-1).cpu()
-    ids, cells = found.ids[:, 0].cpu(), found.cells[:, 0].cpu()
-    origin = {i: source.describe(i) for i in sorted(set(ids[hit.cpu()].tolist()))}
     records = []
-    for c, k in hit.cpu().nonzero().tolist():
-        where, cell = origin[int(ids[c, k])], int(cells[c, k])
+    for c, k in chosen.hit.nonzero().tolist():
+        where, cell = chosen.origins[int(chosen.ids[c, k])], int(chosen.cells[c, k])
+        runner_up, rank = float(chosen.runner_up[c, k]), int(chosen.rank[c, k])
         anchor = Anchor(
             sample_id=where.sample_id,
             cell=cell,
-            grid=grid,
+            grid=chosen.grid,
             similarity=_cosine(float(before[c, k])),
             similarity_after=_cosine(float(after[c, k])),
             file=where.file,
             sha256=where.sha256,
             group=where.group,
-            box=where.view.cell_box(cell, grid) if where.view is not None else None,
+            box=where.view.cell_box(cell, chosen.grid) if where.view is not None else None,
             image_size=where.view.original if where.view is not None else None,
             verified=source.verified,
+            runner_up=runner_up if runner_up > -2 else None,
         )
-        records.append(PushedPrototype(c, k, float(before[c, k]), float(after[c, k]), anchor))
-    return moved, records
+        distance = float(before[c, k])
+        nearest_distance = distance if rank == 1 else _distance(float(chosen.nearest[c, k]))
+        records.append(PushedPrototype(c, k, distance, float(after[c, k]), anchor, rank, nearest_distance))
+    return records
 
 
-def _apply(
-    manager: PrototypeOwner, slots: Slots, moved: Tensor, report: PushReport, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Write the new prototypes and anchors: the only place where a push changes anything."""
-    pushed = torch.zeros_like(slots.used)
-    for record in report.prototypes:
-        pushed[record.class_index, record.prototype] = True
-    rows = slots.rows[pushed]
-    parameter = manager.prototypes
-    if report.momentum < 1:  # at 1 nothing moves, not even by rounding
-        parameter.data[rows] = moved[pushed].to(parameter.dtype)
-        if optimizer is not None:
-            reset_moments(optimizer, parameter, rows)
+def _write_anchors(manager: PrototypeOwner, slots: Slots, records: list[PushedPrototype]) -> None:
     anchors = getattr(manager, "anchors", None)
     if anchors is not None:
-        for row, record in zip(rows.tolist(), report.prototypes, strict=True):
-            anchors[row] = record.anchor
+        for record in records:
+            anchors[int(slots.rows[record.class_index, record.prototype])] = record.anchor
+
+
+def _kept(slots: Slots, records: list[PushedPrototype]) -> list[int]:
+    """Classes whose prototypes were to be pushed, but that have no sample."""
+    asked = slots.used.any(dim=1).tolist()
+    return [c for c, wanted in enumerate(asked) if wanted and not any(r.class_index == c for r in records)]
 
 
 def _class_names(net: Pushable, count: int) -> list[str]:
@@ -193,11 +205,8 @@ def _cosine(distance: float) -> float:
     return 1.0 - distance * distance / 2.0
 
 
-def _grid(cells: int, images: Tensor) -> tuple[int, int]:
-    """(rows, columns) with rows * columns == cells, of the shape nearest to the images' (or to a square)."""
-    height, width = images.shape[-2:] if images.ndim == 4 else (1, 1)
-    shapes = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
-    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+def _distance(cosine: float) -> float:
+    return math.sqrt(max(0.0, 2.0 - 2.0 * cosine))
 
 
 def check_momentum(momentum: float, name: str = "momentum") -> None:
@@ -210,56 +219,32 @@ def check_momentum(momentum: float, name: str = "momentum") -> None:
         raise InputError(f"{name} is {momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
 
 
-def _check_arguments(momentum: float, cap: int | None) -> None:
+def _check_arguments(momentum: float, cap: int | None, unique: str, interpolation: str) -> None:
     check_momentum(momentum)
+    check_unique(unique)
+    if interpolation not in INTERPOLATIONS:
+        raise InputError(f"interpolation is {interpolation!r}; expected one of: {', '.join(INTERPOLATIONS)}")
     if cap is not None and cap < 1:
         raise InputError(f"max_patches_per_class is {cap}; expected at least 1, or None for every patch")
 
 
-def _check_labels(labels: Tensor, ids: Tensor, num_classes: int) -> None:
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.any():
-        raise InputError(
-            f"label {int(labels[wrong][0])} of sample {int(ids[wrong][0])}; expected 0 to {num_classes - 1}; "
-            "nothing was changed"
-        )
-
-
-def _refuse_non_finite(strange: NonFinite, source: Source) -> None:
-    count, smallest = strange.found()
-    if count:
-        names = [source.describe(i).sample_id for i in smallest]
-        more = f" and {count - len(names)} more" if count > len(names) else ""
-        raise InputError(
-            f"NaN or infinite features in {count} samples: {listing(names, len(names))}{more}; expected finite ones; "
-            "look at these images and at the weights; nothing was changed"
-        )
-
-
-def _log_shapes(x_fu: Tensor, x_fu1: Tensor, use_local: bool) -> None:
-    for name, features in (("x_fu1", x_fu1), ("x_fu", x_fu)):
-        if features.ndim != 3:
-            raise InputError(f"{name} has the shape {tuple(features.shape)}; expected (batch, cells, channels)")
-    local, pooled = (f"(B, {f.shape[1]}, {f.shape[2]})" for f in (x_fu1, x_fu))
-    if use_local:
-        logger.info("  Using x_fu1 %s instead of x_fu %s", local, pooled)
-    else:
-        logger.info("  Using x_fu %s instead of x_fu1 %s", pooled, local)
-
-
-def _log(report: PushReport, use_local: bool) -> None:
+def _log(report: PushReport) -> None:
+    for note in report.notes:
+        logger.warning("%s", note)
     logger.info("Patch collection statistics:")
     for c, patches in enumerate(report.patches_per_class):
         logger.info("  Class %d: %d patches", c, patches)
-    logger.info("Updating prototypes using %s...", "LOCAL patches" if use_local else "GLOBAL features")
+    logger.info("Updating prototypes using %s...", "LOCAL patches" if report.use_local else "GLOBAL features")
     for c, patches in enumerate(report.patches_per_class):
         logger.info("  Class %d: %d patches", c, patches)
         distances = [p.distance_before for p in report.of_class(c)]
         if distances:
             logger.info("    Updated %d prototypes, min_dist: %.4f", len(distances), min(distances))
-        else:
+        elif c in report.kept_classes:
             logger.warning("    Class %d has no sample: its prototypes are kept as they are", c)
-    logger.info("%s prototype push completed!", "Local" if use_local else "Global")
+    if report.guard is not None:
+        logger.info("  %s", report.guard)
+    logger.info("%s prototype push completed!", "Local" if report.use_local else "Global")
 
 
 class PushMixin:
@@ -275,10 +260,12 @@ class PushMixin:
         use_local: bool = True,
         momentum: float = 0.9,
         max_patches_per_class: int | None = None,
-        seed: int = 0,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[PushOptions],
     ) -> PushReport:
-        """Push with every patch (or, with ``use_local=False``, the pooled features); see :func:`push_prototypes`."""
+        """Push with every patch (or, with ``use_local=False``, the pooled features).
+
+        ``options`` are the other arguments of :func:`push_prototypes`: ``optimizer``, ``unique``, ``guard``, ...
+        """
         return push_prototypes(
             self,  # type: ignore[arg-type]
             dataloader,
@@ -286,8 +273,7 @@ class PushMixin:
             use_local=use_local,
             momentum=momentum,
             max_patches_per_class=max_patches_per_class,
-            seed=seed,
-            optimizer=optimizer,
+            **options,
         )
 
     def push_prototypes_local(
@@ -296,8 +282,7 @@ class PushMixin:
         device: str | int | torch.device,
         momentum: float = 0.9,
         max_patches_per_class: int | None = 5000,
-        seed: int = 0,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[PushOptions],
     ) -> PushReport:
         """Push with at most ``max_patches_per_class`` patches of each class; see :func:`push_prototypes`."""
-        return self.push_prototypes(dataloader, device, True, momentum, max_patches_per_class, seed, optimizer)
+        return self.push_prototypes(dataloader, device, True, momentum, max_patches_per_class, **options)

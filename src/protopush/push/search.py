@@ -1,203 +1,229 @@
-"""The exact nearest-patch search: one pass, nothing collected, memory O(prototypes * M * D)."""
+"""The pass over the data: every rank searches its own batches, then the candidates of all ranks are merged."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-_NO_ID = torch.iinfo(torch.int64).max
+from protopush.data.provenance import Provenance
+from protopush.distributed import gather, gather_objects, rank_and_size, total
+from protopush.errors import InputError, first_line, listing
+from protopush.push.candidates import Patches, Ranked, TopM
+from protopush.push.contract import Pushable, Slots
+from protopush.push.source import DatasetSource, Source
+from protopush.push.tally import NonFinite, Tally
 
-# Cosines that differ by less are equal, and the sample id decides. The same image gives embeddings that differ by a few
-# units of float32's last place from one batch size to another; without this, noise would choose between duplicates.
-TIE = 2.0**-21
+logger = logging.getLogger("protopush.push")
+
+LOG_EVERY = 50  # batches
+
+Allow = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
-class TopM:
-    """The M best patches of each prototype among the samples of its own class, each from another sample.
-
-    The order is (similarity, smaller sample id, smaller cell), where similarities closer than :data:`TIE` are equal, so
-    that how the data was cut into batches does not decide between two patches.
-
-    Args:
-        prototypes: (C, K, D) unit vectors.
-        used: bool (C, K), the slots in use.
-        depth: M.
+@dataclass(frozen=True)
+class Query:
+    """What a push looks for.
 
     Attributes:
-        similarity: float32 (C, M, K), descending along M; -inf where nothing was found.
-        ids, cells: int64 (C, M, K).
-        embeddings: float32 (C, M, K, D), unit norm.
-    """
-
-    def __init__(self, prototypes: Tensor, used: Tensor, depth: int = 1) -> None:
-        classes, slots, dim = prototypes.shape
-        device = prototypes.device
-        self.prototypes = prototypes.to(search_dtype(device))
-        self.used = used
-        self.depth = depth
-        self.similarity = torch.full((classes, depth, slots), -torch.inf, device=device)
-        self.ids = torch.full((classes, depth, slots), _NO_ID, device=device)
-        self.cells = torch.zeros((classes, depth, slots), dtype=torch.int64, device=device)
-        self.embeddings = torch.zeros((classes, depth, slots, dim), device=device)
-
-    def update(self, embeddings: Tensor, labels: Tensor, ids: Tensor, allowed: Tensor) -> None:
-        """Take in a batch.
-
-        Args:
-            embeddings: (B, L, D), unit norm, on the prototypes' device.
-            labels: int64 (B,), on the CPU: what classes a batch holds is then known without waiting for the device.
-            ids: int64 (B,), on the device.
-            allowed: bool (B, L), on the device: patches that may be chosen.
-        """
-        device = embeddings.device
-        present, row_class = torch.unique(labels, return_inverse=True)
-        place, most = _place_within(row_class, len(present))
-        row_class, place, present = row_class.to(device), place.to(device), present.to(device)
-
-        own = self.prototypes[present][row_class]  # (B, K, D)
-        every = (own @ embeddings.transpose(1, 2)).float()  # (B, K, L)
-        every = every.masked_fill(~allowed.unsqueeze(1), -torch.inf)
-        every = every.masked_fill(~self.used[present][row_class].unsqueeze(2), -torch.inf)
-        tied = every >= every.amax(dim=2, keepdim=True) - TIE
-        cell = tied.int().argmax(dim=2)  # the first of equals: the smaller cell
-        best = every.gather(2, cell.unsqueeze(2)).squeeze(2)
-
-        # Images of one class side by side: (present classes, images, K), as the state has (classes, M, K)
-        shape = (len(present), most, best.shape[1])
-        similarity = torch.full(shape, -torch.inf, device=device)
-        cells = torch.zeros(shape, dtype=torch.int64, device=device)
-        numbers = torch.full(shape[:2], _NO_ID, device=device)
-        rows = torch.zeros(shape[:2], dtype=torch.int64, device=device)
-        similarity[row_class, place] = best
-        cells[row_class, place] = cell
-        numbers[row_class, place] = ids
-        rows[row_class, place] = torch.arange(len(ids), device=device)
-        self._merge(present, similarity, cells, numbers.unsqueeze(2).expand(shape), rows, embeddings)
-
-    def _merge(
-        self, present: Tensor, similarity: Tensor, cells: Tensor, numbers: Tensor, rows: Tensor, embeddings: Tensor
-    ) -> None:
-        """Keep the best M of the state and the batch."""
-        similarity = torch.cat([self.similarity[present], similarity], dim=1)
-        numbers = torch.cat([self.ids[present], numbers], dim=1)
-        cells = torch.cat([self.cells[present], cells], dim=1)
-        keep = _ranking(similarity, numbers)[:, : self.depth]  # (present, M, K)
-        cell = cells.gather(1, keep)
-
-        fresh = keep >= self.depth
-        group = torch.arange(len(present), device=keep.device).view(-1, 1, 1).expand_as(keep)
-        row = rows[group, (keep - self.depth).clamp(min=0)]
-        new = embeddings[row, cell.masked_fill(~fresh, 0)].float()
-        kept = keep.clamp(max=self.depth - 1).unsqueeze(-1).expand_as(new)
-        old = self.embeddings[present].gather(1, kept)
-        self.embeddings[present] = torch.where(fresh.unsqueeze(-1), new, old)
-        self.similarity[present] = similarity.gather(1, keep)
-        self.ids[present] = numbers.gather(1, keep)
-        self.cells[present] = cell
-
-
-def _ranking(similarity: Tensor, numbers: Tensor) -> Tensor:
-    """The order along dim 1: by similarity, equals (see :data:`TIE`) by number."""
-    falling, order = similarity.sort(dim=1, descending=True)
-    gaps = (falling[:, :-1] - falling[:, 1:]) > TIE  # -inf beside -inf gives NaN: no gap
-    level = torch.zeros_like(order)
-    level[:, 1:] = gaps.cumsum(dim=1)
-    by_number = numbers.gather(1, order).argsort(dim=1, stable=True)
-    by_level = level.gather(1, by_number).argsort(dim=1, stable=True)
-    return order.gather(1, by_number.gather(1, by_level))
-
-
-def search_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64 (Apple's)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def unit_embeddings(projected: Tensor) -> tuple[Tensor, Tensor]:
-    """L2-normalise in the search's precision.
-
-    Args:
-        projected: (B, L, D), any precision.
-
-    Returns:
-        Unit vectors (B, L, D), zeros where a vector has no direction; and bool (B, L), which do have one.
-    """
-    precise = projected.detach().to(search_dtype(projected.device))
-    finite = precise.isfinite().all(dim=2)
-    norm = torch.linalg.vector_norm(precise, dim=2)
-    allowed = finite & (norm > 0)
-    unit = F.normalize(precise, dim=2).masked_fill(~allowed.unsqueeze(2), 0.0)
-    return unit, allowed
-
-
-def _place_within(groups: Tensor, count: int) -> tuple[Tensor, int]:
-    """The running number of each row within its group, and the size of the largest group. (CPU)"""
-    ones = F.one_hot(groups, count)
-    running = ones.cumsum(dim=0).gather(1, groups.unsqueeze(1)).squeeze(1) - 1
-    return running, int(ones.sum(dim=0).max())
-
-
-class Tally:
-    """How many patches of each class were seen, and which may still be, under a cap per class. (CPU)
-
-    Args:
-        num_classes: number of classes.
+        use_local: patches, or the pooled feature.
         cap: most patches per class; None: all.
-        seed: of the choice of cells in an image that only partly fits.
+        seed: of the order of the images under a cap.
+        allow: ids (B,) and grid to bool (B, L), both on the CPU: patches that may become anchors; None: all.
+        width: W, where the features that patches are projected from are kept, else None (embeddings are kept).
     """
 
-    def __init__(self, num_classes: int, cap: int | None = None, seed: int = 0) -> None:
-        self.cap = cap
-        self.seed = seed
-        self.patches = torch.zeros(num_classes, dtype=torch.int64)
-        self.images = torch.zeros(num_classes, dtype=torch.int64)
-
-    def take(self, labels: Tensor, cells: int) -> Tensor:
-        """Which of the ``cells`` patches of each image count, bool (B, cells)."""
-        if self.cap is None:
-            take = torch.full_like(labels, cells)
-        else:
-            place, _ = _place_within(labels, len(self.patches))
-            take = (self.cap - self.patches[labels] - place * cells).clamp(min=0, max=cells)
-        self.patches.index_add_(0, labels, take)
-        self.images.index_add_(0, labels, (take > 0).long())
-        # Of an image that only partly fits, a seeded choice of cells: the first ones would favour its top edge.
-        rank = torch.randperm(cells, generator=torch.Generator().manual_seed(self.seed))
-        return rank.unsqueeze(0) < take.unsqueeze(1)
-
-    def full(self, label: int) -> bool:
-        """Whether a class has its fill."""
-        return self.cap is not None and int(self.patches[label]) >= self.cap
-
-    @property
-    def done(self) -> bool:
-        """Whether every class has its fill."""
-        return self.cap is not None and bool((self.patches >= self.cap).all())
+    use_local: bool
+    cap: int | None
+    seed: int
+    allow: Allow | None
+    width: int | None
 
 
-class NonFinite:
-    """Remembers, without waiting for the device, the smallest ids of samples with NaN or infinite features.
+@dataclass(frozen=True)
+class Found:
+    """The candidates of all ranks, M for each prototype.
+
+    Attributes:
+        ranked: (C, M, K).
+        owner: (C, M, K), the rank that holds a candidate's vector.
+        held: (C, M + 1, K, W), the vectors that this rank holds.
+        grid: of the patches.
+        patches, images: (C,), how many were looked at.
+    """
+
+    ranked: Ranked
+    owner: Tensor
+    held: Tensor
+    grid: tuple[int, int]
+    patches: Tensor
+    images: Tensor
+
+    def vectors(self, choice: Tensor) -> Tensor:
+        """The vectors (C, K, W) of the candidates number ``choice`` (C, K), the same on every rank."""
+        choice = choice.unsqueeze(1)
+        place = self.ranked.place.gather(1, choice)
+        mine = self.owner.gather(1, choice) == rank_and_size()[0]
+        index = place.unsqueeze(-1).expand(-1, -1, -1, self.held.shape[3])
+        held = self.held.gather(1, index).masked_fill(~mine.unsqueeze(-1), 0.0)
+        return total(held.squeeze(1))
+
+    def origins(self, choice: Tensor, source: Source) -> dict[int, Provenance]:
+        """Where the chosen samples come from; each is told by the rank that has read it."""
+        choice = choice.unsqueeze(1)
+        ids, owner = (values.gather(1, choice) for values in (self.ranked.ids, self.owner))
+        there = self.ranked.similarity.gather(1, choice).isfinite()
+        mine = sorted(set(ids[there & (owner == rank_and_size()[0])].tolist()))
+        told = gather_objects({i: source.describe(i) for i in mine})
+        return {i: origin for origins in told for i, origin in origins.items()}
+
+
+def search(net: Pushable, source: Source, slots: Slots, query: Query, depth: int, key: str) -> Found:
+    """The ``depth`` best candidates of each prototype, with different keys.
 
     Args:
-        device: where the features are.
-        keep: ids to remember at most.
-        first_batch_only: later batches don't count, because in training they are bad for the first one's sake.
+        net, source, slots, query: model, data, prototypes and what is asked.
+        depth: M.
+        key: ``image``, ``group`` or ``patch``: of what a prototype keeps one candidate.
+
+    Raises:
+        InputError: on every rank, whatever went wrong on one of them.
     """
+    device = slots.unit.device
+    top = TopM(slots.unit, slots.used, depth, query.width, by_patch=key == "patch")
+    strange = NonFinite(device)
+    tally = Tally(len(slots.rows), _share_of_cap(query.cap, source), query.seed)
+    grid, problem = None, None
+    try:
+        grid = _read(net, source, query, top, strange, tally, key)
+    except Exception as error:
+        problem = error
+    _raise_together(problem)
+    _refuse_non_finite(strange, source)
+    grids = [other for other in gather_objects(grid) if other is not None]
+    if not grids:
+        raise InputError("the loader yields no batch; expected training images; nothing was changed")
+    return _merged(top, tally, source, grids[0])
 
-    def __init__(self, device: torch.device, keep: int = 20, first_batch_only: bool = False) -> None:
-        self.first_batch_only = first_batch_only
-        self.smallest = torch.full((keep,), _NO_ID, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def update(self, projected: Tensor, ids: Tensor) -> None:
-        """Take in a batch: projected (B, L, D), ids (B,)."""
-        bad = ~projected.isfinite().flatten(1).all(dim=1)
-        if self.first_batch_only:
-            bad = bad & (self.count == 0)
-        candidates = torch.cat([self.smallest, ids.masked_fill(~bad, _NO_ID)])
-        self.smallest = candidates.sort().values[: len(self.smallest)]
-        self.count += bad.sum()
+def _read(
+    net: Pushable, source: Source, query: Query, top: TopM, strange: NonFinite, tally: Tally, key: str
+) -> tuple[int, int] | None:
+    """One pass over this rank's batches, without waiting for the device; the grid of the patches."""
+    device, classes = top.prototypes.device, len(top.prototypes)
+    groups = source.groups if key == "group" else None
+    if query.cap is not None and isinstance(source, DatasetSource):
+        _plan(net, source, query, tally, device)
+    grid = None
+    for number, (images, labels, ids) in enumerate(source.batches(), start=1):
+        _check_labels(labels, ids, classes)
+        x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
+        features = x_fu1 if query.use_local else x_fu
+        if grid is None:
+            _log_shapes(x_fu, x_fu1, query.use_local)
+            grid = _grid(features.shape[1], images) if query.use_local else (1, 1)
+        embeddings = net.head.proj(features).float()
+        norm = torch.linalg.vector_norm(embeddings, dim=2)
+        allowed = norm.isfinite() & (norm > 0)
+        for limit in (tally.take(labels, ids, norm.shape[1]), query.allow and query.allow(ids, grid)):
+            if limit is not None:
+                allowed = allowed & limit.to(device, non_blocking=True)
+        keys = (ids if groups is None else groups[ids]).to(device, non_blocking=True)
+        ids = ids.to(device, non_blocking=True)
+        strange.update(norm, ids)
+        vectors = embeddings if query.width is None else features
+        top.update(Patches(embeddings, norm, labels, ids, keys, allowed, vectors))
+        if number % LOG_EVERY == 0:
+            logger.info("  Processed %d batches...", number)
+        if tally.done:
+            break
+    return grid
 
-    def found(self) -> tuple[int, list[int]]:
-        """How many samples were bad, and the smallest of their ids. (Waits for the device.)"""
-        return int(self.count), [i for i in self.smallest.tolist() if i != _NO_ID]
+
+def _plan(net: Pushable, source: DatasetSource, query: Query, tally: Tally, device: torch.device) -> None:
+    """Settle which images count under a cap before they are read; where labels aren't known, while they are."""
+    if source.labels is None or not source.order:
+        source.divided = False  # what counts depends on all that was read before: each rank must see all of it
+        return
+    images, *_ = next(iter(source.pick(source.order[:1])))
+    x_fu, x_fu1 = net.extract_features(images.to(device))
+    cells = (x_fu1 if query.use_local else x_fu).shape[1]
+    source.order = tally.plan(source.order, source.labels, cells)
+
+
+def _share_of_cap(cap: int | None, source: Source) -> int | None:
+    """Streams are divided by whoever made them: each rank takes its share of the cap."""
+    if cap is None or isinstance(source, DatasetSource):
+        return cap
+    rank, size = rank_and_size()
+    return cap // size + (rank < cap % size)
+
+
+def _merged(top: TopM, tally: Tally, source: Source, grid: tuple[int, int]) -> Found:
+    rank, _ = rank_and_size()
+    parts = [gather(values) for values in top.ranked]
+    everyone = [Ranked(*values) for values in zip(*parts, strict=True)]
+    owners = [torch.full_like(part.place, number) for number, part in enumerate(everyone)]
+    joined = everyone[0]
+    for part in everyone[1:]:
+        joined = joined.cat(part)
+    ranked, keep = joined.best(top.depth, top.by_patch)
+    counts = torch.stack([tally.patches, tally.images])
+    patches, images = total(counts if source.divided or rank == 0 else torch.zeros_like(counts))
+    return Found(ranked, torch.cat(owners, dim=1).gather(1, keep), top.vectors, grid, patches, images)
+
+
+def _raise_together(problem: Exception | None) -> None:
+    """If a rank has failed, all fail, rather than wait for it."""
+    if rank_and_size()[1] > 1:
+        told = gather_objects(None if problem is None else first_line(problem))
+        failed = next((number for number, line in enumerate(told) if line is not None), None)
+        if failed is not None and problem is None:
+            raise InputError(f"rank {failed}: {told[failed]}")
+    if problem is not None:
+        raise problem
+
+
+def _refuse_non_finite(strange: NonFinite, source: Source) -> None:
+    count, ids = strange.found()
+    told = gather_objects((count, [(i, source.describe(i).sample_id) for i in ids]))
+    count = sum(number for number, _ in told)
+    if count:
+        names = [name for _, name in sorted((item for _, named in told for item in named), key=lambda item: item[0])]
+        names = names[: len(strange.smallest)]
+        more = f" and {count - len(names)} more" if count > len(names) else ""
+        raise InputError(
+            f"NaN or infinite features in {count} samples: {listing(names, len(names))}{more}; expected finite ones; "
+            "look at these images and at the weights; nothing was changed"
+        )
+
+
+def _check_labels(labels: Tensor, ids: Tensor, num_classes: int) -> None:
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise InputError(
+            f"label {int(labels[wrong][0])} of sample {int(ids[wrong][0])}; expected 0 to {num_classes - 1}; "
+            "nothing was changed"
+        )
+
+
+def _grid(cells: int, images: Tensor) -> tuple[int, int]:
+    """(rows, columns) with rows * columns == cells, of the shape nearest to the images' (or to a square)."""
+    height, width = images.shape[-2:] if images.ndim == 4 else (1, 1)
+    shapes = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+
+
+def _log_shapes(x_fu: Tensor, x_fu1: Tensor, use_local: bool) -> None:
+    for name, features in (("x_fu1", x_fu1), ("x_fu", x_fu)):
+        if features.ndim != 3:
+            raise InputError(f"{name} has the shape {tuple(features.shape)}; expected (batch, cells, channels)")
+    local, pooled = (f"(B, {f.shape[1]}, {f.shape[2]})" for f in (x_fu1, x_fu))
+    if use_local:
+        logger.info("  Using x_fu1 %s instead of x_fu %s", local, pooled)
+    else:
+        logger.info("  Using x_fu %s instead of x_fu1 %s", pooled, local)

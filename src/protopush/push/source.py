@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from protopush.data.provenance import Provenance
+from protopush.distributed import rank_and_size
 from protopush.errors import InputError
+from protopush.push.datasets import (
+    describe,
+    deterministic_view,
+    groups_of,
+    labels_of,
+    reading_order,
+    refuse_different_datasets,
+)
 
 
 class Batch(NamedTuple):
@@ -28,17 +37,23 @@ class Source:
     Attributes:
         verified: whether ids and view can be trusted to name the very patch that was seen.
         note: why not, or what else the log should say.
+        labels: int64, the label of each id, where it is known without reading.
+        groups: int64, a number for the group of each id, where the dataset tells groups; a sample without has its own.
+        divided: whether each rank reads a part of its own.
     """
 
     verified: bool = True
     note: str = ""
+    labels: Tensor | None = None
+    groups: Tensor | None = None
+    divided: bool = True
 
-    def batches(self, skip: Callable[[int], bool]) -> Iterator[Batch]:
-        """The batches; samples of labels for which ``skip`` holds may be left out to save the work."""
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches."""
         raise NotImplementedError
 
     def describe(self, sample_id: int) -> Provenance:
-        """Where the sample of an id comes from."""
+        """Where a sample that this rank has read comes from."""
         return Provenance(sample_id)
 
 
@@ -63,12 +78,19 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Source
 
 
 class DatasetSource(Source):
-    """A dataset read by index: the id is the index."""
+    """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.
 
-    def __init__(self, loader: DataLoader[Any], order_seed: int | None) -> None:
+    Attributes:
+        order: the indices to read.
+    """
+
+    def __init__(self, loader: DataLoader[Any], order_seed: int | None = None) -> None:
+        refuse_different_datasets(loader.dataset)
         self.loader = loader
         self.dataset, deterministic = deterministic_view(loader.dataset)
-        self.order = _order(loader, order_seed)
+        self.order = reading_order(loader, order_seed)
+        self.labels = labels_of(self.dataset)
+        self.groups = _numbered(groups_of(self.dataset))
         if not deterministic:
             self.verified = False
             self.note = (
@@ -76,16 +98,16 @@ class DatasetSource(Source):
                 "marked unverified; give the dataset an eval_view() that returns it without augmentation"
             )
 
-    def batches(self, skip: Callable[[int], bool]) -> Iterator[Batch]:
-        # A dataset that follows our protocol tells its labels: full classes can then be passed over unread.
-        known = getattr(self.dataset, "labels", None) if hasattr(self.dataset, "describe") else None
-        order = (i for i in self.order if known is None or not skip(known[i]))
+    def batches(self) -> Iterator[Batch]:
+        rank, size = rank_and_size() if self.divided else (0, 1)
+        yield from self.read(_cut(self.order, self._batch_size())[rank::size])
+
+    def read(self, batches: list[list[int]]) -> Iterator[Batch]:
+        """Batches of these indices, read as the loader reads: its workers, its collate_fn."""
         loader = self.loader
-        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         again: DataLoader[Any] = DataLoader(
             _Indexed(self.dataset),
-            batch_size=size,
-            sampler=order,
+            batch_sampler=batches,
             num_workers=loader.num_workers,
             collate_fn=_CollateWithIds(loader.collate_fn),
             pin_memory=loader.pin_memory,
@@ -101,34 +123,64 @@ class DatasetSource(Source):
                     f"the loader's collate_fn made {len(labels)} labels of {len(ids)} samples; "
                     "expected as many, or a sample could not be traced to its image"
                 )
-            yield Batch(images, _as_labels(labels), ids)
+            yield Batch(images, self._checked(_as_labels(labels), ids), ids)
+
+    def pick(self, ids: Sequence[int]) -> Iterator[Batch]:
+        """Batches of just these samples, all of them on each rank."""
+        yield from self.read(_cut(ids, self._batch_size()))
+
+    def narrow(self, keep: Callable[[int], bool]) -> None:
+        """Read only samples of labels that are to be kept, where labels are known."""
+        if self.labels is not None:
+            wanted = [keep(label) for label in self.labels.tolist()]
+            self.order = [i for i in self.order if wanted[i]]
 
     def describe(self, sample_id: int) -> Provenance:
-        return _describe(self.dataset, sample_id)
+        return describe(self.dataset, sample_id)
+
+    def _batch_size(self) -> int:
+        return self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None) or 32
+
+    def _checked(self, labels: Tensor, ids: Tensor) -> Tensor:
+        if self.labels is not None and not torch.equal(self.labels[ids], labels):
+            wrong = int((self.labels[ids] != labels).int().argmax())
+            raise InputError(
+                f"the dataset's labels say {int(self.labels[ids[wrong]])} for item {int(ids[wrong])}, the item itself "
+                f"says {int(labels[wrong])}; expected the same; nothing was changed"
+            )
+        return labels
 
 
 class StreamSource(Source):
-    """Any other iterable, read as it comes; ids are the third element of each batch."""
+    """Any other iterable, read as it comes; ids are the third element of each batch. Each rank reads its own."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
         self.names: dict[int, int | str] = {}
 
-    def batches(self, skip: Callable[[int], bool]) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         seen = 0
         for item in self.loader:
             images, labels, ids = _unpack(item)
             if ids is None:
-                self.verified = False
-                self.note = (
-                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
-                    "the order of reading and marked unverified; yield (images, labels, ids)"
-                )
+                self._refuse_to_count()
                 numbers = torch.arange(seen, seen + len(labels))
             else:
                 numbers = self._number(ids)
             seen += len(labels)
             yield Batch(images, _as_labels(labels), numbers)
+
+    def _refuse_to_count(self) -> None:
+        if rank_and_size()[1] > 1:
+            raise InputError(
+                "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, labels, ids) "
+                "from each of several processes, or their samples would be mistaken for one another"
+            )
+        self.verified = False
+        self.note = (
+            "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
+            "the order of reading and marked unverified; yield (images, labels, ids)"
+        )
 
     def _number(self, ids: Tensor | Sequence[int | str]) -> Tensor:
         if isinstance(ids, Tensor):
@@ -148,70 +200,16 @@ def _order_free_number(name: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def deterministic_view(dataset: Any) -> tuple[Any, bool]:
-    """The dataset without augmentation, and whether it gives the same item twice."""
-    if hasattr(dataset, "eval_view"):
-        return dataset.eval_view(), True
-    if isinstance(dataset, Subset):
-        inner, deterministic = deterministic_view(dataset.dataset)
-        return Subset(inner, dataset.indices), deterministic
-    if isinstance(dataset, ConcatDataset):
-        views = [deterministic_view(part) for part in dataset.datasets]
-        return ConcatDataset([view for view, _ in views]), all(deterministic for _, deterministic in views)
-    if isinstance(dataset, TensorDataset):
-        return dataset, True
-    return dataset, _gives_the_same_twice(dataset)
+def _numbered(groups: Sequence[str | None] | None) -> Tensor | None:
+    """A number for each group, another for each sample without one; None where nothing has a group."""
+    if groups is None or all(group is None for group in groups):
+        return None
+    number = {name: place for place, name in enumerate(sorted({group for group in groups if group is not None}))}
+    return torch.tensor([len(number) + i if group is None else number[group] for i, group in enumerate(groups)])
 
 
-def _gives_the_same_twice(dataset: Any, tries: int = 8) -> bool:
-    """Read a few items twice with different random states; augmentation shows as a difference."""
-    for index in range(min(tries, len(dataset))):
-        torch.manual_seed(index)
-        first = dataset[index][0]
-        torch.manual_seed(index + tries)
-        second = dataset[index][0]
-        if not torch.equal(torch.as_tensor(first), torch.as_tensor(second)):
-            return False
-    return True
-
-
-def _describe(dataset: Any, index: int, name: int | None = None) -> Provenance:
-    """Where an item comes from; without a better name it is called by its index in the outermost ConcatDataset."""
-    name = index if name is None else name
-    if hasattr(dataset, "describe"):
-        found: Provenance = dataset.describe(index)
-        return found
-    if isinstance(dataset, Subset):
-        return _describe(dataset.dataset, int(dataset.indices[index]))
-    if isinstance(dataset, ConcatDataset):
-        part = next(k for k, end in enumerate(dataset.cumulative_sizes) if index < end)
-        start = dataset.cumulative_sizes[part - 1] if part else 0
-        return _describe(dataset.datasets[part], index - start, name)
-    files = getattr(dataset, "imgs", None)  # torchvision's ImageFolder
-    return Provenance(_name_in(dataset[index], name), file=str(files[index][0]) if files is not None else None)
-
-
-def _name_in(item: Any, default: int) -> int | str:
-    """The third element of an item, where it is a name or a number."""
-    name = item[2] if len(item) > 2 else default
-    if isinstance(name, str):
-        return name
-    return int(name) if isinstance(name, (int, Tensor)) else default
-
-
-def _order(loader: DataLoader[Any], seed: int | None) -> list[int]:
-    """The indices that the loader may draw, each once: ascending, or in a seeded random order."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if hasattr(sampler, "indices"):  # SubsetRandomSampler: the others may be validation images
-        indices = sorted({int(i) for i in sampler.indices})
-    elif hasattr(sampler, "weights"):  # WeightedRandomSampler never draws a weight of 0
-        indices = [i for i, weight in enumerate(sampler.weights.tolist()) if weight > 0]
-    else:
-        indices = list(range(len(loader.dataset)))  # type: ignore[arg-type]
-    if seed is None:
-        return indices
-    shuffled = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
-    return [indices[i] for i in shuffled.tolist()]
+def _cut(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
 class _Indexed(Dataset[tuple[Any, int]]):

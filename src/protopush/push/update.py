@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +28,34 @@ def momentum_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Ten
     return torch.where(norm > 1e-6, F.normalize(mixed, dim=-1), nearest)
 
 
+def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor:
+    """A step of ``1 - momentum`` of the angle, along the great circle from the prototype to its patch.
+
+    :func:`momentum_update` goes along the chord: nearly the same for near patches, less far in angle for distant ones.
+
+    Args:
+        prototypes: (..., D), unit norm.
+        nearest: (..., D), unit norm: the patch of each prototype.
+        momentum: 0 puts the prototype onto the patch, 1 leaves it where it is.
+
+    Where prototype and patch are opposite, no great circle is the shortest, and the patch is taken.
+
+    Source: spherical linear interpolation (Shoemake, 1985).
+
+    Example:
+        >>> slerp_update(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 2 / 3)
+        tensor([0.8660, 0.5000])
+    """
+    # From chord lengths, because the arc cosine loses half of the digits near 1
+    apart = torch.linalg.vector_norm(prototypes - nearest, dim=-1, keepdim=True)
+    together = torch.linalg.vector_norm(prototypes + nearest, dim=-1, keepdim=True)
+    angle = 2.0 * torch.atan2(apart, together)
+    mixed = (momentum * angle).sin() * prototypes + ((1.0 - momentum) * angle).sin() * nearest
+    # Near 0 both sines vanish: there the great circle is its chord.
+    moved = torch.where(angle > 1e-4, F.normalize(mixed, dim=-1), momentum_update(prototypes, nearest, momentum))
+    return torch.where(together > 1e-6, moved, nearest if momentum < 1 else prototypes)
+
+
 def reset_moments(optimizer: torch.optim.Optimizer, prototypes: Tensor, rows: Tensor) -> None:
     """Zero the optimiser's running moments of the pushed rows: they speak of where the prototypes were.
 
@@ -37,3 +67,9 @@ def reset_moments(optimizer: torch.optim.Optimizer, prototypes: Tensor, rows: Te
     for value in optimizer.state.get(prototypes, {}).values():
         if isinstance(value, Tensor) and value.shape == prototypes.shape:
             value[rows.to(value.device)] = 0
+
+
+INTERPOLATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "linear": momentum_update,
+    "slerp": slerp_update,
+}

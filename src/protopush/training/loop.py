@@ -17,7 +17,7 @@ from protopush.data.files import write_atomic
 from protopush.errors import InputError, listing
 from protopush.head_optimal import HeadOutput
 from protopush.losses import PrototypeLoss
-from protopush.push.search import NonFinite
+from protopush.push.tally import NonFinite
 from protopush.training.config import RunConfig
 from protopush.training.evaluate import in_short, score_of
 from protopush.training.finish import final_push, push_now, push_row
