@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from protopush.data.provenance import Provenance
+from protopush.errors import listing
 from protopush.push.assign import LOWER, assign
 from protopush.push.contract import Pushable, Slots
 from protopush.push.search import Found, Query, search
@@ -58,7 +59,7 @@ def choose(net: Pushable, source: Source, slots: Slots, query: Query, unique: st
     level = unique
     while short:
         lower = LOWER[level]
-        names = ", ".join(class_names[c] if class_names else f"class {c}" for c in short)
+        names = listing([class_names[c] if class_names else f"class {c}" for c in short])
         notes.append(
             f"{names}: fewer {_plural(level)} than prototypes, "
             + (f"anchors are unique by {lower} instead" if lower != "none" else "anchors are shared")

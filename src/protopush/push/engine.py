@@ -18,6 +18,7 @@ from protopush.push.assign import check_unique
 from protopush.push.choose import Chosen, choose
 from protopush.push.contract import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
 from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
+from protopush.push.live import POOLED
 from protopush.push.move import Move
 from protopush.push.report import PushedPrototype, PushReport
 from protopush.push.search import Allow, Query
@@ -116,7 +117,8 @@ def push_prototypes(
         chosen = choose(net, source, slots, query, unique, names)
         vectors = chosen.vectors if live is None else net.head.proj(chosen.vectors.to(live.dtype))
         nearest = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
-        anchored = None if live is None else (chosen.vectors, chosen.ids, chosen.cells)
+        cells = chosen.cells if use_local else torch.full_like(chosen.cells, POOLED)
+        anchored = None if live is None else (chosen.vectors, chosen.ids, cells)
         move = Move(manager, slots, chosen.hit, nearest, interpolation, anchored)
         decision = None
         if guard != "off" and val_loader is not None:

@@ -84,12 +84,20 @@ class PushConfig:
     """When and how prototypes are pushed.
 
     Args:
-        start_epoch: first epoch (counted from 1) with a push.
+        start_epoch: first epoch (counted from 1) with a push; 0: also before the first.
         interval: epochs between pushes.
         momentum: 0 puts a prototype onto its patch, 0.9 moves it a tenth of the way.
         use_local: patches (true) or pooled features; by default what the head matches.
         max_patches_per_class: none for every patch.
-        final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches).
+        interpolation: linear, or slerp (the momentum is a share of the angle).
+        unique: of what no two prototypes of a class share one: none, patch, image or group (lesion, patient).
+        anchoring: off, or live: from its first push on a prototype is its anchor's embedding at every step.
+        anchor_refresh: steps between two embeddings of the live anchors' images, where the backbone is trained.
+        guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
+            rollback, or budget (the momentum is raised until the cost is within the budget).
+        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
+        final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches); live
+            prototypes are real patches already: they stay.
     """
 
     start_epoch: int = 10
@@ -97,6 +105,12 @@ class PushConfig:
     momentum: float = 0.9
     use_local: bool | None = None
     max_patches_per_class: int | None = None
+    interpolation: Literal["linear", "slerp"] = "linear"
+    unique: Literal["none", "patch", "image", "group"] = "none"
+    anchoring: Literal["off", "live"] = "off"
+    anchor_refresh: int = 100
+    guard: Literal["off", "report", "rollback", "budget"] = "off"
+    guard_budget: float = 0.01
     final: Literal["hard", "momentum", "none"] = "hard"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from protopush.metrics.classification import classification_metrics
-from protopush.push import PushReport
+from protopush.push import PushReport, push_prototypes, refresh_anchors
 from protopush.training.connections import fit_connections
 from protopush.training.evaluate import in_short, predict, score_of
 from protopush.training.prepare import Job
@@ -22,12 +23,18 @@ logger = logging.getLogger("protopush.training")
 
 
 def push_now(
-    job: Job, model: nn.Module, loader: Iterable[Any], momentum: float, optimizer: torch.optim.Optimizer | None = None
+    job: Job,
+    model: nn.Module,
+    loader: Iterable[Any],
+    momentum: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    val_loader: Iterable[Any] | None = None,
 ) -> PushReport:
-    """A push as the run's configuration asks for it."""
+    """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
     config = job.config.push
     use_local = job.head.match == "local" if config.use_local is None else config.use_local
-    return model.push_prototypes(  # type: ignore[operator, no-any-return]
+    return push_prototypes(
+        model,
         loader,
         job.fabric.device,
         use_local=use_local,
@@ -35,7 +42,22 @@ def push_now(
         max_patches_per_class=config.max_patches_per_class,
         seed=job.config.train.seed,
         optimizer=optimizer,
+        unique=config.unique,
+        interpolation=config.interpolation,
+        guard=config.guard if val_loader is not None else "off",
+        guard_budget=config.guard_budget,
+        val_loader=val_loader,
     )
+
+
+def push_between(
+    job: Job, stage: Stage, epoch: int, before: dict[str, Any] | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """A push between two epochs, guarded; returns its line of ``metrics.jsonl``."""
+    with job.fabric.autocast():
+        momentum = job.config.push.momentum
+        report = push_now(job, stage.model, stage.train_loader, momentum, optimizer, stage.val_loader)
+    return push_row(report, epoch, before, on_validation(job, stage))
 
 
 def push_row(
@@ -49,6 +71,10 @@ def push_row(
         "min_dist": report.min_dist,
         "mean_dist": report.mean_dist,
         "mean_dist_after": report.mean_dist_after,
+        "mean_similarity_after": report.mean_similarity_after,
+        "duplicates_avoided": report.duplicates_avoided,
+        "notes": report.notes,
+        "guard": None if report.guard is None else asdict(report.guard),
         "seconds": report.seconds,
         "val_before": before,
         "val_after": after,
@@ -56,11 +82,19 @@ def push_row(
 
 
 def final_push(job: Job, stage: Stage, out: Path) -> None:
-    """The last push, over the real images in full precision, and the class connections fitted to it."""
+    """The last push, over the real images in full precision, and the class connections fitted to it.
+
+    Live prototypes are real patches already; their images are embedded once more, in full precision.
+    """
     config = job.config
+    loader = job.loader(job.train)
+    if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
+        refresh_anchors(job.model, loader, job.fabric.device)
+        append_metrics(out, {"final": "live", "val": on_validation(job, stage)})
+        return
     momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
     before = on_validation(job, stage)
-    report = push_now(job, job.model, job.loader(job.train), momentum)
+    report = push_now(job, job.model, loader, momentum)
     after = on_validation(job, stage)
     row = push_row(report, config.train.epochs, before, after) | {"final": config.push.final}
     if config.train.connection_steps and momentum < 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from protopush.data.files import write_atomic
 from protopush.errors import InputError, listing
 from protopush.head_optimal import HeadOutput
 from protopush.losses import PrototypeLoss
+from protopush.prototypes import Anchor, PrototypeManager
 from protopush.push.tally import NonFinite
 from protopush.training.config import RunConfig
 from protopush.training.evaluate import in_short, score_of
-from protopush.training.finish import final_push, push_now, push_row
+from protopush.training.finish import final_push, push_between
 from protopush.training.prepare import Job, prepare
 from protopush.training.progress import bar
 from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, save_checkpoint, save_run
@@ -67,22 +67,23 @@ def fit(job: Job, stage: Stage, out: Path) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, warmup))
     model, wrapped = job.fabric.setup(stage.model, optimizer)
     loss = job.loss().to(job.fabric.device)
-    best = Best(stage.model, config.train.select)
+    best = Best(stage.model, job.head.proto_manager, config.train.select)
+    first = push_between(job, stage, 0, None, optimizer) if config.push.start_epoch == 0 else None
     for epoch in range(config.train.epochs):
-        terms = train_epoch(job, model, wrapped, schedule, stage.train_loader, loss, epoch)
+        terms = train_epoch(job, stage, model, wrapped, schedule, loss, epoch)
         if epoch == 0:  # not before: an input that fails in the first epoch leaves nothing behind
             _begin_folder(out, config)
+            if first is not None:
+                append_metrics(out, first)
         row: dict[str, Any] = {"epoch": epoch + 1, **terms}
         row["val"] = on_validation(job, stage)
         append_metrics(out, row)
         best.see(row["val"], f"epoch {epoch + 1}")
         _say_epoch(row, config.train.epochs)
         if push_due(epoch, config.push.start_epoch, config.push.interval):
-            with job.fabric.autocast():
-                report = push_now(job, stage.model, stage.train_loader, config.push.momentum, optimizer)
-            after = on_validation(job, stage)
-            append_metrics(out, push_row(report, epoch + 1, row["val"], after))
-            best.see(after, f"epoch {epoch + 1} after its push")
+            pushed = push_between(job, stage, epoch + 1, row["val"], optimizer)
+            append_metrics(out, pushed)
+            best.see(pushed["val_after"], f"epoch {epoch + 1} after its push")
         save_checkpoint(out, stage.model, optimizer, epoch + 1, config.train.seed)
     best.restore()
     logger.info("Best on validation: %s", best.where)
@@ -96,10 +97,10 @@ def _begin_folder(out: Path, config: RunConfig) -> None:
 
 def train_epoch(
     job: Job,
+    stage: Stage,
     model: Any,
     optimizer: Any,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-    loader: Iterable[Any],
     loss: PrototypeLoss,
     epoch: int,
 ) -> dict[str, float]:
@@ -112,8 +113,8 @@ def train_epoch(
     strange = NonFinite(job.fabric.device, first_batch_only=True)
     count = 0
     model.train()
-    with bar(f"Epoch {epoch + 1}", len(loader)) as advance:  # type: ignore[arg-type]
-        for images, labels, ids in loader:
+    with bar(f"Epoch {epoch + 1}", len(stage.train_loader)) as advance:
+        for step, (images, labels, ids) in enumerate(stage.train_loader, start=1):
             images, labels = images.to(job.fabric.device), labels.to(job.fabric.device)
             out: HeadOutput = model(images)
             strange.update(out.embeddings, ids.to(job.fabric.device))
@@ -125,6 +126,8 @@ def train_epoch(
             for name, value in {"loss": total.detach(), **terms}.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(labels)
             count += len(labels)
+            if step % job.config.push.anchor_refresh == 0 or step == len(stage.train_loader):
+                stage.refresh()
             advance(1)
     bad, smallest = strange.found()
     if bad:
@@ -139,12 +142,14 @@ def train_epoch(
 class Best:
     """Remembers the best state on the validation images; without any, the last one."""
 
-    def __init__(self, model: nn.Module, metric: str) -> None:
+    def __init__(self, model: nn.Module, manager: PrototypeManager, metric: str) -> None:
         self.model = model
+        self.manager = manager
         self.metric = metric
         self.score = float("-inf")
         self.where = "the first weights"
         self.state: dict[str, Tensor] = {}
+        self.anchors: list[Anchor | None] = []
 
     def see(self, metrics: dict[str, Any] | None, where: str) -> None:
         """Compare the model as it is now."""
@@ -152,10 +157,12 @@ class Best:
         if score >= self.score:
             self.score, self.where = score, where
             self.state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+            self.anchors = list(self.manager.anchors)
 
     def restore(self) -> None:
         """Put the best state back."""
         self.model.load_state_dict(self.state)
+        self.manager.anchors = list(self.anchors)
 
 
 def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:

@@ -105,6 +105,7 @@ def prepare(config: RunConfig) -> Job:
         embed_dim=config.model.embed_dim,
         dropout=config.model.dropout,
         match=config.model.match,
+        anchoring=config.push.anchoring,
     )
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)
@@ -139,6 +140,7 @@ def _check_numbers(config: RunConfig) -> None:
         "model.num_prototypes": config.model.num_prototypes,
         "model.embed_dim": config.model.embed_dim,
         "push.interval": push.interval,
+        "push.anchor_refresh": push.anchor_refresh,
     }
     for name, value in at_least_one.items():
         if value < 1:

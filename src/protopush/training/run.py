@@ -100,6 +100,7 @@ def save_run(run: Run) -> None:
                 "max_prototypes": manager.max_prototypes,
                 "embed_dim": manager.dim,
                 "match": head.match,
+                "anchoring": head.anchoring,
             },
             "classes": list(run.class_names),
             "root": str(run.root),

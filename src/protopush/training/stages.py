@@ -11,6 +11,7 @@ from protopush.backbones import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
 from protopush.model import ProtoModel
+from protopush.push import refresh_anchors
 from protopush.training.evaluate import evaluate
 from protopush.training.prepare import Job
 from protopush.training.progress import bar
@@ -24,6 +25,12 @@ class Joint:
         self.train_loader = job.loader(job.train, shuffle=True)
         self.val_loader = job.loader(job.val) if job.val else None
         self.plain_train_loader = job.loader(job.train.eval_view())
+        self.job = job
+
+    def refresh(self) -> None:
+        """Embed the images of live anchors anew: the backbone has moved."""
+        if self.job.head.anchoring == "live":
+            refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
 
 
 class Frozen:
@@ -36,6 +43,9 @@ class Frozen:
         self.train_loader = job.loader(train, shuffle=True)
         self.val_loader = job.loader(val) if val else None
         self.plain_train_loader = job.loader(train)
+
+    def refresh(self) -> None:
+        """Nothing: features of a frozen backbone don't grow old."""
 
     def _features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
         config = job.config
