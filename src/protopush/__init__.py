@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from protopush.head_optimal import HeadOptimal
     from protopush.model import ProtoModel
     from protopush.prototypes import Anchor, PrototypeManager
-    from protopush.push import PushMixin, PushReport, push_prototypes
+    from protopush.push import PushMixin, PushReport, push_prototypes, refresh_anchors
     from protopush.training.run import load
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ _HOME = {
     "create_backbone": "protopush.backbones",
     "load": "protopush.training.run",
     "push_prototypes": "protopush.push",
+    "refresh_anchors": "protopush.push",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "create_backbone",
     "load",
     "push_prototypes",
+    "refresh_anchors",
 ]
 
 

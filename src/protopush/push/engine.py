@@ -243,7 +243,8 @@ def _log(report: PushReport) -> None:
         if distances:
             logger.info("    Updated %d prototypes, min_dist: %.4f", len(distances), min(distances))
         elif c in report.kept_classes:
-            logger.warning("    Class %d has no sample: its prototypes are kept as they are", c)
+            what = "patch that may be chosen" if patches else "sample"
+            logger.warning("    Class %d has no %s: its prototypes are kept as they are", c, what)
     if report.guard is not None:
         logger.info("  %s", report.guard)
     logger.info("%s prototype push completed!", "Local" if report.use_local else "Global")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protopush.distributed import rank_and_size, total
+from protopush.distributed import total
 from protopush.errors import InputError
 from protopush.push.contract import Pushable, unwrap
 from protopush.push.source import DatasetSource, read_through
@@ -59,9 +59,8 @@ def _features(
     net: Pushable, source: DatasetSource, ids: list[int], anchor_ids: Tensor, anchor_cells: Tensor, device: torch.device
 ) -> Tensor:
     """The features (S, C) at the anchors; 0 in slots without one."""
-    rank, size = rank_and_size()
     found = torch.zeros(len(anchor_ids), net.head.proto_manager.anchor_features.shape[1], device=device)  # type: ignore[attr-defined]
-    for images, _, numbers in source.pick(ids[rank::size]):
+    for images, _, numbers in source.pick(ids):
         x_fu, x_fu1 = net.extract_features(images.to(device))
         every = torch.cat([x_fu1, x_fu], dim=1)  # so that the last, -1, is the pooled one
         row, image = (anchor_ids.cpu().unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)

@@ -42,7 +42,7 @@ class PushReport:
         prototypes: one record per pushed prototype.
         patches_per_class: patches that were looked at.
         images_per_class: the images they came from.
-        kept_classes: classes without a sample: their prototypes are as before.
+        kept_classes: classes without a sample, or without a patch that may be chosen: their prototypes are as before.
         verified: whether anchors are known to name the very patches.
         notes: why not, and where fewer images than prototypes made anchors less than unique.
         seconds: time taken.
@@ -122,7 +122,7 @@ class PushReport:
         for index, (images, patches) in enumerate(zip(self.images_per_class, self.patches_per_class, strict=True)):
             head = f"{self.name(index)[:20]:<20} {images:>7} {patches:>8}"
             if index in self.kept_classes:
-                lines.append(f"{head} {'-':>5} {'-':>7} {'-':>7}  no sample: prototypes kept")
+                lines.append(f"{head} {'-':>5} {'-':>7} {'-':>7}  no {'patch allowed' if patches else 'sample'}: prototypes kept")
             for p in self.of_class(index):
                 place = f"{p.anchor.file or p.anchor.sample_id} cell {p.anchor.cell}"
                 if p.duplicate_avoided:

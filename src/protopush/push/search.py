@@ -149,8 +149,7 @@ def _plan(net: Pushable, source: DatasetSource, query: Query, tally: Tally, devi
     if source.labels is None or not source.order:
         source.divided = False  # what counts depends on all that was read before: each rank must see all of it
         return
-    images, *_ = next(iter(source.pick(source.order[:1])))
-    x_fu, x_fu1 = net.extract_features(images.to(device))
+    x_fu, x_fu1 = net.extract_features(source.first().images.to(device))
     cells = (x_fu1 if query.use_local else x_fu).shape[1]
     source.order = tally.plan(source.order, source.labels, cells)
 

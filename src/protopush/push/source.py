@@ -99,10 +99,9 @@ class DatasetSource(Source):
             )
 
     def batches(self) -> Iterator[Batch]:
-        rank, size = rank_and_size() if self.divided else (0, 1)
-        yield from self.read(_cut(self.order, self._batch_size())[rank::size])
+        yield from self.pick(self.order)
 
-    def read(self, batches: list[list[int]]) -> Iterator[Batch]:
+    def _read(self, batches: list[list[int]]) -> Iterator[Batch]:
         """Batches of these indices, read as the loader reads: its workers, its collate_fn."""
         loader = self.loader
         again: DataLoader[Any] = DataLoader(
@@ -126,8 +125,13 @@ class DatasetSource(Source):
             yield Batch(images, self._checked(_as_labels(labels), ids), ids)
 
     def pick(self, ids: Sequence[int]) -> Iterator[Batch]:
-        """Batches of just these samples, all of them on each rank."""
-        yield from self.read(_cut(ids, self._batch_size()))
+        """This rank's batches of just these samples."""
+        rank, size = rank_and_size() if self.divided else (0, 1)
+        yield from self._read(_cut(ids, self._batch_size())[rank::size])
+
+    def first(self) -> Batch:
+        """A batch of the first sample alone, on each rank."""
+        return next(self._read([self.order[:1]]))
 
     def narrow(self, keep: Callable[[int], bool]) -> None:
         """Read only samples of labels that are to be kept, where labels are known."""

@@ -152,7 +152,9 @@ class Best:
         self.anchors: list[Anchor | None] = []
 
     def see(self, metrics: dict[str, Any] | None, where: str) -> None:
-        """Compare the model as it is now."""
+        """Compare the model as it is now; live prototypes must have been pushed once."""
+        if self.manager.anchor_ids is not None and not any(self.manager.anchors):
+            return
         score = self.score if metrics is None else score_of(metrics, self.metric)
         if score >= self.score:
             self.score, self.where = score, where
@@ -161,6 +163,8 @@ class Best:
 
     def restore(self) -> None:
         """Put the best state back."""
+        if not self.state:
+            return
         self.model.load_state_dict(self.state)
         self.manager.anchors = list(self.anchors)
 
