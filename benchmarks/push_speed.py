@@ -93,7 +93,7 @@ def _count(text: str) -> int:
 
 
 def surroundings() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the numbers depend on; ``load`` is how many processes were busy before we began."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "protopush": protopush.__version__,
@@ -101,6 +101,7 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -132,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
     console = Console(width=None if sys.stdout.isatty() else 120)
     record: dict[str, Any] = surroundings() | {"sizes": vars(sizes), "cases": {}}
+    if (record["load"] or 0) > 0.5:
+        console.print(f"{record['load']:.1f} other processes were busy in the last minute: do not trust the timings")
     for case in sorted(set(options.cases)):
         torch.manual_seed(0)
         comparisons = list(CASES[case](sizes))

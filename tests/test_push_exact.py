@@ -92,6 +92,9 @@ def test_top_m_candidates_equal_brute_force(seed, depth):
         embeddings, ids = torch.from_numpy(patches[rows]), torch.from_numpy(rows)
         norm = embeddings.norm(dim=2)
         search.update(Patches(embeddings, norm, torch.from_numpy(labels[rows]), ids, ids, norm > 0, embeddings))
+        if rows[0] % 3 == 0:  # at the latest after the last
+            search.flush()
+    search.flush()
     for (c, k), expected in brute_force(patches, labels, prototypes, depth).items():
         found = search.ranked
         hit = found.similarity[c, :, k].isfinite()

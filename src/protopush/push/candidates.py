@@ -14,6 +14,8 @@ NO_ID = torch.iinfo(torch.int64).max
 # units of float32's last place from one batch size to another; without this, noise would choose between duplicates.
 TIE = 2.0**-21
 
+BUFFER = 2**23  # bytes of candidates' vectors that wait to be merged
+
 _SPREAD = -7046029254386353131  # 2**64 / golden ratio: multiples of it lie far apart, so that cells fit between ids
 
 
@@ -104,46 +106,59 @@ class TopM:
         # One place more than there are candidates: what isn't kept is written there, so that the number of writes
         # never has to be known.
         self.vectors = torch.zeros((classes, depth + 1, slots, width or dim), device=device)
+        self._waiting: list[tuple[Tensor, ...]] = []
+        self._waiting_bytes = 0
 
     def update(self, batch: Patches) -> None:
-        """Take in a batch."""
-        device = batch.embeddings.device
-        present, row_class = torch.unique(batch.labels, return_inverse=True)
+        """Take in a batch; call :meth:`flush` after the last one."""
+        classes = batch.labels.to(batch.embeddings.device, non_blocking=True)
+        similarity, cells = self._best_cells(batch, classes)  # (B, n, K)
+        ids = batch.ids.view(-1, 1, 1).expand_as(cells)
+        keys = ids * _SPREAD + cells if self.by_patch else batch.keys.view(-1, 1, 1).expand_as(cells)
+        row = torch.arange(len(classes), device=cells.device).view(-1, 1, 1)
+        vectors = batch.vectors[row, cells].float()
+        self._waiting.append((batch.labels, similarity, ids, cells, keys, vectors))
+        self._waiting_bytes += vectors.numel() * vectors.element_size()
+        if self._waiting_bytes >= BUFFER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Merge what waits into the state: many small batches at once cost little more than one."""
+        if not self._waiting:
+            return
+        labels, similarity, ids, cells, keys, vectors = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_bytes = [], 0
+        device = similarity.device
+        present, row_class = torch.unique(labels, return_inverse=True)
         column, most = place_within(row_class, len(present))
         row_class, column = row_class.to(device, non_blocking=True), column.to(device, non_blocking=True)
         present = present.to(device, non_blocking=True)
-        classes = present[row_class]
 
-        similarity, cells = self._best_cells(batch, classes)  # (B, n, K)
-        count = similarity.shape[1]
-        ids = batch.ids.view(-1, 1, 1).expand_as(cells)
-        keys = ids * _SPREAD + cells if self.by_patch else batch.keys.view(-1, 1, 1).expand_as(cells)
         # Images of one class side by side: (present classes, images * n, K), as the state has (classes, M, K)
-        shape = (len(present), most, count, similarity.shape[2])
+        shape = (len(present), most, *similarity.shape[1:])
         fresh = _empty(shape, device)
         for target, values in zip(fresh, (similarity, ids, cells, keys), strict=False):
             target[row_class, column] = values
         place = self._merge(present, Ranked(*(values.flatten(1, 2) for values in fresh)))
         place = place.view(shape)[row_class, column]
-
-        row = torch.arange(len(classes), device=device).view(-1, 1, 1)
-        slot = torch.arange(similarity.shape[2], device=device)
-        self.vectors[classes.view(-1, 1, 1), place, slot] = batch.vectors[row, cells].float()
+        slot = torch.arange(shape[-1], device=device)
+        self.vectors[present[row_class].view(-1, 1, 1), place, slot] = vectors
 
     def _best_cells(self, batch: Patches, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities and cells of each image's candidates for the prototypes of its class, (B, n, K)."""
         every = self.prototypes[classes] @ batch.embeddings.transpose(1, 2)  # (B, K, L)
-        every = every / batch.norm.unsqueeze(1)
-        allowed = batch.allowed.unsqueeze(1) & self.used[classes].unsqueeze(2)
-        every = every.masked_fill(~allowed, -torch.inf)
+        every = (every / batch.norm.unsqueeze(1)).masked_fill_(~batch.allowed.unsqueeze(1), -torch.inf)
         if self.by_patch:
             every = every.transpose(1, 2)
             cells = torch.arange(every.shape[1], device=every.device).view(1, -1, 1).expand_as(every)
             cells = _ranking(every, cells)[:, : self.depth]
-            return every.gather(1, cells), cells
-        tied = every >= every.amax(dim=2, keepdim=True) - TIE
-        cells = tied.to(torch.uint8).argmax(dim=2, keepdim=True)  # the first of equals: the smaller cell
-        return every.gather(2, cells).transpose(1, 2), cells.transpose(1, 2)
+            similarity = every.gather(1, cells)
+        else:
+            tied = every >= every.amax(dim=2, keepdim=True) - TIE
+            cells = tied.view(torch.uint8).argmax(dim=2, keepdim=True)  # the first of equals: the smaller cell
+            similarity = every.gather(2, cells).transpose(1, 2)
+            cells = cells.transpose(1, 2)
+        return similarity.masked_fill(~self.used[classes].unsqueeze(1), -torch.inf), cells
 
     def _merge(self, present: Tensor, fresh: Ranked) -> Tensor:
         """Keep the best M of state and batch; where the vector of each new candidate goes, (present, n, K)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,30 @@ from protopush.untouched import untouched
 FORMAT = 1
 TOLERANCE = 1e-4
 
+Fault = Literal[
+    "", "no_anchor", "no_file", "outside_root", "file_missing", "file_changed", "file_unreadable", "weights_changed",
+    "no_such_cell", "similarity_off",
+]  # fmt: skip
+
+PROBLEMS: dict[Fault, str] = {
+    "": "",
+    "no_anchor": "never pushed: no anchor",
+    "no_file": "the anchor names no file",
+    "outside_root": "the file lies outside the data folder",
+    "file_missing": "file missing",
+    "file_changed": "file changed",
+    "file_unreadable": "file unreadable",
+    "weights_changed": "weights changed",
+    "no_such_cell": "no such cell in the image",
+    "similarity_off": "similarity is off",
+}
+
 
 def certificate(manager: PrototypeManager, class_names: Sequence[str], weights_sha256: str) -> dict[str, Any]:
-    """The anchors of all prototypes in use, as plain values for JSON."""
+    """The anchors of all prototypes in use, as plain values for JSON.
+
+    ``margin`` is how much nearer than its runner-up an anchor was before the push; None where there was no other.
+    """
     slots = manager.max_prototypes
     return {
         "format": FORMAT,
@@ -33,6 +55,7 @@ def certificate(manager: PrototypeManager, class_names: Sequence[str], weights_s
                 "class_index": row // slots,
                 "class": class_names[row // slots],
                 "prototype": row % slots,
+                "margin": _margin(anchor),
                 "anchor": anchor.to_dict() if anchor is not None else None,
             }
             for row, anchor in enumerate(manager.anchors)
@@ -41,12 +64,35 @@ def certificate(manager: PrototypeManager, class_names: Sequence[str], weights_s
     }
 
 
+def _margin(anchor: Anchor | None) -> float | None:
+    return None if anchor is None or anchor.runner_up is None else anchor.similarity - anchor.runner_up
+
+
+def refuse_newer(values: Any, known: int, name: str) -> None:
+    """Refuse a file of a format that a later version wrote: what it means could only be guessed.
+
+    Args:
+        values: what the file holds.
+        known: the newest format that is understood.
+        name: of the file, for the message.
+
+    Raises:
+        InputError: it is newer, or says no format.
+    """
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(found, int):
+        raise InputError(f"damaged file: {name} (it says no format); take it from a copy of the run")
+    if found > known:
+        raise InputError(f"{name} has format {found}, newer than {known}, the newest known here; update protopush")
+
+
 def restore_anchors(manager: PrototypeManager, values: dict[str, Any]) -> None:
     """Give a manager the anchors of a certificate.
 
     Raises:
-        InputError: the certificate isn't one of this model's.
+        InputError: the certificate isn't one of this model's, or of a newer format.
     """
+    refuse_newer(values, FORMAT, "prototypes.json")
     try:
         for entry in values["prototypes"]:
             row = int(entry["class_index"]) * manager.max_prototypes + int(entry["prototype"])
@@ -59,19 +105,36 @@ def restore_anchors(manager: PrototypeManager, values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class AnchorCheck:
-    """Whether one anchor still holds; ``problem`` is empty if it does."""
+    """Whether one anchor still holds.
+
+    Attributes:
+        class_name, prototype: whose anchor.
+        file: relative to the data's root; empty where there is none.
+        recorded, measured: cosine of prototype and patch; None where there is nothing to tell.
+        fault: a key of :data:`PROBLEMS`, for machines; empty if the anchor holds. What is wrong with the file counts
+            first, then other weights; ``similarity_off`` is what remains where both are as recorded.
+    """
 
     class_name: str
     prototype: int
     file: str
     recorded: float | None
     measured: float | None
-    problem: str
+    fault: Fault
+
+    @property
+    def problem(self) -> str:
+        """The fault in words; empty if the anchor holds."""
+        return PROBLEMS[self.fault]
 
     @property
     def holds(self) -> bool:
         """Whether nothing is wrong."""
-        return not self.problem
+        return not self.fault
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"problem": self.problem, "holds": self.holds}
 
 
 def verify_anchors(
@@ -82,6 +145,7 @@ def verify_anchors(
     class_names: Sequence[str],
     device: torch.device | str = "cpu",
     tolerance: float = TOLERANCE,
+    same_weights: bool = True,
 ) -> list[AnchorCheck]:
     """Embed the file of every anchor again and compare.
 
@@ -93,45 +157,71 @@ def verify_anchors(
         class_names: for the table.
         device: where the model is.
         tolerance: of the cosine between prototype and patch.
+        same_weights: whether the model's weights are those that the anchors were recorded with.
     """
-    embedded: dict[tuple[str, bool], Tensor | str] = {}  # a file is embedded once, however many anchors it has
+    embedded: dict[tuple[str, bool], _Embedded] = {}  # a file is embedded once, however many anchors it has
     checks = []
     for row in manager.valid_mask.nonzero().flatten().tolist():
         anchor, (c, k) = manager.anchors[row], divmod(row, manager.max_prototypes)
-        measured, problem = None, "never pushed: no anchor"
-        if anchor is not None:
-            key = (str(anchor.file), anchor.grid != (1, 1))
-            if key not in embedded:
-                embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
-            measured, problem = _compare(anchor, manager.prototypes[row].detach(), embedded[key], tolerance)
-        file, recorded = (anchor.file or "", anchor.similarity_after) if anchor else ("", None)
-        checks.append(AnchorCheck(class_names[c], k, file, recorded, measured, problem))
+        if anchor is None:
+            checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
+            continue
+        key = (str(anchor.file), anchor.grid != (1, 1))
+        if key not in embedded:
+            embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
+        measured = _measure(anchor, manager.prototypes[row].detach(), embedded[key].patches)
+        fault = _fault(anchor, measured, embedded[key], same_weights, tolerance)
+        checks.append(AnchorCheck(class_names[c], k, anchor.file or "", anchor.similarity_after, measured, fault))
     return checks
 
 
-def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device) -> Tensor | str:
-    """Unit embeddings (L, D) of the anchor's image, or what is wrong with the file."""
+class _Embedded(NamedTuple):
+    """Unit embeddings (L, D) of a file, or what is wrong with it."""
+
+    patches: Tensor | None
+    fault: Fault = ""
+
+
+def file_within(root: Path, name: str) -> Path | None:
+    """The file of an anchor; None where the name would lead out of the data's root."""
+    pure = PurePosixPath(name)
+    return None if pure.is_absolute() or ".." in pure.parts else root / name
+
+
+def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device) -> _Embedded:
     if anchor.file is None:
-        return "the anchor names no file"
-    if PurePosixPath(anchor.file).is_absolute() or ".." in PurePosixPath(anchor.file).parts:
-        return "the file lies outside the data folder"
-    file = root / anchor.file
+        return _Embedded(None, "no_file")
+    file = file_within(root, anchor.file)
+    if file is None:
+        return _Embedded(None, "outside_root")
     if not file.is_file():
-        return "file missing"
+        return _Embedded(None, "file_missing")
     if anchor.sha256 is not None and sha256_of(file) != anchor.sha256:
-        return "file changed"
+        return _Embedded(None, "file_changed")
+    try:
+        picture = read_image(file)
+    except InputError:
+        return _Embedded(None, "file_unreadable")
     with untouched(model):  # type: ignore[arg-type]
-        images = transform(read_image(file)).unsqueeze(0).to(device)
-        pooled, patches = model.extract_features(images)
+        pooled, patches = model.extract_features(transform(picture).unsqueeze(0).to(device))
         projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
-    return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1)
+    return _Embedded(F.normalize(projected.to(exact_dtype(projected.device)), dim=-1))
 
 
-def _compare(anchor: Anchor, prototype: Tensor, embeddings: Tensor | str, tolerance: float) -> tuple[float | None, str]:
-    """The measured similarity, and what is wrong (nothing: an empty string)."""
-    if isinstance(embeddings, str):
-        return None, embeddings
-    if not 0 <= anchor.cell < len(embeddings):
-        return None, f"no cell {anchor.cell} in the image"
-    measured = float(embeddings[anchor.cell] @ F.normalize(prototype.to(embeddings.dtype), dim=0))
-    return measured, "similarity is off" if abs(measured - anchor.similarity_after) > tolerance else ""
+def _measure(anchor: Anchor, prototype: Tensor, patches: Tensor | None) -> float | None:
+    """The cosine of a prototype and its patch; None where there is no patch, or it isn't finite."""
+    if patches is None or not 0 <= anchor.cell < len(patches):
+        return None
+    measured = float(patches[anchor.cell] @ F.normalize(prototype.to(patches.dtype), dim=0))
+    return measured if math.isfinite(measured) else None
+
+
+def _fault(anchor: Anchor, measured: float | None, embedded: _Embedded, same_weights: bool, tolerance: float) -> Fault:
+    if embedded.patches is None:
+        return embedded.fault
+    if not same_weights:
+        return "weights_changed"
+    if not 0 <= anchor.cell < len(embedded.patches):
+        return "no_such_cell"
+    holds = measured is not None and abs(measured - anchor.similarity_after) <= tolerance
+    return "" if holds else "similarity_off"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 from protopush.distributed import gather_objects
 from protopush.errors import InputError
 from protopush.push.candidates import TIE
-from protopush.push.contract import PrototypeOwner, Pushable, Slots
+from protopush.push.contract import Pushable, Slots
 from protopush.push.guard import Score
-from protopush.push.search import _check_labels, _grid, _log_shapes, _raise_together, _refuse_non_finite
-from protopush.push.source import Batch, Source
+from protopush.push.search import _grid, _log_shapes, _raise_together, _refuse_non_finite
+from protopush.push.source import Batch, Source, check_labels
 from protopush.push.tally import NonFinite
 
 
@@ -85,7 +84,7 @@ def embedded(
     """Embed batches; samples that aren't finite are left to ``strange`` to tell of."""
     device = net.head.proto_manager.prototypes.device
     for number, (images, labels, ids) in enumerate(batches):
-        _check_labels(labels, ids, classes)
+        check_labels(labels, ids, classes)
         x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
         if number == 0:
             _log_shapes(x_fu, x_fu1, use_local)
@@ -155,45 +154,21 @@ def in_order(values: Tensor, numbers: Tensor, tie: float = TIE) -> Tensor:
     return torch.from_numpy(order[np.lexsort((numbers.numpy()[order], level))])
 
 
-def slot_mask(manager: PrototypeOwner, what: str) -> Tensor:
-    """The manager's ``valid_mask``, flat (S,), to be written to.
-
-    Raises:
-        InputError: it has none, so that every slot is in use for ever.
-    """
-    mask = getattr(manager, "valid_mask", None)
-    if not isinstance(mask, Tensor):
-        raise InputError(
-            f"{type(manager).__name__} has no valid_mask, so that its prototypes cannot {what}; expected a bool tensor "
-            "of the slots in use, as protopush.PrototypeManager has"
-        )
-    return mask.view(-1)
-
-
-def connections_of(net: Pushable, slots: Slots) -> Tensor | None:
-    """The head's weight of each prototype, (C, K), where it has such a parameter beside ``weights()``."""
-    found = getattr(net.head, "connections", None)
-    is_one = isinstance(found, Tensor) and found.shape == slots.rows.shape and hasattr(type(net.head), "weights")
-    return found if is_one else None
-
-
-@contextmanager
-def all_or_nothing(net: Pushable, slots: Slots) -> Iterator[None]:
-    """Bring back every bit of the prototypes, and of what belongs to them, where the block fails."""
-    manager: Any = net.head.proto_manager
-    names = ("prototypes", "valid_mask", "anchor_features", "anchor_ids", "anchor_cells")
-    written = [getattr(manager, name, None) for name in names] + [connections_of(net, slots)]
-    before = [(target, target.detach().clone()) for target in written if target is not None]
-    anchors = getattr(manager, "anchors", None)
-    told = None if anchors is None else list(anchors)
-    try:
-        yield
-    except BaseException:
-        for target, values in before:
-            target.data.copy_(values)
-        if anchors is not None:
-            anchors[:] = told
-        raise
+def class_coverage(
+    slots: tuple[Slots, Slots],
+    labels: Tensor,
+    coverage: tuple[Tensor, Tensor],
+    quantile: float,
+    notes: Mapping[int, str],
+) -> list[ClassCoverage]:
+    """One line a class; ``slots`` and ``coverage`` (N,) are those before and after."""
+    found = []
+    for c in range(len(slots[0].rows)):
+        before, after = (quantile_of(values[labels == c], quantile) for values in coverage)
+        used = [int(there.used[c].sum()) for there in slots]
+        room, samples = int((slots[0].rows[c] >= 0).sum()), int((labels == c).sum())
+        found.append(ClassCoverage(c, samples, used[0], used[1], room, before, after, notes.get(c, "")))
+    return found
 
 
 def effect(before: Score | None, after: Score | None) -> str:

@@ -5,46 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
-from protopush.data.provenance import Provenance
-from protopush.distributed import gather_objects, rank_and_size
 from protopush.errors import InputError
 from protopush.prototypes import Anchor
-from protopush.push.candidates import TIE
-from protopush.push.contract import Pushable, Slots, resolve_device, unwrap
-from protopush.push.coverage import (
-    ClassCoverage,
-    OwnSimilarity,
-    all_or_nothing,
-    connections_of,
-    coverage_lines,
-    effect,
-    embedded,
-    in_order,
-    own_similarity,
-    quantile_of,
-    slot_mask,
-)
+from protopush.push.contract import Slots, resolve_device, unwrap
+from protopush.push.coverage import ClassCoverage, class_coverage, coverage_lines, effect, own_similarity
 from protopush.push.engine import _class_names
+from protopush.push.gains import Wish, coverage_after, find_gains
 from protopush.push.guard import Score, Validation
-from protopush.push.live import POOLED, _features
-from protopush.push.search import Allow, _raise_together, _refuse_non_finite
+from protopush.push.occupy import all_or_nothing, anchor_of, forget, live_features, move_in, slot_mask
+from protopush.push.search import Allow
 from protopush.push.source import DatasetSource, Source, read_through
-from protopush.push.tally import NonFinite
-from protopush.push.update import reset_moments
 from protopush.untouched import untouched
 
 logger = logging.getLogger("protopush.push")
-
-TOGETHER = 16  # classes whose patches are in memory at a time
-BLOCK = 2**24  # cosines computed at a time
 
 
 @dataclass(frozen=True)
@@ -132,15 +111,15 @@ def grow_prototypes(
     coverage(s))``; equal patches are settled for the smaller sample id, then the smaller cell. With ``per_class`` above
     1 this is repeated while the class is badly covered.
 
-    Two passes over the data at most: one over all of it, then the worst samples again, and classes of more than
-    ``max_samples`` that have grown. Memory: 4 * K + 16 bytes a sample, and the patches of the worst samples of 16
+    All data are read once; then the worst covered samples again, and the classes of more than ``max_samples`` that have
+    grown, for the report. Memory: 4 * K + 16 bytes a sample, and the patches of the worst samples of 16
     classes (of all that grow, where the loader is a stream): 16 * ``max_samples`` * L * D * 4 bytes on each rank. The
-    search costs (``max_samples`` * L)^2 * D multiplications a class. The result is the same for any batch size, order
-    and number of workers and ranks; nothing is changed if it fails. Under ``torch.distributed`` every rank must call it.
+    search costs (``max_samples`` * L)^2 * D multiplications a class. The result is the same for any batch size, order,
+    number of workers and of ranks; nothing is changed if it fails. Under ``torch.distributed`` every rank must call it.
 
     Args:
         model: as for :func:`protopush.push_prototypes`, its manager with a ``valid_mask``; slots are free where
-            ``max_prototypes`` is above ``num_prototypes``. A new prototype starts with the mean connection of its class.
+            ``max_prototypes`` is above ``num_prototypes``. A new prototype starts with its class's mean connection.
         dataloader: training images, as for the push.
         device: where the model is.
         per_class: new prototypes per class, at most.
@@ -172,23 +151,76 @@ def grow_prototypes(
         ([(0, 1), (1, 1)], [2, 2])
     """
     started = time.perf_counter()
-    _check_arguments(per_class, quantile, min_coverage, max_samples)
+    wish = Wish(per_class, quantile, min_coverage, max_samples, use_local, allow)
+    _check(wish)
     net = unwrap(model)
-    manager: Any = net.head.proto_manager
-    slot_mask(manager, "grow")
     target = resolve_device(net, device)
-    live = getattr(manager, "anchor_features", None) is not None
+    slot_mask(net.head.proto_manager, "grow")
+    live = getattr(net.head.proto_manager, "anchor_features", None) is not None
     if live:
         net.head.sync_prototypes()  # type: ignore[attr-defined]
-    slots = Slots.of(manager)
-    wish = _Wish(per_class, quantile, min_coverage, max_samples, use_local, allow)
+    slots = Slots.of(net.head.proto_manager)
     with untouched(model, dataloader, val_loader):
         source = read_through(dataloader)
-        _refuse_live_stream(live, source)
-        verified, note = source.verified, source.note  # a stream knows only once it was read
+        _check_live(live, source)
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
-        found, notes = _search(net, source, slots, before, wish)
-        places, features = _place(net, source, slots, found, use_local, live)
-        after = _grown_coverage(net, source, slots, before, found, places, wish)
+        gains, why = find_gains(net, source, slots, before, wish)
+        coverage, runner_ups = coverage_after(net, source, slots, before, gains, wish)
+        anchors = [
+            anchor_of(gain.origin, gain.cell, gain.grid, source.verified, runner_up=runner_up)
+            for gain, runner_up in zip(gains, runner_ups, strict=True)
+        ]
+        features = live_features(net, source, slots, gains, use_local) if live and gains else None
         validation = None if val_loader is None else Validation(model, net, val_loader, target)
-        val_before = None if validation is None else validation.score()
+        val_before = val_after = None if validation is None else validation.score()
+        with all_or_nothing(net, slots):
+            if gains:
+                move_in(net, slots, gains, anchors, features, use_local)
+                val_after = None if validation is None else validation.score()
+    if optimizer is not None and gains:
+        forget(optimizer, net, slots, gains)
+    grown = Slots.of(net.head.proto_manager)
+    report = GrowthReport(
+        use_local=use_local,
+        quantile=quantile,
+        min_coverage=min_coverage,
+        per_class=per_class,
+        max_samples=max_samples,
+        classes=class_coverage((slots, grown), before.labels, (before.coverage(), coverage), quantile, why),
+        added=[GrownPrototype(g.class_index, g.slot, g.gain, a) for g, a in zip(gains, anchors, strict=True)],
+        verified=source.verified,
+        notes=_notes(source, slots, why),
+        val_before=val_before,
+        val_after=val_after,
+        seconds=time.perf_counter() - started,
+        class_names=_class_names(net, len(slots.rows)),
+    )
+    for note in report.notes:
+        logger.warning("%s", note)
+    logger.info("%s", str(report).splitlines()[0])
+    return report
+
+
+def _check(wish: Wish) -> None:
+    if wish.per_class < 1 or wish.max_samples < 1:
+        name, value = ("per_class", wish.per_class) if wish.per_class < 1 else ("max_samples", wish.max_samples)
+        raise InputError(f"{name} is {value}; expected at least 1")
+    if not 0.0 <= wish.quantile <= 1.0:
+        raise InputError(f"quantile is {wish.quantile}; expected 0 (the worst sample) to 1, such as 0.1")
+    if not -1.0 <= wish.min_coverage <= 1.0:
+        raise InputError(f"min_coverage is {wish.min_coverage}; expected a cosine, -1 to 1, such as 0.7")
+
+
+def _check_live(live: bool, source: Source) -> None:
+    if live and not isinstance(source, DatasetSource):
+        raise InputError(
+            "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
+            "dataset with len() and []; nothing was changed"
+        )
+
+
+def _notes(source: Source, slots: Slots, why: dict[int, str]) -> list[str]:
+    notes = [source.note] if source.note else []
+    if why and not bool(((slots.rows >= 0) & ~slots.used).any()):
+        notes.append("no class has a free slot: make the head with max_prototypes above num_prototypes")
+    return notes

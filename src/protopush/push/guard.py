@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from protopush.distributed import gather_objects
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.push.contract import Pushable
-from protopush.push.source import read_through
+from protopush.push.source import check_labels, read_through
 
 GUARDS = ("off", "report", "rollback", "budget")
 
@@ -148,7 +148,7 @@ class Validation:
         self.source = read_through(loader)
         self.embeddings: list[tuple[Tensor, Tensor]] | None = None
         if hasattr(self.head, "embed_features") and hasattr(self.head, "classify"):
-            self.embeddings = [(self._embed(images), labels) for images, labels, _ in self.source.batches()]
+            self.embeddings = [(self._embed(images), labels) for images, labels in self._batches()]
 
     def score(self) -> Score:
         """Balanced accuracy, AUROC and expected calibration error of the model as it is."""
@@ -166,8 +166,14 @@ class Validation:
             for embeddings, labels in self.embeddings:
                 yield self.head.classify(embeddings.to(self.device)), labels
         else:
-            for images, labels, _ in self.source.batches():
+            for images, labels in self._batches():
                 yield self.model(images.to(self.device)), labels
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        classes = len(self.net.head.proto_manager.get_prototype_indices())
+        for images, labels, ids in self.source.batches():
+            check_labels(labels, ids, classes)
+            yield images, labels
 
     def _embed(self, images: Tensor) -> Tensor:
         features = _Features(*self.net.extract_features(images.to(self.device)))

@@ -122,7 +122,9 @@ class PushReport:
         for index, (images, patches) in enumerate(zip(self.images_per_class, self.patches_per_class, strict=True)):
             head = f"{self.name(index)[:20]:<20} {images:>7} {patches:>8}"
             if index in self.kept_classes:
-                lines.append(f"{head} {'-':>5} {'-':>7} {'-':>7}  no {'patch allowed' if patches else 'sample'}: prototypes kept")
+                lines.append(
+                    f"{head} {'-':>5} {'-':>7} {'-':>7}  no {'patch allowed' if patches else 'sample'}: prototypes kept"
+                )
             for p in self.of_class(index):
                 place = f"{p.anchor.file or p.anchor.sample_id} cell {p.anchor.cell}"
                 if p.duplicate_avoided:

@@ -15,7 +15,7 @@ from protopush.distributed import gather, gather_objects, rank_and_size, total
 from protopush.errors import InputError, first_line, listing
 from protopush.push.candidates import Patches, Ranked, TopM
 from protopush.push.contract import Pushable, Slots
-from protopush.push.source import DatasetSource, Source
+from protopush.push.source import DatasetSource, Source, check_labels
 from protopush.push.tally import NonFinite, Tally
 
 logger = logging.getLogger("protopush.push")
@@ -120,7 +120,7 @@ def _read(
         _plan(net, source, query, tally, device)
     grid = None
     for number, (images, labels, ids) in enumerate(source.batches(), start=1):
-        _check_labels(labels, ids, classes)
+        check_labels(labels, ids, classes)
         x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
         features = x_fu1 if query.use_local else x_fu
         if grid is None:
@@ -141,6 +141,7 @@ def _read(
             logger.info("  Processed %d batches...", number)
         if tally.done:
             break
+    top.flush()
     return grid
 
 
@@ -198,15 +199,6 @@ def _refuse_non_finite(strange: NonFinite, source: Source) -> None:
         raise InputError(
             f"NaN or infinite features in {count} samples: {listing(names, len(names))}{more}; expected finite ones; "
             "look at these images and at the weights; nothing was changed"
-        )
-
-
-def _check_labels(labels: Tensor, ids: Tensor, num_classes: int) -> None:
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.any():
-        raise InputError(
-            f"label {int(labels[wrong][0])} of sample {int(ids[wrong][0])}; expected 0 to {num_classes - 1}; "
-            "nothing was changed"
         )
 
 

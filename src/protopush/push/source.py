@@ -255,3 +255,17 @@ def _as_labels(labels: Any) -> Tensor:
             f"labels of shape {tuple(tensor.shape)} and type {tensor.dtype}; expected class numbers of shape (B,)"
         )
     return tensor.long()
+
+
+def check_labels(labels: Tensor, ids: Tensor, num_classes: int) -> None:
+    """Refuse labels (B,) that are no class.
+
+    Raises:
+        InputError: it names the label and the sample.
+    """
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise InputError(
+            f"label {int(labels[wrong][0])} of sample {int(ids[wrong][0])}; expected 0 to {num_classes - 1}; "
+            "nothing was changed"
+        )

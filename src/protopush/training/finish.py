@@ -82,23 +82,20 @@ def push_row(
 
 
 def final_push(job: Job, stage: Stage, out: Path) -> None:
-    """The last push, over the real images in full precision, and the class connections fitted to it.
-
-    Live prototypes are real patches already; their images are embedded once more, in full precision.
-    """
+    """The last push, over the real images in full precision, and the class connections fitted to it."""
     config = job.config
-    loader = job.loader(job.train)
-    if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
-        refresh_anchors(job.model, loader, job.fabric.device)
-        append_metrics(out, {"final": "live", "val": on_validation(job, stage)})
-        return
-    momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
     before = on_validation(job, stage)
-    report = push_now(job, job.model, loader, momentum)
-    after = on_validation(job, stage)
-    row = push_row(report, config.train.epochs, before, after) | {"final": config.push.final}
-    if config.train.connection_steps and momentum < 1:
-        row["connection_step"] = _connections(job, stage)
+    if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
+        embed_anchors(job)
+        row: dict[str, Any] = {"final": "live", "val_before": before, "val_after": on_validation(job, stage)}
+        moved = True
+    else:
+        momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
+        report = push_now(job, job.model, job.loader(job.train), momentum)
+        row = push_row(report, config.train.epochs, before, on_validation(job, stage)) | {"final": config.push.final}
+        moved = momentum < 1
+    if config.train.connection_steps and moved:
+        row["connection_step"] = fit_to_prototypes(job, stage)
         row["val_connections"] = on_validation(job, stage)
     append_metrics(out, row)
     for name in ("val_before", "val_after", "val_connections"):
@@ -106,7 +103,13 @@ def final_push(job: Job, stage: Stage, out: Path) -> None:
             logger.info("%-16s %s", name, in_short(row[name]))
 
 
-def _connections(job: Job, stage: Stage) -> int:
+def embed_anchors(job: Job) -> None:
+    """Live prototypes are real patches already; their images are embedded once more, in full precision."""
+    refresh_anchors(job.model, job.loader(job.train), job.fabric.device)
+
+
+def fit_to_prototypes(job: Job, stage: Stage) -> int:
+    """Fit the class connections to the prototypes as they are; the step that was kept."""
     config, head, device = job.config.train, job.head, job.fabric.device
     train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
     held = predict(stage.model, stage.val_loader, device) if stage.val_loader else train

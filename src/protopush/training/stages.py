@@ -37,8 +37,8 @@ class Frozen:
     """What is trained when the backbone is frozen: the head, on features that were computed once."""
 
     def __init__(self, job: Job) -> None:
-        train = self._features(job, job.train, "training")
-        val = self._features(job, job.val, "validation") if job.val else None
+        train = self.features(job, job.train, "training")
+        val = self.features(job, job.val, "validation") if job.val else None
         self.model: nn.Module = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
         self.train_loader = job.loader(train, shuffle=True)
         self.val_loader = job.loader(val) if val else None
@@ -47,7 +47,8 @@ class Frozen:
     def refresh(self) -> None:
         """Nothing: features of a frozen backbone don't grow old."""
 
-    def _features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
+    def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
+        """The features of a data set, from the cache where they are there."""
         config = job.config
         with bar(f"Features of the {what} images", len(images)) as advance:
             return cache_features(
