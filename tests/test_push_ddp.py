@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +86,9 @@ def case(name: str, rank: int, world: int):
         report = push_prototypes(model, DataLoader(data, 4, sampler=parts), "cpu")
     elif name == "guard":
         model = ProtoModel(Cells(), HeadOptimal(7, 3, 4, 8, anchoring="off"))
-        report = push_prototypes(model, loader, "cpu", momentum=0.0, guard="budget", guard_budget=0.0, val_loader=loader)
+        report = push_prototypes(
+            model, loader, "cpu", momentum=0.0, guard="budget", guard_budget=0.0, val_loader=loader
+        )
         return model.head.proto_manager.prototypes.data, told(report), [vars(report.guard)]
     else:
         assert name == "live"
@@ -111,7 +116,9 @@ def errors(rank: int, world: int) -> list[str]:
     for loader in (
         DataLoader(spoilt, 4),
         DataLoader(Subset(data, range(rank, COUNT, world)), 4),
-        DataLoader(Stream(data, rank, world), 4, collate_fn=lambda items: (torch.stack([i[0] for i in items]), "labels")),
+        DataLoader(
+            Stream(data, rank, world), 4, collate_fn=lambda items: (torch.stack([i[0] for i in items]), "labels")
+        ),
     ):
         before = model.head.proto_manager.prototypes.detach().clone()
         try:
@@ -159,3 +166,20 @@ def test_ranks_end_with_the_anchors_and_the_very_bits_of_one_process(tmp_path, w
         assert f"NaN or infinite features in 1 samples: {4 * (world - 1) + 1};" in bad
         assert "different datasets" in different
         assert "labels" in labels or "str" in labels
+
+
+@pytest.mark.ddp
+def test_torchrun_and_fabric(tmp_path):
+    script = Path(__file__).parent / "scripts" / "push_with_fabric.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ends = []
+    for launcher, ranks in (([sys.executable], 1), (torchrun, 2)):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        words = [*launcher, str(script), str(folder), str(ranks)]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        ends += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for prototypes, anchors in ends[1:]:
+        assert anchors == ends[0][1]
+        assert torch.equal(prototypes, ends[0][0])

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from protopush import push_prototypes
 from protopush.push.candidates import Patches, TopM
+from protopush.push.update import slerp_update
 
 CASES = 60
 
@@ -53,12 +54,14 @@ def brute_force(patches, labels, prototypes, depth=1):
     return found
 
 
-def push(toy, patches, labels, prototypes, momentum=0.9, **loading):
+def push(toy, patches, labels, prototypes, momentum=0.9, interpolation="linear", **loading):
     classes, slots, dim = prototypes.shape
     model = toy(classes, slots, dim)
     model.head.proto_manager.prototypes.data = torch.from_numpy(prototypes).flatten(0, 1).clone()
     data = TensorDataset(torch.from_numpy(patches), torch.from_numpy(labels))
-    report = model.push_prototypes(DataLoader(data, **({"batch_size": 7} | loading)), "cpu", momentum=momentum)
+    report = model.push_prototypes(
+        DataLoader(data, **({"batch_size": 7} | loading)), "cpu", momentum=momentum, interpolation=interpolation
+    )
     return report, model.head.proto_manager.prototypes.data.view(classes, slots, dim).numpy()
 
 
@@ -147,6 +150,30 @@ def test_momentum_means_what_it_says(toy, momentum):
         assert r.anchor.similarity_after == pytest.approx(float(expected @ f), abs=1e-6)
         assert r.distance_after == pytest.approx(float(np.linalg.norm(expected - f)), abs=1e-6)
     np.testing.assert_allclose(np.linalg.norm(moved, axis=-1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 1.0])
+def test_slerp_goes_its_share_of_the_angle(toy, momentum):
+    patches, labels, prototypes = random_case(1)
+    report, moved = push(toy, patches, labels, unit(prototypes).astype(np.float32), momentum, interpolation="slerp")
+    for r in report.prototypes:
+        p, f = unit(prototypes[r.class_index, r.prototype]), unit(patches[r.anchor.sample_id, r.anchor.cell])
+        angle = np.arccos(np.clip(p @ f, -1, 1))
+        new = unit(moved[r.class_index, r.prototype])
+        assert np.arccos(np.clip(new @ p, -1, 1)) == pytest.approx((1 - momentum) * angle, abs=1e-3)
+        assert np.arccos(np.clip(new @ f, -1, 1)) == pytest.approx(momentum * angle, abs=1e-3)
+        assert r.anchor.similarity_after == pytest.approx(np.cos(momentum * angle), abs=1e-5)
+    assert report.interpolation == "slerp"
+
+
+def test_slerp_where_the_great_circle_is_none():
+    p = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    f = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 1e-6]])
+    moved = slerp_update(p, f, 0.9)
+    assert torch.equal(moved[0], f[0])  # opposite: the patch
+    assert torch.equal(moved[1], p[1])
+    assert torch.allclose(moved[2], torch.tensor([1.0, 1e-7]))
+    assert torch.equal(slerp_update(p, f, 1.0), p)
 
 
 @pytest.mark.parametrize("seed", range(9))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from protopush.data.provenance import Provenance
 from protopush.errors import InputError
 
 
@@ -44,6 +45,33 @@ class Anchor:
     image_size: tuple[int, int] | None = None
     verified: bool = True
     runner_up: float | None = None
+
+    @classmethod
+    def at(
+        cls,
+        origin: Provenance,
+        cell: int,
+        grid: tuple[int, int],
+        similarity: float = 1.0,
+        similarity_after: float = 1.0,
+        verified: bool = True,
+        runner_up: float | None = None,
+    ) -> Anchor:
+        """The anchor for a patch of a sample; similarities are 1 where the prototype is made of that very patch."""
+        return cls(
+            sample_id=origin.sample_id,
+            cell=cell,
+            grid=grid,
+            similarity=similarity,
+            similarity_after=similarity_after,
+            file=origin.file,
+            sha256=origin.sha256,
+            group=origin.group,
+            box=origin.view.cell_box(cell, grid) if origin.view is not None else None,
+            image_size=origin.view.original if origin.view is not None else None,
+            verified=verified,
+            runner_up=runner_up,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

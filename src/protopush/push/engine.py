@@ -158,37 +158,31 @@ def _guarded(validation: Validation, guard: str, budget: float, momentum: float,
 
 def _records(slots: Slots, chosen: Chosen, nearest: Tensor, moved: Tensor, source: Source) -> list[PushedPrototype]:
     """One record for each prototype that found a patch."""
-    before = torch.linalg.vector_norm(slots.unit - nearest, dim=-1).cpu()
-    after = torch.linalg.vector_norm(moved - nearest, dim=-1).cpu()
+    distances = (torch.linalg.vector_norm(place - nearest, dim=-1) for place in (slots.unit, moved))
+    columns = (*distances, chosen.ids, chosen.cells, chosen.rank, chosen.nearest, chosen.runner_up)
+    hit = chosen.hit
+    rows = zip(hit.nonzero().tolist(), *(column.cpu()[hit].tolist() for column in columns), strict=True)
     records = []
-    for c, k in chosen.hit.nonzero().tolist():
-        where, cell = chosen.origins[int(chosen.ids[c, k])], int(chosen.cells[c, k])
-        runner_up, rank = float(chosen.runner_up[c, k]), int(chosen.rank[c, k])
-        anchor = Anchor(
-            sample_id=where.sample_id,
-            cell=cell,
-            grid=chosen.grid,
-            similarity=_cosine(float(before[c, k])),
-            similarity_after=_cosine(float(after[c, k])),
-            file=where.file,
-            sha256=where.sha256,
-            group=where.group,
-            box=where.view.cell_box(cell, chosen.grid) if where.view is not None else None,
-            image_size=where.view.original if where.view is not None else None,
+    for (c, k), before, after, sample, cell, rank, best, runner_up in rows:
+        anchor = Anchor.at(
+            chosen.origins[sample],
+            cell,
+            chosen.grid,
+            similarity=_cosine(before),
+            similarity_after=_cosine(after),
             verified=source.verified,
-            runner_up=runner_up if runner_up > -2 else None,
+            runner_up=runner_up if math.isfinite(runner_up) else None,
         )
-        distance = float(before[c, k])
-        nearest_distance = distance if rank == 1 else _distance(float(chosen.nearest[c, k]))
-        records.append(PushedPrototype(c, k, distance, float(after[c, k]), anchor, rank, nearest_distance))
+        records.append(PushedPrototype(c, k, before, after, anchor, rank, before if rank == 1 else _distance(best)))
     return records
 
 
 def _write_anchors(manager: PrototypeOwner, slots: Slots, records: list[PushedPrototype]) -> None:
     anchors = getattr(manager, "anchors", None)
     if anchors is not None:
+        rows = slots.rows.tolist()
         for record in records:
-            anchors[int(slots.rows[record.class_index, record.prototype])] = record.anchor
+            anchors[rows[record.class_index][record.prototype]] = record.anchor
 
 
 def _kept(slots: Slots, records: list[PushedPrototype]) -> list[int]:
