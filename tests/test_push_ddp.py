@@ -31,7 +31,9 @@ def model_and_data() -> tuple[ToyNet, TensorDataset]:
 class Grouped(TensorDataset):
     """Tells its groups, two images in each."""
 
-    groups = [str(i // 2) for i in range(COUNT)]
+    @property
+    def groups(self) -> list[str]:
+        return [str(i // 2) for i in range(len(self))]
 
 
 class Stream(IterableDataset):
@@ -102,7 +104,8 @@ def case(name: str, rank: int, world: int):
 
 
 CASES = (
-    "local", "wrapped in DDP", "patch", "image", "group", "capped", "stream", "one batch", "own shards", "guard", "live",
+    "local", "wrapped in DDP", "patch", "image", "group", "capped", "stream", "one batch", "own shards", "guard",
+    "live",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Inside the batch loop nothing waits for the device.
 
-Tensors on the meta device have shapes but no values: whatever would make the host wait for a GPU (``.item()``, ``.cpu()``,
-``nonzero``, boolean indexing, a branch on a value) is an error there. So the loop is run on it.
+Tensors on the meta device have shapes but no values: whatever would make the host wait for a GPU (``.item()``,
+``.cpu()``, ``nonzero``, boolean indexing, a branch on a value) is an error there. So the loop is run on it.
 """
 
 from __future__ import annotations

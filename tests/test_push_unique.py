@@ -151,7 +151,7 @@ def test_too_few_say_so(toy, caplog):
     labels = np.array([0, 0, 1])
     with caplog.at_level(logging.WARNING):
         prototypes = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
-        report, model = push(toy, patches, labels, ["a", "a", "b"], prototypes, unique="group")
+        report, _ = push(toy, patches, labels, ["a", "a", "b"], prototypes, unique="group")
     assert report.unique == ["image", "patch"]
     assert report.notes == [
         "class 0, class 1: fewer groups than prototypes, anchors are unique by image instead",

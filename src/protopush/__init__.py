@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from protopush.backbones import Features, create_backbone
     from protopush.errors import InputError
+    from protopush.growth import GrowthReport, PruningReport, grow_prototypes, prune_prototypes
     from protopush.head_optimal import HeadOptimal
     from protopush.model import ProtoModel
     from protopush.prototypes import Anchor, PrototypeManager
@@ -22,14 +23,18 @@ __version__ = "0.1.0"
 _HOME = {
     "Anchor": "protopush.prototypes",
     "Features": "protopush.backbones",
+    "GrowthReport": "protopush.growth",
     "HeadOptimal": "protopush.head_optimal",
     "InputError": "protopush.errors",
     "ProtoModel": "protopush.model",
     "PrototypeManager": "protopush.prototypes",
+    "PruningReport": "protopush.growth",
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
     "create_backbone": "protopush.backbones",
+    "grow_prototypes": "protopush.growth",
     "load": "protopush.training.run",
+    "prune_prototypes": "protopush.growth",
     "push_prototypes": "protopush.push",
     "refresh_anchors": "protopush.push",
 }
@@ -37,14 +42,18 @@ _HOME = {
 __all__ = [
     "Anchor",
     "Features",
+    "GrowthReport",
     "HeadOptimal",
     "InputError",
     "ProtoModel",
     "PrototypeManager",
+    "PruningReport",
     "PushMixin",
     "PushReport",
     "create_backbone",
+    "grow_prototypes",
     "load",
+    "prune_prototypes",
     "push_prototypes",
     "refresh_anchors",
 ]

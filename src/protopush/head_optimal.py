@@ -130,7 +130,7 @@ class HeadOptimal(nn.Module):
     def weights(self) -> Tensor:
         """What a similarity of 1 contributes, (num_classes, K): temperature, connection and mean; 0 in unused slots."""
         used = self.proto_manager.mask()
-        share = used / used.sum(dim=1, keepdim=True)
+        share = used / used.sum(dim=1, keepdim=True).clamp(min=1)
         return self.log_temperature.exp() * F.softplus(self.connections) * share
 
     def forward(self, features: HasFeatures) -> HeadOutput:

@@ -67,6 +67,12 @@ def _missing(net: Any) -> list[str]:
     return [part for part, has in there.items() if not has]
 
 
+def class_names_of(net: Pushable, count: int) -> list[str]:
+    """The model's own names of its classes, where it has as many."""
+    names = [str(name) for name in getattr(net, "class_names", None) or []]
+    return names if len(names) == count else []
+
+
 def resolve_device(net: Pushable, device: str | int | torch.device) -> torch.device:
     """The device of the prototypes, which must be the one asked for."""
     asked, there = torch.device(device), net.head.proto_manager.prototypes.device

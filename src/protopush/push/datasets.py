@@ -83,6 +83,8 @@ def describe(dataset: Any, index: int, name: int | None = None) -> Provenance:
         part = next(k for k, end in enumerate(dataset.cumulative_sizes) if index < end)
         start = dataset.cumulative_sizes[part - 1] if part else 0
         return describe(dataset.datasets[part], index - start, name)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) < 3:
+        return Provenance(name)  # no third element that could be a name
     files = getattr(dataset, "imgs", None)  # torchvision's ImageFolder
     return Provenance(_name_in(dataset[index], name), file=str(files[index][0]) if files is not None else None)
 

@@ -16,7 +16,7 @@ from protopush.errors import InputError
 from protopush.prototypes import Anchor
 from protopush.push.assign import check_unique
 from protopush.push.choose import Chosen, choose
-from protopush.push.contract import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
+from protopush.push.contract import PrototypeOwner, Slots, class_names_of, resolve_device, unwrap
 from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
 from protopush.push.live import POOLED
 from protopush.push.move import Move
@@ -109,7 +109,7 @@ def push_prototypes(
     if live is not None:
         net.head.sync_prototypes()  # type: ignore[attr-defined]
     slots = Slots.of(manager, prototypes)
-    names = _class_names(net, len(slots.rows))
+    names = class_names_of(net, len(slots.rows))
     logger.info("Collecting %s features for prototype push...", "LOCAL patch" if use_local else "GLOBAL pooled")
     with untouched(model, dataloader, val_loader):
         source = read_through(dataloader, order_seed=None if max_patches_per_class is None else seed)
@@ -187,14 +187,8 @@ def _write_anchors(manager: PrototypeOwner, slots: Slots, records: list[PushedPr
 
 def _kept(slots: Slots, records: list[PushedPrototype]) -> list[int]:
     """Classes whose prototypes were to be pushed, but that have no sample."""
-    asked = slots.used.any(dim=1).tolist()
-    return [c for c, wanted in enumerate(asked) if wanted and not any(r.class_index == c for r in records)]
-
-
-def _class_names(net: Pushable, count: int) -> list[str]:
-    """The model's own names of its classes, where it has as many."""
-    names = [str(name) for name in getattr(net, "class_names", None) or []]
-    return names if len(names) == count else []
+    pushed = {record.class_index for record in records}
+    return [c for c, asked in enumerate(slots.used.any(dim=1).tolist()) if asked and c not in pushed]
 
 
 def _cosine(distance: float) -> float:
@@ -231,9 +225,12 @@ def _log(report: PushReport) -> None:
     for c, patches in enumerate(report.patches_per_class):
         logger.info("  Class %d: %d patches", c, patches)
     logger.info("Updating prototypes using %s...", "LOCAL patches" if report.use_local else "GLOBAL features")
+    distances_of: dict[int, list[float]] = {}
+    for record in report.prototypes:
+        distances_of.setdefault(record.class_index, []).append(record.distance_before)
     for c, patches in enumerate(report.patches_per_class):
         logger.info("  Class %d: %d patches", c, patches)
-        distances = [p.distance_before for p in report.of_class(c)]
+        distances = distances_of.get(c)
         if distances:
             logger.info("    Updated %d prototypes, min_dist: %.4f", len(distances), min(distances))
         elif c in report.kept_classes:

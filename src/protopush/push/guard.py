@@ -13,6 +13,7 @@ from protopush.distributed import gather_objects
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.push.contract import Pushable
+from protopush.push.search import together
 from protopush.push.source import check_labels, read_through
 
 GUARDS = ("off", "report", "rollback", "budget")
@@ -148,11 +149,11 @@ class Validation:
         self.source = read_through(loader)
         self.embeddings: list[tuple[Tensor, Tensor]] | None = None
         if hasattr(self.head, "embed_features") and hasattr(self.head, "classify"):
-            self.embeddings = [(self._embed(images), labels) for images, labels in self._batches()]
+            self.embeddings = together(lambda: [(self._embed(images), labels) for images, labels in self._batches()])
 
     def score(self) -> Score:
         """Balanced accuracy, AUROC and expected calibration error of the model as it is."""
-        here = [(self._probabilities(logits), labels) for logits, labels in self._logits()]
+        here = together(lambda: [(self._probabilities(logits), labels) for logits, labels in self._logits()])
         told = [part for parts in gather_objects(here) for part in parts]
         if not told:
             raise InputError("the val_loader yields no batch; expected validation images; nothing was changed")

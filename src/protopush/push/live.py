@@ -48,14 +48,14 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
                 "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
                 "dataset with len() and []"
             )
-        features = _features(net, source, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
+        features = features_at(net, source, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
     manager.anchor_features[rows] = features[rows].to(manager.anchor_features.dtype)
     manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]
     net.head.sync_prototypes()  # type: ignore[attr-defined]
     return len(ids)
 
 
-def _features(
+def features_at(
     net: Pushable, source: DatasetSource, ids: list[int], anchor_ids: Tensor, anchor_cells: Tensor, device: torch.device
 ) -> Tensor:
     """The features (S, C) at the anchors; 0 in slots without one."""

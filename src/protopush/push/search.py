@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ logger = logging.getLogger("protopush.push")
 
 LOG_EVERY = 50  # batches
 
+T = TypeVar("T")
 Allow = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -97,13 +99,8 @@ def search(net: Pushable, source: Source, slots: Slots, query: Query, depth: int
     top = TopM(slots.unit, slots.used, depth, query.width, by_patch=key == "patch")
     strange = NonFinite(device)
     tally = Tally(len(slots.rows), _share_of_cap(query.cap, source), query.seed)
-    grid, problem = None, None
-    try:
-        grid = _read(net, source, query, top, strange, tally, key)
-    except Exception as error:
-        problem = error
-    _raise_together(problem)
-    _refuse_non_finite(strange, source)
+    grid = together(lambda: _read(net, source, query, top, strange, tally, key))
+    refuse_non_finite(strange, source)
     grids = [other for other in gather_objects(grid) if other is not None]
     if not grids:
         raise InputError("the loader yields no batch; expected training images; nothing was changed")
@@ -124,8 +121,8 @@ def _read(
         x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
         features = x_fu1 if query.use_local else x_fu
         if grid is None:
-            _log_shapes(x_fu, x_fu1, query.use_local)
-            grid = _grid(features.shape[1], images) if query.use_local else (1, 1)
+            log_shapes(x_fu, x_fu1, query.use_local)
+            grid = grid_of(features.shape[1], images) if query.use_local else (1, 1)
         embeddings = net.head.proj(features).float()
         norm = torch.linalg.vector_norm(embeddings, dim=2)
         allowed = norm.isfinite() & (norm > 0)
@@ -177,8 +174,18 @@ def _merged(top: TopM, tally: Tally, source: Source, grid: tuple[int, int]) -> F
     return Found(ranked, torch.cat(owners, dim=1).gather(1, keep), top.vectors, grid, patches, images)
 
 
-def _raise_together(problem: Exception | None) -> None:
-    """If a rank has failed, all fail, rather than wait for it."""
+def together(work: Callable[[], T]) -> T:
+    """Do this rank's part of the work; if it fails on one rank it fails on all, rather than have them wait for it."""
+    try:
+        done, problem = work(), None
+    except Exception as error:
+        done, problem = None, error
+    raise_together(problem)
+    return cast(T, done)
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise what went wrong on this rank; or, where another one failed, an InputError that says so."""
     if rank_and_size()[1] > 1:
         told = gather_objects(None if problem is None else first_line(problem))
         failed = next((number for number, line in enumerate(told) if line is not None), None)
@@ -188,7 +195,12 @@ def _raise_together(problem: Exception | None) -> None:
         raise problem
 
 
-def _refuse_non_finite(strange: NonFinite, source: Source) -> None:
+def refuse_non_finite(strange: NonFinite, source: Source) -> None:
+    """Name the samples, of all ranks, whose features aren't finite.
+
+    Raises:
+        InputError: there are some.
+    """
     count, ids = strange.found()
     told = gather_objects((count, [(i, source.describe(i).sample_id) for i in ids]))
     count = sum(number for number, _ in told)
@@ -202,14 +214,15 @@ def _refuse_non_finite(strange: NonFinite, source: Source) -> None:
         )
 
 
-def _grid(cells: int, images: Tensor) -> tuple[int, int]:
+def grid_of(cells: int, images: Tensor) -> tuple[int, int]:
     """(rows, columns) with rows * columns == cells, of the shape nearest to the images' (or to a square)."""
     height, width = images.shape[-2:] if images.ndim == 4 else (1, 1)
     shapes = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
-def _log_shapes(x_fu: Tensor, x_fu1: Tensor, use_local: bool) -> None:
+def log_shapes(x_fu: Tensor, x_fu1: Tensor, use_local: bool) -> None:
+    """Say what is read, and refuse features that aren't (batch, cells, channels)."""
     for name, features in (("x_fu1", x_fu1), ("x_fu", x_fu)):
         if features.ndim != 3:
             raise InputError(f"{name} has the shape {tuple(features.shape)}; expected (batch, cells, channels)")

@@ -41,6 +41,7 @@ class ModelConfig:
         backbone: any timm model name.
         pretrained: true (the model's own weights), false (random) or a file of weights.
         num_prototypes: prototypes per class.
+        max_prototypes: slots per class, room to grow; none: as many as prototypes.
         embed_dim: size of the embedding space.
         dropout: after the projection.
         match: local (prototypes against every patch) or global (against the pooled feature).
@@ -49,6 +50,7 @@ class ModelConfig:
     backbone: str = "tf_efficientnet_lite0"
     pretrained: bool | str = True
     num_prototypes: int = 10
+    max_prototypes: int | None = None
     embed_dim: int = 128
     dropout: float = 0.1
     match: Literal["local", "global"] = "local"
@@ -96,6 +98,11 @@ class PushConfig:
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback, or budget (the momentum is raised until the cost is within the budget).
         guard_budget: the fall of balanced accuracy or AUROC that is allowed.
+        grow: after each push, badly covered classes with a free slot get another prototype.
+        grow_quantile: of the best similarity of a class's samples, that tells how well it is covered.
+        grow_below: the similarity below which it is badly covered.
+        prune: after each push, prototypes that are duplicates or never matter are removed.
+        prune_cosine: two prototypes of a class more alike than this are duplicates.
         final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches); live
             prototypes are real patches already: they stay.
     """
@@ -111,6 +118,11 @@ class PushConfig:
     anchor_refresh: int = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
     guard_budget: float = 0.01
+    grow: bool = False
+    grow_quantile: float = 0.1
+    grow_below: float = 0.7
+    prune: bool = False
+    prune_cosine: float = 0.99
     final: Literal["hard", "momentum", "none"] = "hard"
 
 

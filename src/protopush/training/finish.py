@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from protopush.growth import grow_prototypes, prune_prototypes
 from protopush.metrics.classification import classification_metrics
 from protopush.push import PushReport, push_prototypes, refresh_anchors
 from protopush.training.connections import fit_connections
@@ -32,12 +33,11 @@ def push_now(
 ) -> PushReport:
     """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
     config = job.config.push
-    use_local = job.head.match == "local" if config.use_local is None else config.use_local
     return push_prototypes(
         model,
         loader,
         job.fabric.device,
-        use_local=use_local,
+        use_local=_use_local(job),
         momentum=momentum,
         max_patches_per_class=config.max_patches_per_class,
         seed=job.config.train.seed,
@@ -57,7 +57,33 @@ def push_between(
     with job.fabric.autocast():
         momentum = job.config.push.momentum
         report = push_now(job, stage.model, stage.train_loader, momentum, optimizer, stage.val_loader)
-    return push_row(report, epoch, before, on_validation(job, stage))
+        resized = resize(job, stage, optimizer)
+    return push_row(report, epoch, before, on_validation(job, stage)) | resized
+
+
+def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Pruning and growth as the run asks for them; what they did, for the line in ``metrics.jsonl``."""
+    config, device, told = job.config.push, job.fabric.device, dict[str, Any]()
+    args, use_local = (stage.model, stage.train_loader, device), _use_local(job)
+    if config.prune:  # first: growth may use the slots
+        told["pruning"] = prune_prototypes(
+            *args, max_cosine=config.prune_cosine, use_local=use_local, val_loader=stage.val_loader
+        ).to_dict()
+    if config.grow:
+        told["growth"] = grow_prototypes(
+            *args,
+            quantile=config.grow_quantile,
+            min_coverage=config.grow_below,
+            use_local=use_local,
+            val_loader=stage.val_loader,
+            optimizer=optimizer,
+        ).to_dict()
+    return told
+
+
+def _use_local(job: Job) -> bool:
+    asked = job.config.push.use_local
+    return job.head.match == "local" if asked is None else asked
 
 
 def push_row(

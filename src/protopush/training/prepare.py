@@ -103,6 +103,7 @@ def prepare(config: RunConfig) -> Job:
         len(catalog.classes),
         num_prototypes=config.model.num_prototypes,
         embed_dim=config.model.embed_dim,
+        max_prototypes=config.model.max_prototypes,
         dropout=config.model.dropout,
         match=config.model.match,
         anchoring=config.push.anchoring,
@@ -139,6 +140,7 @@ def _check_numbers(config: RunConfig) -> None:
         "train.batch_size": train.batch_size,
         "model.num_prototypes": config.model.num_prototypes,
         "model.embed_dim": config.model.embed_dim,
+        "model.max_prototypes": config.model.max_prototypes or 1,
         "push.interval": push.interval,
         "push.anchor_refresh": push.anchor_refresh,
     }

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from protopush.errors import InputError
-from protopush.prototypes import Anchor
-from protopush.push.candidates import TIE
-from protopush.push.contract import Pushable, Slots, resolve_device, unwrap
-from protopush.push.coverage import (
+from protopush.growth.coverage import (
     ClassCoverage,
     OwnSimilarity,
     class_coverage,
@@ -24,9 +21,11 @@ from protopush.push.coverage import (
     in_order,
     own_similarity,
 )
-from protopush.push.engine import _class_names
+from protopush.growth.occupy import all_or_nothing, move_out, slot_mask
+from protopush.prototypes import Anchor
+from protopush.push.candidates import TIE
+from protopush.push.contract import Pushable, Slots, class_names_of, resolve_device, unwrap
 from protopush.push.guard import Score, Validation
-from protopush.push.occupy import all_or_nothing, move_out, slot_mask
 from protopush.push.source import read_through
 from protopush.untouched import untouched
 
@@ -189,7 +188,7 @@ def prune_prototypes(
         val_before=val_before,
         val_after=val_after,
         seconds=time.perf_counter() - started,
-        class_names=_class_names(net, len(slots.rows)),
+        class_names=class_names_of(net, len(slots.rows)),
     )
     for note in report.notes:
         logger.warning("%s", note)

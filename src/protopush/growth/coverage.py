@@ -15,7 +15,7 @@ from protopush.errors import InputError
 from protopush.push.candidates import TIE
 from protopush.push.contract import Pushable, Slots
 from protopush.push.guard import Score
-from protopush.push.search import _grid, _log_shapes, _raise_together, _refuse_non_finite
+from protopush.push.search import grid_of, log_shapes, raise_together, refuse_non_finite
 from protopush.push.source import Batch, Source, check_labels
 from protopush.push.tally import NonFinite
 
@@ -87,14 +87,14 @@ def embedded(
         check_labels(labels, ids, classes)
         x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
         if number == 0:
-            _log_shapes(x_fu, x_fu1, use_local)
+            log_shapes(x_fu, x_fu1, use_local)
         features = x_fu1 if use_local else x_fu
         vectors = net.head.proj(features).float()
         norm = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
         strange.update(norm, ids.to(device, non_blocking=True))
         valid = norm.isfinite() & (norm > 0)
         unit = torch.where(valid, vectors / norm, torch.zeros_like(vectors))
-        grid = _grid(features.shape[1], images) if use_local else (1, 1)
+        grid = grid_of(features.shape[1], images) if use_local else (1, 1)
         yield Embedded(unit, valid.squeeze(2), labels, ids, grid)
 
 
@@ -123,8 +123,8 @@ def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, us
             parts.append((batch.ids, batch.labels, best, batch.valid.any(dim=1)))
     except Exception as error:
         problem = error
-    _raise_together(problem)
-    _refuse_non_finite(strange, source)
+    raise_together(problem)
+    refuse_non_finite(strange, source)
     here = [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
     told = [part for part in gather_objects(here) if part]
     if not told:

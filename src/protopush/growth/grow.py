@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from protopush.errors import InputError
+from protopush.growth.coverage import ClassCoverage, class_coverage, coverage_lines, effect, own_similarity
+from protopush.growth.gains import Wish, coverage_after, find_gains
+from protopush.growth.occupy import all_or_nothing, forget, live_features, move_in, slot_mask
 from protopush.prototypes import Anchor
-from protopush.push.contract import Slots, resolve_device, unwrap
-from protopush.push.coverage import ClassCoverage, class_coverage, coverage_lines, effect, own_similarity
-from protopush.push.engine import _class_names
-from protopush.push.gains import Wish, coverage_after, find_gains
+from protopush.push.contract import Slots, class_names_of, resolve_device, unwrap
 from protopush.push.guard import Score, Validation
-from protopush.push.occupy import all_or_nothing, anchor_of, forget, live_features, move_in, slot_mask
 from protopush.push.search import Allow
 from protopush.push.source import DatasetSource, Source, read_through
 from protopush.untouched import untouched
@@ -167,7 +166,7 @@ def grow_prototypes(
         gains, why = find_gains(net, source, slots, before, wish)
         coverage, runner_ups = coverage_after(net, source, slots, before, gains, wish)
         anchors = [
-            anchor_of(gain.origin, gain.cell, gain.grid, source.verified, runner_up=runner_up)
+            Anchor.at(gain.origin, gain.cell, gain.grid, verified=source.verified, runner_up=runner_up)
             for gain, runner_up in zip(gains, runner_ups, strict=True)
         ]
         features = live_features(net, source, slots, gains, use_local) if live and gains else None
@@ -193,7 +192,7 @@ def grow_prototypes(
         val_before=val_before,
         val_after=val_after,
         seconds=time.perf_counter() - started,
-        class_names=_class_names(net, len(slots.rows)),
+        class_names=class_names_of(net, len(slots.rows)),
     )
     for note in report.notes:
         logger.warning("%s", note)

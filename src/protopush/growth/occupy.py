@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from protopush.data.provenance import Provenance
 from protopush.errors import InputError
+from protopush.growth.gains import Gain
 from protopush.prototypes import Anchor
 from protopush.push.contract import PrototypeOwner, Pushable, Slots
-from protopush.push.gains import Gain
-from protopush.push.live import POOLED, _features
+from protopush.push.live import POOLED, features_at
 from protopush.push.source import DatasetSource, Source
 from protopush.push.update import reset_moments
 
@@ -61,32 +60,6 @@ def all_or_nothing(net: Pushable, slots: Slots) -> Iterator[None]:
         raise
 
 
-def anchor_of(
-    origin: Provenance,
-    cell: int,
-    grid: tuple[int, int],
-    verified: bool,
-    similarity: float = 1.0,
-    similarity_after: float = 1.0,
-    runner_up: float | None = None,
-) -> Anchor:
-    """The anchor for a patch of a sample; similarities are 1 where the prototype is made of that very patch."""
-    return Anchor(
-        sample_id=origin.sample_id,
-        cell=cell,
-        grid=grid,
-        similarity=similarity,
-        similarity_after=similarity_after,
-        file=origin.file,
-        sha256=origin.sha256,
-        group=origin.group,
-        box=origin.view.cell_box(cell, grid) if origin.view is not None else None,
-        image_size=origin.view.original if origin.view is not None else None,
-        verified=verified,
-        runner_up=runner_up,
-    )
-
-
 def _at(slots: Slots, gains: list[Gain]) -> Tensor:
     """The parameter's rows of the new prototypes, (G,)."""
     return torch.stack([slots.rows[gain.class_index, gain.slot] for gain in gains])
@@ -101,7 +74,7 @@ def live_features(net: Pushable, source: Source, slots: Slots, gains: list[Gain]
     every_id[rows], every_cell[rows] = ids, cells
     samples = sorted({gain.sample for gain in gains})
     indexed = cast(DatasetSource, source)
-    return _features(net, indexed, samples, every_id, every_cell, slots.rows.device)[rows]
+    return features_at(net, indexed, samples, every_id, every_cell, slots.rows.device)[rows]
 
 
 def _live_anchors(slots: Slots, gains: list[Gain], use_local: bool) -> tuple[Tensor, Tensor]:
