@@ -301,3 +301,28 @@ def test_classification_metrics_against_slow_versions(seed):
     assert found["macro_f1"] == pytest.approx(np.mean(f1s))
     assert found["auroc"] == pytest.approx(np.mean(aucs))
     assert [found["per_class"][name]["n"] for name in "abcd"] == [int(sum(labels == c)) for c in range(4)]
+
+
+def test_a_run_grows_and_prunes_and_opens_again(tmp_path):
+    config = small(make_images(tmp_path / "images", ["bird", "cat", "dog"], 10))
+    config.model.max_prototypes = 4
+    config.push.grow, config.push.grow_below = True, 1.0
+    config.push.prune, config.push.prune_cosine = True, 0.9
+    run = train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    pushes = [row for row in rows if "growth" in row]
+    assert len(pushes) == 2
+    assert any(row["growth"]["added"] for row in pushes)
+    assert pushes[0]["growth"]["val_before"].keys() == {"balanced_accuracy", "auroc", "ece"}
+    assert any(row["pruning"]["removed"] for row in pushes)
+    counts = run.head.proto_manager.mask().sum(dim=1)
+    again = open_run(tmp_path / "run")
+    assert torch.equal(again.head.proto_manager.mask().sum(dim=1), counts)
+    images = torch.randn(3, 3, 160, 160)
+    assert torch.equal(again.model(images).logits, run.model(images).logits)
+    checks = verify_anchors(again.model, again.head.proto_manager, again.transform, again.root, again.class_names)
+    assert len(checks) == int(counts.sum())
+    assert all(check.holds for check in checks)
+    config.model.max_prototypes = 1
+    with pytest.raises(InputError, match="no more than max_prototypes"):
+        train(config, tmp_path / "other")

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from protopush import __version__
 from protopush.errors import InputError
+from protopush.parsing import add_data, add_json, parse
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -27,6 +27,7 @@ ABOUT = {
     "evaluate": "accuracy, balanced accuracy, F1 and AUROC on a split",
     "explain": "show which patches of which training images an image looks like",
     "verify": "embed every anchor's file again and see whether it still holds",
+    "forbid": "forbid a patch, an image or a region; the next best anchor takes its place",
 }
 
 
@@ -73,40 +74,6 @@ def _parser(command: str) -> ArgumentParser:
     return ArgumentParser(prog=f"protopush {command}", description=ABOUT[command], exit_on_error=False)
 
 
-def _parse(parser: ArgumentParser, words: list[str]) -> Any:
-    from argparse import ArgumentError
-
-    try:
-        return parser.parse_args(words)
-    except ArgumentError as error:
-        _refuse(parser, str(error))
-
-
-def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
-    """One line with the nearest valid name where a name was wrong."""
-    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    option = re.search(r"(?:[Uu]nrecognized arguments?: --|Key ')([\w.]+)", message)
-    wrong = f"{group[1]}.{group[2]}" if group else option[1] if option else ""
-    if wrong:
-        near = get_close_matches(wrong, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; {parser.prog} --help lists the keys"
-        raise InputError(f"unknown key {wrong!r}{hint}")
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    raise InputError(f"{' '.join(lines)}; {parser.prog} --help tells what is expected")
-
-
-def _add_data(parser: ArgumentParser) -> None:
-    parser.add_argument("--data.path", type=str | None, default=None, help="other data than the run was trained on")
-    parser.add_argument("--data.source", type=str | None, default=None, help="auto, folder, manifest or elpv")
-    parser.add_argument("--data.num_workers", type=int, default=2, help="processes that read images")
-
-
-def _add_json(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON to stdout")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-
-
 def _log_to_stderr() -> None:
     """The log as plain lines; above a progress bar where there is one."""
     from rich.logging import RichHandler
@@ -142,7 +109,7 @@ def demo(words: list[str]) -> int:
     parser = _train_parser("demo")
     parser.add_argument("--out", type=str, default="runs/demo", help="the run folder; replaced if it is a run")
     recipe = ["--config", str(_recipe("elpv"))] if "--config" not in words else []
-    options = _parse(parser, [*recipe, *words])
+    options = parse(parser, [*recipe, *words])
     _log_to_stderr()
     from protopush.demo import run_demo
 
@@ -154,7 +121,7 @@ def train(words: list[str]) -> int:
     """``protopush train``."""
     parser = _train_parser("train")
     parser.add_argument("--out", type=str, required=True, help="the run folder to write")
-    options = _parse(parser, words)
+    options = parse(parser, words)
     _log_to_stderr()
     from protopush.training.loop import train as train_run
 
@@ -193,9 +160,9 @@ def push(words: list[str]) -> int:
         "--data.split", type=str, default="train", help="the split whose images prototypes may stand for"
     )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
-    _add_data(parser)
-    _add_json(parser)
-    options = _parse(parser, words)
+    add_data(parser)
+    add_json(parser)
+    options = parse(parser, words)
     _log_to_stderr()
     from protopush.commands import push_run
 
@@ -209,9 +176,9 @@ def evaluate(words: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--data.split", type=str, default="test", help="train, val, test or all")
-    _add_data(parser)
-    _add_json(parser)
-    options = _parse(parser, words)
+    add_data(parser)
+    add_json(parser)
+    options = parse(parser, words)
     _log_to_stderr()
     from protopush.commands import evaluate_run, metrics_table
 
@@ -228,8 +195,8 @@ def explain(words: list[str]) -> int:
     parser.add_argument("--out", type=str, required=True, help="folder for the panels (PNG) and their data (JSON)")
     parser.add_argument("--rows", type=int, default=5, help="prototypes shown in a panel")
     parser.add_argument("--top_classes", type=int, default=3, help="classes told in the JSON")
-    _add_json(parser)
-    options = _parse(parser, words)
+    add_json(parser)
+    options = parse(parser, words)
     _log_to_stderr()
     from protopush.commands import explain_images
 
@@ -247,18 +214,43 @@ def verify(words: list[str]) -> int:
     parser = _parser("verify")
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--root", type=str | None, default=None, help="where the training images are now")
-    _add_json(parser)
-    options = _parse(parser, words)
+    add_json(parser)
+    options = parse(parser, words)
     _log_to_stderr()
     from protopush.commands import anchors_table, verify_run
 
     checks = verify_run(options)
     holds = all(check.holds for check in checks)
     if options.json:
-        _print_json({"holds": holds, "anchors": [vars(check) | {"holds": check.holds} for check in checks]})
+        _print_json({"holds": holds, "anchors": [check.to_dict() for check in checks]})
     else:
         print(anchors_table(checks))
     return 0 if holds else 1
+
+
+def forbid(words: list[str]) -> int:
+    """``protopush forbid``."""
+    parser = _parser("forbid")
+    parser.add_argument("run", type=str, help="a run folder; it is changed in place")
+    parser.add_argument(
+        "--prototype", type=str | None, default=None, help="CLASS:NUMBER: the patch that it stands for (mel:3, or 4:3)"
+    )
+    parser.add_argument("--image", type=str | None, default=None, help="a training image: none of its patches")
+    parser.add_argument(
+        "--mask-column", "--mask_column", action="store_true", help="whatever lies outside the manifest's masks"
+    )
+    parser.add_argument("--min_share", type=float, default=0.5, help="share of a patch that must lie inside its mask")
+    parser.add_argument("--reason", type=str, required=True, help="why, for those who read the log later")
+    parser.add_argument("--who", type=str | None, default=None, help="who decides; by default your login name")
+    add_data(parser)
+    add_json(parser)
+    options = parse(parser, words)
+    _log_to_stderr()
+    from protopush.commands import decision_table, forbid_run
+
+    decision = forbid_run(options)
+    _print_json(decision.to_dict()) if options.json else print(decision_table(decision, options.run))
+    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -268,6 +260,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "explain": explain,
     "verify": verify,
+    "forbid": forbid,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -25,11 +26,14 @@ from protopush.errors import InputError
 from protopush.explain import draw_panel, explain_image
 from protopush.push import PushReport, check_momentum
 from protopush.push.certificate import AnchorCheck, verify_anchors
+from protopush.review.allowed import allow_of
+from protopush.review.decisions import FILE, Decision, load_decisions
+from protopush.review.forbid import Wish, forbid
 from protopush.training.config import DataConfig
-from protopush.training.evaluate import evaluate
+from protopush.training.evaluate import evaluate, in_short
 from protopush.training.finish import push_row
 from protopush.training.prepare import make_fabric, open_split
-from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, open_run, save_run
+from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, open_run, same_weights, save_run
 
 
 def push_run(options: Namespace) -> PushReport:
@@ -47,11 +51,13 @@ def push_run(options: Namespace) -> PushReport:
         use_local=options.use_local,
         momentum=options.momentum,
         max_patches_per_class=options.max_patches_per_class,
+        allow=allow_of(load_decisions(run.folder), dataset),
     )
     pushed = replace(run, model=run.model.cpu(), folder=out, root=catalog.root.resolve(), data=_data(run, options))
     clear_folder(out)
-    if (run.folder / "config.yaml").is_file():
-        shutil.copyfile(run.folder / "config.yaml", out / "config.yaml")
+    for name in ("config.yaml", FILE):
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, out / name)
     save_run(pushed)
     append_metrics(out, push_row(report, 0, None, None))
     return report
@@ -90,11 +96,29 @@ def explain_to(
 
 def verify_run(options: Namespace) -> list[AnchorCheck]:
     """Whether each anchor of a run still holds."""
-    run, device = _open(options)
+    run, device = _open(options, check_weights=False)
     root = Path(options.root) if options.root else run.root
     if not root.is_dir():
         raise InputError(f"no such folder: {root}; expected the training images; say where they are with --root")
-    return verify_anchors(run.model, run.head.proto_manager, run.transform, root, run.class_names, device)  # type: ignore[arg-type]
+    return verify_anchors(
+        run.model,  # type: ignore[arg-type]
+        run.head.proto_manager,
+        run.transform,
+        root,
+        run.class_names,
+        device,
+        same_weights=same_weights(run.folder),
+    )
+
+
+def forbid_run(options: Namespace) -> Decision:
+    """Forbid a patch, an image or a region, and replace the anchors there in the run itself."""
+    wish = Wish(
+        options.prototype, options.image, options.mask_column, options.min_share, options.reason, options.who or ""
+    )
+    wish.kind()  # a wish that says nothing is refused before the run is opened
+    run, device = _open(options)
+    return forbid(run, wish, _data(run, options), device, options.data.num_workers)
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
@@ -120,8 +144,27 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
     return f"{len(wrong)} of {len(checks)} anchors do not hold:\n" + _text(table)
 
 
-def _open(options: Namespace) -> tuple[Run, torch.device]:
-    run = open_run(options.run)
+def decision_table(decision: Decision, run: str) -> str:
+    """What was forbidden, which anchors took the places, what that cost, and what to do next."""
+    free = f" ({decision.unmasked} training images have no mask: unrestricted)" if decision.unmasked else ""
+    subject = {
+        "prototype": f"{decision.file} cell {decision.cell} (was {decision.class_name}:{decision.prototype})",
+        "image": f"every patch of {decision.file}",
+        "mask": f"patches with less than {decision.min_share} of their box inside the image's mask{free}",
+    }[decision.kind]
+    lines = [f"Decision {decision.id} by {decision.who} forbids {subject}: {decision.reason}"]
+    table = Table("prototype", "stood for", "stands for", "similarity", box=None)
+    for one in decision.replaced:
+        places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
+        table.add_row(f"{one.class_name}:{one.prototype}", *places, _number(one.new.similarity))
+    lines.append(_text(table) if decision.replaced else "No anchor was there: every prototype stays as it is.")
+    if decision.val_before and decision.val_after:
+        lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
+    return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
+
+
+def _open(options: Namespace, check_weights: bool = True) -> tuple[Run, torch.device]:
+    run = open_run(options.run, check_weights=check_weights)
     device = make_fabric(options.device).device
     run.model.to(device)
     return run, device

@@ -15,6 +15,7 @@ from torch import nn
 
 from protopush import __version__
 from protopush.backbones import Backbone, create_backbone
+from protopush.data.change import finish_change
 from protopush.data.files import read_json, write_atomic, write_json
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
@@ -22,7 +23,7 @@ from protopush.errors import InputError, first_line
 from protopush.explain import draw_gallery
 from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
-from protopush.push.certificate import certificate, restore_anchors
+from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
 
 FORMAT = 1
 PICTURE_SIDE = 640  # longest side of the anchors' pictures that a run keeps
@@ -112,9 +113,10 @@ def save_run(run: Run) -> None:
 def _save_pictures(run: Run) -> None:
     manager = run.head.proto_manager
     for row, anchor in enumerate(manager.anchors):
-        if anchor is None or anchor.file is None or not (run.root / anchor.file).is_file():
+        file = file_within(run.root, anchor.file) if anchor is not None and anchor.file is not None else None
+        if file is None or not file.is_file():
             continue
-        picture = read_image(run.root / anchor.file)
+        picture = read_image(file)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         target = run.folder / "prototypes" / picture_name(*divmod(row, manager.max_prototypes))
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
@@ -135,22 +137,25 @@ def _save_gallery(run: Run) -> None:
     write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))
 
 
-def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
+def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weights: bool = True) -> Run:
     """Reopen a run folder.
 
     Args:
         folder: as :func:`save_run` wrote it.
         backbone: the module itself, where it isn't a timm model.
+        check_weights: refuse weights that aren't those that the run saved; False is for who tells what no longer holds.
 
     Raises:
-        InputError: a file is missing or damaged.
+        InputError: a file is missing or damaged, or of a newer format.
     """
     folder = Path(folder)
+    finish_change(folder)
     if not folder.is_dir():
         raise InputError(f"no such run folder: {folder}; expected one that `protopush train --out` wrote")
     if (folder / "metrics.jsonl").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"the run in {folder} did not come to its end; train it again with --overwrite true")
     config = read_json(folder / "config.json")
+    refuse_newer(config, FORMAT, str(folder / "config.json"))
     try:
         features = create_backbone(
             backbone if backbone is not None else config["backbone"]["name"],
@@ -164,16 +169,16 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None) -> Run:
         raise InputError(
             f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run"
         ) from error
-    _load_weights(model, folder / "model.safetensors", digest)
+    _load_weights(model, folder / "model.safetensors", digest if check_weights else None)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
     model.class_names = classes
     return Run(model.eval(), classes, transform, root, data, folder)
 
 
-def _load_weights(model: nn.Module, file: Path, digest: str) -> None:
+def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
     if not file.is_file():
         raise InputError(f"no such file: {file}; the run is incomplete: train it again or take a copy")
-    if sha256_of(file) != digest:
+    if digest is not None and sha256_of(file) != digest:
         raise InputError(
             f"damaged file: {file} (its sha256 is not the one in config.json); expected the weights that this run "
             "saved; take them from a copy of the run"
@@ -182,6 +187,12 @@ def _load_weights(model: nn.Module, file: Path, digest: str) -> None:
         model.load_state_dict(load_file(file))
     except Exception as error:  # safetensors raises its own type, torch RuntimeError
         raise InputError(f"damaged file: {file} ({first_line(error)}); take it from a copy of the run") from error
+
+
+def same_weights(folder: Path) -> bool:
+    """Whether a run's weights are those that its ``config.json`` and ``prototypes.json`` were written for."""
+    recorded = [read_json(folder / name).get("weights_sha256") for name in ("config.json", "prototypes.json")]
+    return recorded == [sha256_of(folder / "model.safetensors")] * 2
 
 
 def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:

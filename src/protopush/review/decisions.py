@@ -1,0 +1,146 @@
+"""``decisions.jsonl``: what people have forbidden a run's prototypes to stand for, one decision a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from protopush.errors import InputError
+from protopush.prototypes import Anchor
+
+FILE = "decisions.jsonl"
+KINDS = ("prototype", "image", "mask")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A prototype that got another anchor.
+
+    Attributes:
+        class_index, class_name, prototype: which.
+        old, new: what it stood for and what it stands for.
+        old_vector: where it was, base64 of D float32 (little-endian): after a push with momentum, the old anchor alone
+            could not bring it back.
+    """
+
+    class_index: int
+    class_name: str
+    prototype: int
+    old: Anchor
+    new: Anchor
+    old_vector: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the names of ``prototypes.json``."""
+        return {
+            "class_index": self.class_index,
+            "class": self.class_name,
+            "prototype": self.prototype,
+            "old": self.old.to_dict(),
+            "new": self.new.to_dict(),
+            "old_vector": self.old_vector,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Replacement:
+        """The inverse of :meth:`to_dict`."""
+        old, new = (Anchor.from_dict(values[name]) for name in ("old", "new"))
+        return cls(
+            values["class_index"], values["class"], values["prototype"], old, new, old_vector=values["old_vector"]
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision. Attributes that say nothing for its kind are None.
+
+    Attributes:
+        id: its number in the run, from 1.
+        time: UTC, ISO 8601.
+        who, reason: the person's name and words.
+        kind: one of :data:`KINDS`.
+        class_name, prototype: for a prototype, which one; for an image, its class.
+        file: the image, relative to the data's root.
+        sha256: of that file.
+        cell, grid, box: the patch, as in :class:`protopush.prototypes.Anchor`.
+        min_share: for masks: the share of a patch's box that must lie inside.
+        unmasked: for masks: how many of the training images have none, and are not restricted.
+        replaced: the prototypes that got another anchor by it.
+        val_before, val_after: ``n``, ``balanced_accuracy`` and ``auroc`` on the validation images, if there are any.
+    """
+
+    id: int
+    time: str
+    who: str
+    kind: str
+    reason: str
+    class_name: str | None = None
+    prototype: int | None = None
+    file: str | None = None
+    sha256: str | None = None
+    cell: int | None = None
+    grid: tuple[int, int] | None = None
+    box: tuple[int, int, int, int] | None = None
+    min_share: float | None = None
+    unmasked: int | None = None
+    replaced: tuple[Replacement, ...] = ()
+    val_before: dict[str, Any] | None = None
+    val_after: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {"class" if key == "class_name" else key: value for key, value in asdict(self).items()}
+        return plain | {"replaced": [one.to_dict() for one in self.replaced]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON; keys that it doesn't know are left out.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no decision, or one of a kind that isn't known: it could not be kept.
+        """
+        if values["kind"] not in KINDS:
+            raise ValueError(f"the kind {values['kind']!r} is none of: {', '.join(KINDS)}")
+        plain = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        for name in ("grid", "box"):
+            plain[name] = tuple(values[name]) if values.get(name) is not None else None
+        plain["replaced"] = tuple(Replacement.from_dict(one) for one in values["replaced"])
+        return cls(**plain, class_name=values["class"])
+
+
+def load_decisions(folder: Path) -> list[Decision]:
+    """The decisions of a run, first to last; none where nothing was ever forbidden.
+
+    Raises:
+        InputError: the file is damaged, or tells of a kind that this version can't honour.
+    """
+    return [_read(line, f"{folder / FILE}, line {number}") for number, line in enumerate(_lines(folder), start=1)]
+
+
+def _read(line: str, where: str) -> Decision:
+    try:
+        return Decision.from_dict(json.loads(line))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"damaged file: {where} ({error}); take it from a copy of the run, or update protopush"
+        ) from error
+
+
+def add_decision(folder: Path, to: Path, decision: Decision) -> None:
+    """Write the decisions of ``folder``, as they stand there, and one more into ``to``."""
+    line = json.dumps(decision.to_dict(), ensure_ascii=False, allow_nan=False)
+    (to / FILE).write_text("\n".join([*_lines(folder), line]) + "\n", encoding="utf-8")
+
+
+def _lines(folder: Path) -> list[str]:
+    """The lines of the log; not ``splitlines``, which also cuts at signs that JSON lets stand in a text."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"damaged file: {folder / FILE} ({error}); take it from a copy of the run") from error
+    return [line for line in text.split("\n") if line]
