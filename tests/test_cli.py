@@ -60,7 +60,7 @@ def test_help_does_not_import_torch():
 def test_parsing_options_does_not_import_torch():
     code = (
         "import sys; from protopush.cli import main\n"
-        "for c in ('train', 'push', 'evaluate', 'explain', 'verify', 'demo'):\n"
+        "for c in ('train', 'push', 'evaluate', 'explain', 'verify', 'demo', 'forbid'):\n"
         "    try: main([c, '--help'])\n"
         "    except SystemExit as e: assert e.code == 0\n"
         "sys.exit('torch' in sys.modules)"
@@ -103,6 +103,20 @@ def test_push_writes_a_new_run_and_leaves_the_first(home, tmp_path, capsys):
         "prototypes.png",
     }  # fmt: skip
     assert len((tmp_path / "run2" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_push_can_be_unique_and_guarded(home, tmp_path, capsys):
+    words = ["push", home / "run", "--data.path", home / "images", "--momentum", "0", "--unique", "image"]
+    capsys.readouterr()
+    assert main([str(w) for w in (*words, "--guard", "report", "--out", tmp_path / "run2", "--json")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    files = [p["anchor"]["file"] for p in report["prototypes"]]
+    assert len(set(files)) == len(files)
+    assert report["unique"] == ["image"] * len(report["unique"])
+    assert report["guard"]["before"]["balanced_accuracy"] is not None
+    row = json.loads((tmp_path / "run2" / "metrics.jsonl").read_text())
+    assert row["guard"]["action"] == "kept"
+    assert main(["verify", str(tmp_path / "run2")]) == 0
     assert main([str(w) for w in (*words, "--out", tmp_path / "run3", "--use_local", "false")]) == 0
     assert main(["verify", str(tmp_path / "run3")]) == 0
 
@@ -236,6 +250,12 @@ def test_non_finite_features_name_the_samples_and_write_nothing(home, tmp_path, 
     (["train", "--out", "x", "--data.path", "i", "--data.source", "fodler"], "unknown data source 'fodler'"),
     (["evaluate", "gone"], "no such run folder: gone"),
     (["push", "gone", "--out", "x", "--momentum", "2"], "momentum is 2.0"),
+    (["push", "gone", "--out", "x", "--unique", "lesion"], "unique is 'lesion'; expected one of: none, patch"),
+    (["push", "gone", "--out", "x", "--guard", "on"], "guard is 'on'; expected one of: off, report"),
+    (["train", "--out", "x", "--data.path", "i", "--push.guard_budget", "-1"], "guard_budget is -1.0"),
+    (["train", "--out", "x", "--data.path", "i", "--push.start_epoch", "-1"], "push.start_epoch is -1"),
+    (["train", "--out", "x", "--data.path", "i", "--push.grow_quantile", "2"], "push.grow_quantile is 2.0"),
+    (["train", "--out", "x", "--data.path", "i", "--push.guard", "budget", "--push.anchoring", "live"], "have none"),
 ])  # fmt: skip
 def test_wrong_words_get_one_clear_line(tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from conftest import make_images
 from protopush import InputError
 from protopush.cli import main
+from protopush.data import change
 from protopush.data.images import read_image
 from protopush.review.decisions import load_decisions
-from protopush.training import change
 from protopush.training.run import open_run, save_run
 
 SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
@@ -408,7 +408,7 @@ def test_what_was_cut_off_while_files_took_their_places_is_finished_by_whoever_o
 
 
 def test_a_run_that_another_process_changes_meanwhile_is_left_to_it(run, home, capsys, monkeypatch):
-    from protopush.training import forbid as module
+    from protopush.review import forbid as module
 
     real = module.replace_anchors
 

@@ -25,7 +25,9 @@ from protopush.data.manifest import Catalog
 from protopush.errors import InputError
 from protopush.explain import draw_panel, explain_image
 from protopush.push import PushReport, check_momentum
+from protopush.push.assign import check_unique
 from protopush.push.certificate import AnchorCheck, verify_anchors
+from protopush.push.guard import check_guard
 from protopush.review.allowed import allow_of
 from protopush.review.decisions import FILE, Decision, load_decisions
 from protopush.review.forbid import Wish, forbid
@@ -42,15 +44,24 @@ def push_run(options: Namespace) -> PushReport:
     if out.resolve() == Path(options.run).resolve():
         raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
     check_momentum(options.momentum)
+    check_unique(options.unique)
+    check_guard(options.guard, options.guard_budget)
+    guarded = options.guard != "off"
     run, device = _open(options)
     fresh_folder(out, options.overwrite)
     dataset, catalog = _split(run, options)
+    val = open_split(DataConfig(**_data(run, options)), "val", run.class_names, run.transform)[0] if guarded else None
     report: PushReport = run.model.push_prototypes(
         _loader(dataset, options, device),
         device,
         use_local=options.use_local,
         momentum=options.momentum,
         max_patches_per_class=options.max_patches_per_class,
+        unique=options.unique,
+        interpolation=options.interpolation,
+        guard=options.guard,
+        guard_budget=options.guard_budget,
+        val_loader=None if val is None else _loader(val, options, device),
         allow=allow_of(load_decisions(run.folder), dataset),
     )
     pushed = replace(run, model=run.model.cpu(), folder=out, root=catalog.root.resolve(), data=_data(run, options))

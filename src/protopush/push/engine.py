@@ -17,7 +17,7 @@ from protopush.prototypes import Anchor
 from protopush.push.assign import check_unique
 from protopush.push.choose import Chosen, choose
 from protopush.push.contract import PrototypeOwner, Slots, class_names_of, resolve_device, unwrap
-from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
+from protopush.push.guard import GuardDecision, Validation, check_guard, check_guarded, guarded
 from protopush.push.live import POOLED
 from protopush.push.move import Move
 from protopush.push.report import PushedPrototype, PushReport
@@ -104,7 +104,8 @@ def push_prototypes(
     live = getattr(manager, "anchor_features", None)
     momentum = 0.0 if live is not None and momentum < 1 else momentum
     _check_arguments(momentum, max_patches_per_class, unique, interpolation)
-    check_guard(guard, guard_budget, val_loader, live is not None)
+    check_guard(guard, guard_budget)
+    check_guarded(guard, val_loader, live is not None)
     target = resolve_device(net, device)
     if live is not None:
         net.head.sync_prototypes()  # type: ignore[attr-defined]

@@ -59,16 +59,24 @@ class GuardDecision:
         return f"guard {self.guard}: {how[self.action]}; cost {self.cost:+.3f} (budget {self.budget:g}); {told}"
 
 
-def check_guard(guard: str, budget: float, val_loader: Any, live: bool) -> None:
-    """Refuse what can't be done before the work starts.
+def check_guard(guard: str, budget: float) -> None:
+    """Refuse an unknown word, and a budget that is none.
 
     Raises:
-        InputError: an unknown word, a budget that is none, no validation loader.
+        InputError: it is.
     """
     if guard not in GUARDS:
         raise InputError(f"guard is {guard!r}; expected one of: {', '.join(GUARDS)}")
     if not budget >= 0:
         raise InputError(f"guard_budget is {budget}; expected a fall that is allowed, 0 or more, such as 0.01")
+
+
+def check_guarded(guard: str, val_loader: Any, live: bool) -> None:
+    """Refuse what can't be guarded.
+
+    Raises:
+        InputError: no validation loader; a search for the momentum of live anchors, which have none.
+    """
     if guard != "off" and val_loader is None:
         raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
     if guard == "budget" and live:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from protopush.head_optimal import HeadOptimal
 from protopush.losses import PrototypeLoss, balanced_class_weights
 from protopush.model import ProtoModel
 from protopush.push import check_momentum
+from protopush.push.guard import check_guard
 from protopush.training.config import DataConfig, RunConfig
 from protopush.training.progress import bar
 
@@ -147,7 +149,19 @@ def _check_numbers(config: RunConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
+    between: dict[str, tuple[float, float, float]] = {
+        "push.start_epoch": (push.start_epoch, 0, math.inf),
+        "push.grow_quantile": (push.grow_quantile, 0, 1),
+        "push.grow_below": (push.grow_below, -1, 1),
+        "push.prune_cosine": (push.prune_cosine, -1, 1),
+    }
+    for name, (number, least, most) in between.items():
+        if not least <= number <= most:
+            raise InputError(f"{name} is {number}; expected {least} or more" + (f", up to {most}" if most < 9 else ""))
     check_momentum(push.momentum, "push.momentum")
+    check_guard(push.guard, push.guard_budget)
+    if push.guard == "budget" and push.anchoring == "live":
+        raise InputError("push.guard 'budget' looks for a momentum, but live anchors have none; use 'rollback'")
 
 
 def make_fabric(device: str, precision: str = "32-true") -> Fabric:
