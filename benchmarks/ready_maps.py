@@ -24,7 +24,7 @@ class ReadyMaps(nn.Module):
 
     def extract_features(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled feature (B, 1, D) and the patches (B, L, D)."""
-        return maps.mean(1, keepdim=True), maps
+        return maps[:, :1], maps  # a push of patches reads no pooled feature: none is charged to it
 
 
 class GeneratedMaps(Dataset[tuple[Tensor, int]]):
