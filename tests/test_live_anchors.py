@@ -196,3 +196,13 @@ def test_a_run_with_live_anchors_is_exact_and_verified(tmp_path, capsys, freeze)
     assert [row["push"] for row in rows if "push" in row] == [0, 2]
     assert [row["guard"]["guard"] for row in rows if "guard" in row] == ["report", "report"]
     assert rows[-1]["final"] == "live"
+
+
+@pytest.mark.parametrize("anchoring", ["off", "live"])
+def test_exports_in_both_modes(data, loader, anchoring):
+    model = ProtoModel(Cells(), HeadOptimal(6, 3, 4, embed_dim=8, anchoring=anchoring))
+    model.push_prototypes(loader, "cpu", momentum=0.5)
+    model.eval()
+    images = data.tensors[0][:5]
+    program = torch.export.export(model, (images,))
+    assert torch.allclose(program.module()(images).logits, model(images).logits, atol=1e-6)

@@ -106,8 +106,8 @@ class TopM:
         # One place more than there are candidates: what isn't kept is written there, so that the number of writes
         # never has to be known.
         self.vectors = torch.zeros((classes, depth + 1, slots, width or dim), device=device)
-        self._waiting: list[tuple[Tensor, ...]] = []
-        self._waiting_bytes = 0
+        self._waiting: list[tuple[Tensor, ...]] = []  # candidates of batches that are still to be merged,
+        self._held, self._filled = torch.empty((0, 0), device=device), 0  # and their vectors, row after row
 
     def update(self, batch: Patches) -> None:
         """Take in a batch; call :meth:`flush` after the last one."""
@@ -115,19 +115,31 @@ class TopM:
         similarity, cells = self._best_cells(batch, classes)  # (B, n, K)
         ids = batch.ids.view(-1, 1, 1).expand_as(cells)
         keys = ids * _SPREAD + cells if self.by_patch else batch.keys.view(-1, 1, 1).expand_as(cells)
-        row = torch.arange(len(classes), device=cells.device).view(-1, 1, 1)
-        vectors = batch.vectors[row, cells].float()
-        self._waiting.append((batch.labels, similarity, ids, cells, keys, vectors))
-        self._waiting_bytes += vectors.numel() * vectors.element_size()
-        if self._waiting_bytes >= BUFFER:
+        first = torch.arange(0, batch.norm.numel(), batch.norm.shape[1], device=cells.device).view(-1, 1, 1)
+        self._keep(batch.vectors.flatten(0, 1), (first + cells).flatten())
+        self._waiting.append((batch.labels, similarity, ids, cells, keys))
+
+    def _keep(self, vectors: Tensor, rows: Tensor) -> None:
+        """Copy rows of (B * L, W) to where they wait, after a merge if there is no room."""
+        if self._filled + len(rows) > len(self._held):
             self.flush()
+        if len(rows) > len(self._held):
+            size = max(len(rows), BUFFER // (4 * vectors.shape[1]))
+            self._held = torch.empty((size, vectors.shape[1]), device=vectors.device)
+        room = self._held[self._filled : self._filled + len(rows)]
+        if vectors.dtype == room.dtype:
+            torch.index_select(vectors, 0, rows, out=room)
+        else:
+            room.copy_(vectors.index_select(0, rows))
+        self._filled += len(rows)
 
     def flush(self) -> None:
         """Merge what waits into the state: many small batches at once cost little more than one."""
         if not self._waiting:
             return
-        labels, similarity, ids, cells, keys, vectors = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._waiting_bytes = [], 0
+        labels, similarity, ids, cells, keys = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        vectors = self._held[: self._filled].view(*cells.shape, -1)
+        self._waiting, self._filled = [], 0
         device = similarity.device
         present, row_class = torch.unique(labels, return_inverse=True)
         column, most = place_within(row_class, len(present))
@@ -146,7 +158,7 @@ class TopM:
 
     def _best_cells(self, batch: Patches, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities and cells of each image's candidates for the prototypes of its class, (B, n, K)."""
-        every = self.prototypes[classes] @ batch.embeddings.transpose(1, 2)  # (B, K, L)
+        every = self.prototypes.index_select(0, classes) @ batch.embeddings.transpose(1, 2)  # (B, K, L)
         every = (every / batch.norm.unsqueeze(1)).masked_fill_(~batch.allowed.unsqueeze(1), -torch.inf)
         if self.by_patch:
             every = every.transpose(1, 2)
