@@ -2,25 +2,27 @@
 
     python benchmarks/anchoring.py manifest.csv --seeds 0 1 2
 
-Each arm is trained as recipes/ham10000.yaml says (frozen backbone, features from the cache) and tested on the test
-split, before and after its connections are refitted. The arms whose prototypes are real patches are saved as runs and
-verified: every prototype must equal its anchor's embedding to 1e-5.
+Trained as recipes/ham10000.yaml says (frozen backbone, features from the cache) and tested on the test split, before
+and after the biases are refitted. The arms that are to be exact are saved as runs and verified: every prototype must
+equal its anchor's embedding to 1e-5.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from measuring import save
-from rich.console import Console
-from rich.table import Table
 
 from protopush.data.dataset import ImageDataset
 from protopush.errors import InputError
@@ -35,20 +37,37 @@ from protopush.training.stages import Frozen
 
 NEVER = 10**6  # an epoch that doesn't come
 
-LIVE = PushConfig(anchoring="live", start_epoch=5, interval=5, unique="image")  # recipes/ham10000-live.yaml
-
-# name -> how it is trained, the momentum of its last push (None: no such push), what prototypes are compared with
-ARMS: dict[str, tuple[PushConfig, float | None, str]] = {
-    "never pushed": (PushConfig(start_epoch=NEVER), None, "local"),
-    "local, momentum 0.9": (PushConfig(), 0.9, "local"),
-    "local, hard at the end": (PushConfig(), 0.0, "local"),
-    "local, hard, an image each": (PushConfig(unique="image"), 0.0, "local"),
-    "local, live, an image each": (LIVE, None, "local"),
-    "global, momentum 0.9": (PushConfig(), 0.9, "global"),
-    "global, hard, an image each": (PushConfig(unique="image"), 0.0, "global"),
+# name -> how it is trained, and what prototypes are compared with
+TRAININGS: dict[str, tuple[PushConfig, str]] = {
+    "never": (PushConfig(start_epoch=NEVER), "local"),
+    "local": (PushConfig(), "local"),
+    "live": (PushConfig(anchoring="live", start_epoch=5, interval=5, unique="image"), "local"),  # ham10000-live.yaml
+    "global": (PushConfig(), "global"),
 }
-# Saved and verified; the others are searched in cached features.
-EXACT = ("local, hard at the end", "local, hard, an image each", "local, live, an image each")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a training ends: the momentum of its last push (None: no such push), what is unique, and whether exactly.
+
+    Exact anchors come from the images themselves, not from cached float16 features; they are saved and verified.
+    """
+
+    training: str
+    momentum: float | None = None
+    unique: str = "none"
+    exact: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "never pushed": Arm("never"),
+    "local, momentum 0.9": Arm("local", 0.9),
+    "local, hard at the end": Arm("local", 0.0),
+    "local, hard, an image each": Arm("local", 0.0, "image", exact=True),
+    "local, live, an image each": Arm("live", exact=True),
+    "global, momentum 0.9": Arm("global", 0.9),
+    "global, hard at the end": Arm("global", 0.0),
+}
 METRICS = ("balanced_accuracy", "auroc", "ece")
 
 
@@ -67,44 +86,56 @@ def main() -> int:
     rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     done = {(row["arm"], row["seed"]) for row in rows}
     try:
-        for seed in options.seeds:
-            for arm in (arm for arm in options.arms if (arm, seed) not in done):
-                rows.append({"arm": arm, "seed": seed, **run_arm(arm, seed, options)})
-                print(rows[-1], flush=True)
+        for seed, training in product(options.seeds, TRAININGS):
+            arms = [arm for arm in options.arms if ARMS[arm].training == training and (arm, seed) not in done]
+            for row in run_training(training, arms, seed, options) if arms else ():
+                rows.append(row)
+                print(row, flush=True)
                 save({"manifest": Path(options.manifest).name, "rows": rows, "summary": summary(rows)}, options.out)
     except InputError as error:
         print(f"anchoring: error: {error}", file=sys.stderr)
         return 2
-    print_table(summary(rows))
+    print(markdown(summary(rows)))
     return 0
 
 
-def run_arm(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm; its test metrics before and after the refit, and how exact its prototypes are."""
-    push, momentum, match = ARMS[arm]
+def run_training(name: str, arms: list[str], seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train once; for each way to end, the test metrics before and after the refit, and how exact prototypes are."""
+    push, match = TRAININGS[name]
     config = RunConfig(
         data=DataConfig(path=options.manifest, source="manifest"),
         model=ModelConfig(backbone=options.backbone, match=match),  # type: ignore[arg-type]
-        push=push,
+        push=replace(push),
         train=TrainConfig(seed=seed),
     )
     job = prepare(config)
     stage = Frozen(job)
     test = job.loader(stage.features(job, ImageDataset(job.catalog.split("test"), job.transform), "test"))
-    folder = options.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    folder = options.runs / f"{name}-{seed}"
     fit(job, stage, folder)
-    if momentum is not None and arm in EXACT:  # from the images themselves, not from cached float16 features
-        push_now(job, job.model, job.loader(job.train), momentum)
-    elif momentum is not None:
-        push_now(job, stage.model, stage.plain_train_loader, momentum)
-    elif arm in EXACT:
+    trained = copy.deepcopy(job.head.state_dict()), list(job.head.proto_manager.anchors)
+    for arm in arms:
+        job.head.load_state_dict(trained[0])
+        job.head.proto_manager.anchors = list(trained[1])
+        found: dict[str, Any] = {"arm": arm, "seed": seed}
+        _end(job, stage, ARMS[arm])
+        found["plain"] = _test(job, stage, test)
+        if ARMS[arm].exact:
+            found["error"] = _largest_error(job, folder)
+        fit_to_prototypes(job, stage)
+        found["refitted"] = _test(job, stage, test)
+        yield found
+
+
+def _end(job: Job, stage: Frozen, arm: Arm) -> None:
+    """The last push, if there is one."""
+    job.config.push.unique = arm.unique  # type: ignore[assignment]
+    if arm.training == "live":
         embed_anchors(job)
-    found: dict[str, Any] = {"plain": _test(job, stage, test)}
-    if arm in EXACT:
-        found["error"] = _largest_error(job, folder)
-    fit_to_prototypes(job, stage)
-    found["refitted"] = _test(job, stage, test)
-    return found
+    elif arm.momentum is not None and arm.exact:
+        push_now(job, job.model, job.loader(job.train), arm.momentum)
+    elif arm.momentum is not None:
+        push_now(job, stage.model, stage.plain_train_loader, arm.momentum)
 
 
 def _test(job: Job, stage: Frozen, loader: Any) -> dict[str, float]:
@@ -138,15 +169,16 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def print_table(entries: list[dict[str, Any]]) -> None:
-    """Balanced accuracy, AUROC and calibration error, before and after the refit."""
-    table = Table("arm", *(f"{when}\n{name}" for when in ("plain", "refitted") for name in METRICS), "largest error")
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """Balanced accuracy, AUROC and calibration error before and after the refit: mean (deviation) over seeds."""
+    columns = [f"{when} {name}" for when in ("plain", "refitted") for name in METRICS]
+    titles = ["bal. accuracy", "AUROC", "ECE", "refitted: bal. accuracy", "AUROC", "ECE", "largest error"]
+    lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for entry in entries:
-        numbers = [entry[f"{when} {name}"] for when in ("plain", "refitted") for name in METRICS]
-        cells = [f"{mean:.3f} ({spread:.3f})" for mean, spread in numbers]
+        cells = [f"{mean:.3f} ({spread:.3f})" for mean, spread in (entry[column] for column in columns)]
         error = entry["largest error"]
-        table.add_row(entry["arm"], *cells, "-" if error is None else f"{error:.1e}")
-    Console(width=140).print(table)
+        lines.append(f"| {entry['arm']} | " + " | ".join([*cells, "-" if error is None else f"{error:.0e}"]) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_a_push_that_costs_nothing_is_kept(model, val):
 
 
 def test_report_only_looks(model, harmful, val):
-    report = model.push_prototypes(harmful, "cpu", momentum=0.0, guard="report", val_loader=val)
+    report = model.push_prototypes(harmful, "cpu", momentum=0.0, val_loader=val)  # "report" is the default then
+    assert report.guard.guard == "report"
     assert report.guard.action == "kept"
     assert report.guard.cost > 0.5
     assert report.guard.after["balanced_accuracy"] == pytest.approx(scores(model, val)["balanced_accuracy"])

@@ -23,8 +23,8 @@ from protopush.data.transforms import EvalTransform
 from protopush.metrics.classification import classification_metrics
 from protopush.push.certificate import verify_anchors
 from protopush.training.config import DataConfig, ModelConfig, PushConfig, RunConfig, TrainConfig
-from protopush.training.connections import fit_connections
 from protopush.training.loop import train
+from protopush.training.refit import refit
 from protopush.training.run import open_run, save_run
 from protopush.training.schedule import learning_rate_factor, push_due
 
@@ -254,27 +254,33 @@ def test_every_image_with_nan_features_is_named(tmp_path, image_folder):
         cache_features(backbone, images, ["x"] * 30, tmp_path / "c")
 
 
-def test_connections_mend_a_shifted_bias_and_never_lose_on_validation():
+@pytest.mark.parametrize("what", ["biases", "connections"])
+def test_a_refit_mends_a_shifted_bias(what):
     head = ProtoModel.create("resnet18", 3, pretrained=False, num_prototypes=2, embed_dim=8).head
     labels = torch.arange(300) % 3
     similarities = torch.rand(300, 3, 2) * 0.2
     similarities[torch.arange(300), labels] += 0.15
-    with torch.no_grad():
-        head.bias.copy_(torch.tensor([3.0, 0.0, -3.0]))  # as after a hard push
+    shifted = torch.tensor([1.0, 0.0, -1.0])  # as after a hard push
 
     def accuracy() -> float:
         with torch.no_grad():
             logits = (similarities * head.weights()).sum(-1) + head.bias
         return float((logits.argmax(1) == labels).float().mean())
 
-    before = accuracy()
-    step = fit_connections(head, similarities, labels, None, accuracy)
-    assert step > 0
-    assert accuracy() > before + 0.3
-    best = accuracy()
-    assert fit_connections(head, similarities, labels, None, lambda: 0.0) == 0  # no better step: nothing changes
-    assert accuracy() == best
-    assert all(p.grad is None for p in head.parameters())
+    accuracies = {}
+    for decay in (0.0, 0.1, 1e6):
+        with torch.no_grad():
+            head.bias.copy_(shifted)
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        start = accuracy()
+        refit(head, similarities, labels, None, what, decay=decay)
+        accuracies[decay] = accuracy() - start
+        moved = {name for name, value in head.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved == {"bias"} if what == "biases" else moved == {"bias", "log_temperature", "connections"}
+        assert all(p.grad is None for p in head.parameters())
+        head.load_state_dict(before)
+    assert accuracies[0.0] >= accuracies[0.1] > 0.1
+    assert abs(accuracies[1e6]) < 0.05  # held where it was
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -14,7 +14,8 @@ NO_ID = torch.iinfo(torch.int64).max
 # units of float32's last place from one batch size to another; without this, noise would choose between duplicates.
 TIE = 2.0**-21
 
-BUFFER = 2**23  # bytes of candidates' vectors that wait to be merged
+# Candidates wait to be merged: so many vectors, and so many bytes of them, at most.
+WAITING_ROWS, WAITING_BYTES = 2**13, 2**23
 
 _SPREAD = -7046029254386353131  # 2**64 / golden ratio: multiples of it lie far apart, so that cells fit between ids
 
@@ -124,7 +125,7 @@ class TopM:
         if self._filled + len(rows) > len(self._held):
             self.flush()
         if len(rows) > len(self._held):
-            size = max(len(rows), BUFFER // (4 * vectors.shape[1]))
+            size = max(len(rows), min(WAITING_ROWS, WAITING_BYTES // (4 * vectors.shape[1])))
             self._held = torch.empty((size, vectors.shape[1]), device=vectors.device)
         room = self._held[self._filled : self._filled + len(rows)]
         if vectors.dtype == room.dtype:

@@ -48,7 +48,7 @@ def push_prototypes(
     interpolation: str = "linear",
     prototypes: Iterable[tuple[int, int]] | None = None,
     allow: Allow | None = None,
-    guard: str = "off",
+    guard: str | None = None,
     guard_budget: float = 0.01,
     val_loader: Iterable[Any] | None = None,
 ) -> PushReport:
@@ -79,8 +79,9 @@ def push_prototypes(
         interpolation: ``linear``, or ``slerp``, which goes ``1 - momentum`` of the angle.
         prototypes: (class, prototype) of those to push; None for all.
         allow: which patches may become anchors: ids (B,) and grid (rows, columns) to bool (B, L), on the CPU.
-        guard: ``off``; ``report`` measures the model on ``val_loader`` before and after; ``rollback`` takes the push
-            back where it costs more than ``guard_budget``; ``budget`` raises the momentum until it doesn't.
+        guard: ``report`` (the default where there is a ``val_loader``) measures the model before and after;
+            ``rollback`` takes the push back where it costs more than ``guard_budget``; ``budget`` raises the momentum
+            until it doesn't; ``off``.
         guard_budget: the fall of balanced accuracy or AUROC that is allowed.
         val_loader: validation images, as ``dataloader``.
 
@@ -104,6 +105,7 @@ def push_prototypes(
     live = getattr(manager, "anchor_features", None)
     momentum = 0.0 if live is not None and momentum < 1 else momentum
     _check_arguments(momentum, max_patches_per_class, unique, interpolation)
+    guard = guard or ("off" if val_loader is None else "report")
     check_guard(guard, guard_budget)
     check_guarded(guard, val_loader, live is not None)
     target = resolve_device(net, device)

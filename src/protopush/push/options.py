@@ -19,6 +19,6 @@ class PushOptions(TypedDict, total=False):
     interpolation: str
     prototypes: Iterable[tuple[int, int]] | None
     allow: Allow | None
-    guard: str
+    guard: str | None
     guard_budget: float
     val_loader: Iterable[Any] | None

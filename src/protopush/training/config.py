@@ -138,9 +138,11 @@ class TrainConfig:
         weight_decay: of AdamW, on weight matrices alone.
         warmup_epochs: linear rise of the learning rate; a cosine falls after it.
         freeze_backbone: train the head alone, on features computed once.
-        connection_steps: full-batch steps on the class connections after the final push.
-        connection_lr: their learning rate.
-        connection_decay: pulls the connections to what they were before the final push.
+        refit: what is fitted to the prototypes after the final push: biases, connections (with temperature and biases),
+            or none.
+        refit_steps: full-batch steps.
+        refit_lr: their learning rate.
+        refit_decay: pulls what is fitted to what it was before the final push.
         select: the validation metric that chooses the best epoch; mean is that of balanced accuracy and AUROC.
         seed: of weights, order and augmentation.
         device: auto, cpu, cuda or mps.
@@ -155,9 +157,10 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup_epochs: float = 1.0
     freeze_backbone: bool = True
-    connection_steps: int = 100
-    connection_lr: float = 0.02
-    connection_decay: float = 0.1
+    refit: Literal["biases", "connections", "none"] = "biases"
+    refit_steps: int = 100
+    refit_lr: float = 0.02
+    refit_decay: float = 0.1
     select: Literal["mean", "balanced_accuracy", "auroc", "macro_f1", "accuracy"] = "mean"
     seed: int = 0
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""Pushes in a run, and how it ends: the final push over the real images, and the class connections fitted to it."""
+"""Pushes in a run, and how it ends: the final push over the real images, and what is refitted to it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from protopush.growth import grow_prototypes, prune_prototypes
-from protopush.metrics.classification import classification_metrics
 from protopush.push import PushReport, push_prototypes, refresh_anchors
-from protopush.training.connections import fit_connections
-from protopush.training.evaluate import in_short, predict, score_of
+from protopush.training.evaluate import in_short, predict
 from protopush.training.prepare import Job
+from protopush.training.refit import refit
 from protopush.training.run import append_metrics
 from protopush.training.stages import Stage, on_validation
 
@@ -108,7 +107,7 @@ def push_row(
 
 
 def final_push(job: Job, stage: Stage, out: Path) -> None:
-    """The last push, over the real images in full precision, and the class connections fitted to it."""
+    """The last push, over the real images in full precision, and what is refitted to it."""
     config = job.config
     before = on_validation(job, stage)
     if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
@@ -120,11 +119,11 @@ def final_push(job: Job, stage: Stage, out: Path) -> None:
         report = push_now(job, job.model, job.loader(job.train), momentum)
         row = push_row(report, config.train.epochs, before, on_validation(job, stage)) | {"final": config.push.final}
         moved = momentum < 1
-    if config.train.connection_steps and moved:
-        row["connection_step"] = fit_to_prototypes(job, stage)
-        row["val_connections"] = on_validation(job, stage)
+    if config.train.refit != "none" and moved:
+        fit_to_prototypes(job, stage)
+        row["val_refitted"] = on_validation(job, stage)
     append_metrics(out, row)
-    for name in ("val_before", "val_after", "val_connections"):
+    for name in ("val_before", "val_after", "val_refitted"):
         if row.get(name):
             logger.info("%-16s %s", name, in_short(row[name]))
 
@@ -134,25 +133,17 @@ def embed_anchors(job: Job) -> None:
     refresh_anchors(job.model, job.loader(job.train), job.fabric.device)
 
 
-def fit_to_prototypes(job: Job, stage: Stage) -> int:
-    """Fit the class connections to the prototypes as they are; the step that was kept."""
-    config, head, device = job.config.train, job.head, job.fabric.device
+def fit_to_prototypes(job: Job, stage: Stage) -> None:
+    """Fit to the prototypes, as they are, what the run's configuration says."""
+    config, device = job.config.train, job.fabric.device
     train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
-    held = predict(stage.model, stage.val_loader, device) if stage.val_loader else train
-    held_similarities, names = held.similarities.to(device), list(job.catalog.classes)
-
-    def score() -> float:
-        with torch.no_grad():
-            logits = (held_similarities * head.weights()).sum(-1) + head.bias
-        return score_of(classification_metrics(logits.softmax(dim=1).cpu(), held.labels, names), config.select)
-
-    return fit_connections(
-        head,
+    refit(
+        job.head,
         train.similarities.to(device),
         train.labels.to(device),
         job.class_weights(),
-        score,
-        config.connection_steps,
-        config.connection_lr,
-        config.connection_decay,
+        config.refit,
+        config.refit_steps,
+        config.refit_lr,
+        config.refit_decay,
     )
