@@ -99,3 +99,13 @@ def test_help_tells_every_case(push_speed, capsys):
         push_speed.main(["--help"])
     said = capsys.readouterr().out
     assert all(f"\n  {case}  " in said for case in "abcde")
+
+
+def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import anchoring
+
+    rows = json.loads((BENCHMARKS / "results" / "anchoring.json").read_text())["rows"]
+    assert {row["arm"] for row in rows} == set(anchoring.ARMS)
+    docs = (BENCHMARKS.parent / "docs" / "anchoring.md").read_text(encoding="utf-8")
+    assert anchoring.markdown(anchoring.summary(rows)) in docs
