@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protopush import PushMixin
+from protopush.cli import main
 from protopush.prototypes import PrototypeManager
 
 HAM = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000"
@@ -58,6 +59,21 @@ def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int,
             pixels = random.integers(0, 60, (size[1], size[0], 3))
             pixels[..., number % 3] += 120 + 20 * (number // 3)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03d}.png")
+    return root
+
+
+# A run that takes seconds; words after these override them.
+SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
+         "--train.epochs", "2", "--train.device", "cpu", "--train.batch_size", "8",
+         "--data.num_workers", "0"]  # fmt: skip
+
+
+def train_small(root: Path, data: Path, epochs: int) -> Path:
+    """A run over small images in ``root/run``, its cache beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
+        words = ["train", "--data.path", str(data), "--out", str(root / "run")]
+        assert main([*words, *SMALL, "--train.epochs", str(epochs)]) == 0
     return root
 
 

@@ -14,12 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import make_images
+from conftest import SMALL, make_images, train_small
 from protopush.cli import COMMANDS, main
-
-SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
-         "--train.epochs", "2", "--train.device", "cpu", "--train.batch_size", "8",
-         "--data.num_workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +23,7 @@ def home(tmp_path_factory) -> Path:
     """A folder with images and a trained run."""
     root = tmp_path_factory.mktemp("cli")
     make_images(root / "images", ["bird", "cat", "dog"], 10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
-        assert main(["train", "--data.path", str(root / "images"), "--out", str(root / "run"), *SMALL]) == 0
-    return root
+    return train_small(root, root / "images", epochs=2)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from conftest import make_images
+from conftest import SMALL, make_images, train_small
 from protopush import InputError
 from protopush.cli import main
 from protopush.data import change
@@ -23,9 +23,6 @@ from protopush.data.images import read_image
 from protopush.review.decisions import load_decisions
 from protopush.training.run import open_run, save_run
 
-SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
-         "--train.epochs", "1", "--train.device", "cpu", "--train.batch_size", "8",
-         "--data.num_workers", "0"]  # fmt: skip
 CLASSES = ["bird", "cat", "dog"]
 SPLITS = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
 
@@ -52,10 +49,7 @@ def home(tmp_path_factory) -> Path:
     """Data, and a run of which no test changes anything."""
     root = tmp_path_factory.mktemp("forbid")
     data = make_data(root / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
-        assert main(["train", "--data.path", str(data), "--out", str(root / "run"), *SMALL]) == 0
-    return root
+    return train_small(root, data, epochs=1)
 
 
 @pytest.fixture
@@ -358,7 +352,7 @@ def test_people_read_a_table(run, capsys):
 
 def test_live_anchors(home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROTOPUSH_CACHE", str(home / "cache"))
-    live = ["--push.anchoring", "live", "--push.start_epoch", "0", "--push.unique", "image"]
+    live = ["--train.epochs", "1", "--push.anchoring", "live", "--push.start_epoch", "0", "--push.unique", "image"]
     words = ["train", "--data.path", home / "data" / "manifest.csv", "--out", tmp_path / "run", *SMALL, *live]
     assert main([str(w) for w in words]) == 0
     run = tmp_path / "run"

@@ -10,23 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_images
+from conftest import make_images, train_small
 from protopush.cli import main
 from protopush.prototypes import Anchor
-
-SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
-         "--train.epochs", "1", "--train.device", "cpu", "--train.batch_size", "8",
-         "--data.num_workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     make_images(root / "images", ["bird", "cat", "dog"], 10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
-        assert main(["train", "--data.path", str(root / "images"), "--out", str(root / "run"), *SMALL]) == 0
-    return root
+    return train_small(root, root / "images", epochs=1)
 
 
 @pytest.fixture

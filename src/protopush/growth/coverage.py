@@ -15,7 +15,7 @@ from protopush.errors import InputError
 from protopush.push.candidates import TIE
 from protopush.push.contract import Pushable, Slots
 from protopush.push.guard import Score
-from protopush.push.search import grid_of, log_shapes, raise_together, refuse_non_finite
+from protopush.push.search import grid_of, log_shapes, refuse_non_finite, together
 from protopush.push.source import Batch, Source, check_labels
 from protopush.push.tally import NonFinite
 
@@ -113,17 +113,16 @@ def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, us
     unit = unit.float()
     strange = NonFinite(unit.device)
     parts: list[tuple[Tensor, ...]] = []
-    problem: Exception | None = None
-    try:
+
+    def read() -> None:
         for batch in embedded(net, source.batches(), use_local, len(used), strange):
             own = batch.labels.to(unit.device, non_blocking=True)
             cosine = unit[own] @ batch.unit.transpose(1, 2)  # (B, K, L)
             ignored = ~(batch.valid.unsqueeze(1) & used[own].unsqueeze(2))
             best = cosine.masked_fill(ignored, -torch.inf).amax(dim=2)
             parts.append((batch.ids, batch.labels, best, batch.valid.any(dim=1)))
-    except Exception as error:
-        problem = error
-    raise_together(problem)
+
+    together(read)
     refuse_non_finite(strange, source)
     here = [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
     told = [part for part in gather_objects(here) if part]

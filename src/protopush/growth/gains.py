@@ -15,7 +15,7 @@ from protopush.errors import InputError, listing
 from protopush.growth.coverage import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.candidates import TIE
 from protopush.push.contract import Pushable, Slots
-from protopush.push.search import Allow, raise_together, refuse_non_finite
+from protopush.push.search import Allow, refuse_non_finite, together
 from protopush.push.source import Batch, DatasetSource, Source
 from protopush.push.tally import NonFinite
 
@@ -147,8 +147,8 @@ def _read_again(
     label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
     strange = NonFinite(net.head.proto_manager.prototypes.device)
     here: dict[int, _Sample] = {}
-    problem: Exception | None = None
-    try:
+
+    def read() -> None:
         for batch in embedded(net, _batches_of(source, sorted(label_of)), wish.use_local, classes, strange):
             allowed = batch.valid
             if wish.allow is not None:
@@ -158,9 +158,8 @@ def _read_again(
                     # Copies: a view would keep its whole batch in memory.
                     unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
                     here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
-    except Exception as error:
-        problem = error
-    raise_together(problem)
+
+    together(read)
     refuse_non_finite(strange, source)
     everyone = {number: sample for one in reversed(gather_objects(here)) for number, sample in one.items()}
     other = [i for i, label in sorted(label_of.items()) if i not in everyone or everyone[i].label != label]

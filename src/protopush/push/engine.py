@@ -17,7 +17,7 @@ from protopush.prototypes import Anchor
 from protopush.push.assign import check_unique
 from protopush.push.choose import Chosen, choose
 from protopush.push.contract import PrototypeOwner, Slots, class_names_of, resolve_device, unwrap
-from protopush.push.guard import GuardDecision, Validation, check_guard, check_guarded, guarded
+from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
 from protopush.push.live import POOLED
 from protopush.push.move import Move
 from protopush.push.report import PushedPrototype, PushReport
@@ -106,8 +106,9 @@ def push_prototypes(
     momentum = 0.0 if live is not None and momentum < 1 else momentum
     _check_arguments(momentum, max_patches_per_class, unique, interpolation)
     guard = guard or ("off" if val_loader is None else "report")
-    check_guard(guard, guard_budget)
-    check_guarded(guard, val_loader, live is not None)
+    check_guard(guard, guard_budget, live is not None)
+    if guard != "off" and val_loader is None:
+        raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
     target = resolve_device(net, device)
     if live is not None:
         net.head.sync_prototypes()  # type: ignore[attr-defined]

@@ -59,26 +59,16 @@ class GuardDecision:
         return f"guard {self.guard}: {how[self.action]}; cost {self.cost:+.3f} (budget {self.budget:g}); {told}"
 
 
-def check_guard(guard: str, budget: float) -> None:
-    """Refuse an unknown word, and a budget that is none.
+def check_guard(guard: str, budget: float, live: bool = False) -> None:
+    """Refuse an unknown word, a budget that is none, and a search for the momentum of live anchors.
 
     Raises:
-        InputError: it is.
+        InputError: it is one of these.
     """
     if guard not in GUARDS:
         raise InputError(f"guard is {guard!r}; expected one of: {', '.join(GUARDS)}")
     if not budget >= 0:
         raise InputError(f"guard_budget is {budget}; expected a fall that is allowed, 0 or more, such as 0.01")
-
-
-def check_guarded(guard: str, val_loader: Any, live: bool) -> None:
-    """Refuse what can't be guarded.
-
-    Raises:
-        InputError: no validation loader; a search for the momentum of live anchors, which have none.
-    """
-    if guard != "off" and val_loader is None:
-        raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
     if guard == "budget" and live:
         raise InputError("guard 'budget' looks for a momentum, but live anchors have none; use 'rollback'")
 

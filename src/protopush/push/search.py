@@ -180,11 +180,11 @@ def together(work: Callable[[], T]) -> T:
         done, problem = work(), None
     except Exception as error:
         done, problem = None, error
-    raise_together(problem)
+    _raise_together(problem)
     return cast(T, done)
 
 
-def raise_together(problem: Exception | None) -> None:
+def _raise_together(problem: Exception | None) -> None:
     """Raise what went wrong on this rank; or, where another one failed, an InputError that says so."""
     if rank_and_size()[1] > 1:
         told = gather_objects(None if problem is None else first_line(problem))

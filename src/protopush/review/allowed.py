@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,12 +17,12 @@ from protopush.data.manifest import Sample
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, listing
 from protopush.prototypes import Anchor
+from protopush.push.search import Allow
 from protopush.review.decisions import Decision
 
 logger = logging.getLogger("protopush.training")
 
 Grid = tuple[int, int]
-Allow = Callable[[Tensor, Grid], Tensor]
 
 
 class Barred:

@@ -159,9 +159,7 @@ def _check_numbers(config: RunConfig) -> None:
         if not least <= number <= most:
             raise InputError(f"{name} is {number}; expected {least} or more" + (f", up to {most}" if most < 9 else ""))
     check_momentum(push.momentum, "push.momentum")
-    check_guard(push.guard, push.guard_budget)
-    if push.guard == "budget" and push.anchoring == "live":
-        raise InputError("push.guard 'budget' looks for a momentum, but live anchors have none; use 'rollback'")
+    check_guard(push.guard, push.guard_budget, push.anchoring == "live")
 
 
 def make_fabric(device: str, precision: str = "32-true") -> Fabric:
