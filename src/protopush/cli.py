@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protopush import __version__
-from protopush.errors import InputError
+from protopush.errors import FailedElsewhere, InputError
 from protopush.parsing import add_data, add_json, parse
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ ABOUT = {
     "explain": "show which patches of which training images an image looks like",
     "verify": "embed every anchor's file again and see whether it still holds",
     "forbid": "forbid a patch, an image or a region; the next best anchor takes its place",
+    "data audit": "find leaks between splits, duplicates and damaged files in a data set",
 }
 
 
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
+    except FailedElsewhere:  # the process where it failed says why
+        return 2
     except InputError as error:
         print(f"protopush: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,8 +90,13 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("protopush")
     log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if _is_first() else logging.ERROR)
     log.propagate = False
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun or Fabric started."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def _print_json(values: Any) -> None:
@@ -121,14 +130,17 @@ def train(words: list[str]) -> int:
     """``protopush train``."""
     parser = _train_parser("train")
     parser.add_argument("--out", type=str, required=True, help="the run folder to write")
+    parser.add_argument("--resume", action="store_true", help="go on where a run in --out was cut off")
     options = parse(parser, words)
     _log_to_stderr()
     from protopush.training.loop import train as train_run
 
-    run = train_run(_config(parser, options), options.out, overwrite=options.overwrite)
-    print(
-        f"Trained {run.folder}. Next: protopush evaluate {run.folder} --data.split test; protopush verify {run.folder}"
-    )
+    run = train_run(_config(parser, options), options.out, overwrite=options.overwrite, resume=options.resume)
+    if _is_first():
+        print(
+            f"Trained {run.folder}. Next: protopush evaluate {run.folder} --data.split test; "
+            f"protopush verify {run.folder}"
+        )
     return 0
 
 
@@ -136,7 +148,7 @@ def _config(parser: ArgumentParser, options: Any) -> Any:
     from protopush.training.config import RunConfig
 
     made = parser.instantiate(options)
-    return RunConfig(made.data, made.model, made.loss, made.push, made.train)
+    return RunConfig(made.data, made.model, made.loss, made.push, made.train, made.trainer)
 
 
 def _recipe(name: str) -> Path:
@@ -257,6 +269,27 @@ def forbid(words: list[str]) -> int:
     return 0
 
 
+def data(words: list[str]) -> int:
+    """``protopush data audit``."""
+    if words[:1] != ["audit"]:
+        raise InputError("expected: protopush data audit PATH; protopush data audit --help tells the options")
+    from protopush.data.similar import THRESHOLD
+
+    parser = _parser("data audit")
+    parser.add_argument("path", type=str, nargs="?", default="", help="a folder, a manifest (CSV) or a .npz")
+    parser.add_argument("--source", type=str, default="auto", help="the kind of data, where it can't be recognised")
+    parser.add_argument("--split_seed", type=int, default=0, help="decides the splits where the data have none")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="similarity of near duplicates, at most 1")
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+    options = parse(parser, words[1:])
+    _log_to_stderr()
+    from protopush.commands import audit_data, audit_table
+
+    found = audit_data(options)
+    _print_json(found.to_dict()) if options.json else print(audit_table(found))
+    return 1 if found.leaks else 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "train": train,
@@ -265,6 +298,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "verify": verify,
     "forbid": forbid,
+    "data": data,
 }
 
 if __name__ == "__main__":

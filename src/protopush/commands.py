@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from protopush.data.audit import SMALL, Audit, Pair, audit, check_threshold
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.files import write_atomic, write_json
 from protopush.data.images import check_images, read_image
 from protopush.data.manifest import Catalog
-from protopush.errors import InputError
+from protopush.data.sources import load_catalog
+from protopush.errors import InputError, listing
 from protopush.explain import draw_panel, explain_image
 from protopush.push import PushReport, check_momentum
 from protopush.push.assign import check_unique
@@ -34,8 +36,12 @@ from protopush.review.forbid import Wish, forbid
 from protopush.training.config import DataConfig
 from protopush.training.evaluate import evaluate, in_short
 from protopush.training.finish import push_row
-from protopush.training.prepare import make_fabric, open_split
+from protopush.training.launch import make_fabric
+from protopush.training.prepare import open_split
+from protopush.training.progress import bar
 from protopush.training.run import Run, append_metrics, clear_folder, fresh_folder, open_run, same_weights, save_run
+
+SHOWN = 20  # pairs of images that a table shows
 
 
 def push_run(options: Namespace) -> PushReport:
@@ -132,6 +138,14 @@ def forbid_run(options: Namespace) -> Decision:
     return forbid(run, wish, _data(run, options), device, options.data.num_workers)
 
 
+def audit_data(options: Namespace) -> Audit:
+    """What is wrong with a data set; groups in several splits are told, not refused."""
+    check_threshold(options.threshold)
+    catalog = load_catalog(options.path, options.source, seed=options.split_seed, refuse_leaks=False)
+    with bar("Auditing images", 2 * len(catalog.samples)) as advance:
+        return audit(catalog, options.threshold, advance)
+
+
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The metrics of a run for people."""
     sums = Table(show_header=False, box=None)
@@ -172,6 +186,53 @@ def decision_table(decision: Decision, run: str) -> str:
     if decision.val_before and decision.val_after:
         lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
     return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
+
+
+def audit_table(found: Audit) -> str:
+    """What an audit has found, for people."""
+    counts = Table("split", "images", *next(iter(found.counts.values())), box=None)
+    for split, row in found.counts.items():
+        counts.add_row(split, str(sum(row.values())), *map(str, row.values()))
+    sums = Table("check", "found", "such as", box=None)
+    for what, names in _findings(found).items():
+        sums.add_row(what, str(len(names)), listing(names, 2))
+    parts = [_text(counts), _text(sums)]
+    if found.across or found.contradictions:
+        both = dict.fromkeys((*found.across, *found.contradictions))
+        parts.append("Duplicates across splits, or with different labels:\n" + _pairs_table(list(both)))
+    if found.alike_by_nature:
+        parts.append("So many near duplicates are hardly copies: look at some, and raise --threshold above them.")
+    if found.closest:
+        parts.append(f"Nearest across splits below {found.threshold}, for a look:\n" + _pairs_table(found.closest))
+    parts.append("Leaks: what is in one split is in another." if found.leaks else "No leak between the splits.")
+    return "\n\n".join(parts)
+
+
+def _findings(found: Audit) -> dict[str, list[str]]:
+    def names(pairs: Sequence[Pair]) -> list[str]:
+        return [f"{pair.first} = {pair.second}" for pair in pairs]
+
+    within = [pair for pair in found.duplicates if not pair.across]
+    return {
+        "groups in several splits": [f"{name} ({', '.join(row)})" for name, row in found.shared_groups.items()],
+        "identical files across splits": names([pair for pair in found.across if pair.identical]),
+        "near duplicates across splits": names([pair for pair in found.across if not pair.identical]),
+        "identical files in one split": names([pair for pair in within if pair.identical]),
+        "near duplicates in one split": names([pair for pair in within if not pair.identical and not pair.same_group]),
+        "near duplicates in one group": names([pair for pair in within if not pair.identical and pair.same_group]),
+        "duplicates with different labels": names(found.contradictions),
+        "unreadable files": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
+        f"images with a side below {SMALL} pixels": list(found.small),
+    }
+
+
+def _pairs_table(pairs: Sequence[Pair]) -> str:
+    table = Table("image", "split", "label", "image", "split", "label", "similarity", box=None)
+    for pair in pairs[:SHOWN]:
+        one, two = zip(pair.splits, pair.labels, strict=True)
+        table.add_row(pair.first, *one, pair.second, *two, "identical" if pair.identical else _number(pair.similarity))
+    rest = len(pairs) - SHOWN
+    return _text(table) + (f"\nand {rest} more; --json tells all" if rest > 0 else "")
 
 
 def _open(options: Namespace, check_weights: bool = True) -> tuple[Run, torch.device]:

@@ -43,7 +43,7 @@ def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
 def add_data(parser: ArgumentParser) -> None:
     """Which images, where not those of the run."""
     parser.add_argument("--data.path", type=str | None, default=None, help="other data than the run was trained on")
-    parser.add_argument("--data.source", type=str | None, default=None, help="auto, folder, manifest or elpv")
+    parser.add_argument("--data.source", type=str | None, default=None, help="auto, or a source of docs/data.md")
     parser.add_argument("--data.num_workers", type=int, default=2, help="processes that read images")
 
 

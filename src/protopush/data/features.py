@@ -120,10 +120,14 @@ def cache_features(
 
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
     transform = view.eval_transform
+    recipe: dict[str, Any] = getattr(backbone, "recipe", None) or {}
+    # What equal weights don't tell apart: an activation, the normalisation of a fusion's part.
+    options = {key: value for key, value in recipe.items() if key not in ("name", "name_or_module")}
     told = {
         "format": FORMAT,
         "weights": weights_fingerprint(backbone.state_dict()),
         "backbone": f"{getattr(backbone, 'name', '')} {getattr(backbone, 'layout', '')}",
+        **({"options": options} if options else {}),
         "preprocessing": transform.preprocessing.to_dict(),
         "crop_pct": transform.crop_pct,
         "files": list(hashes),
@@ -167,7 +171,7 @@ def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
     if needed > free:
         raise InputError(
             f"the features need {needed / 2**30:.1f} GiB but {file.parent} has {free / 2**30:.1f} GiB free; "
-            "make room or choose --train.cache_dir"
+            "make room or choose --trainer.cache_dir"
         )
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
 

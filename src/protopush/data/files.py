@@ -23,6 +23,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # a power cut after the rename must find a whole file
         temporary.replace(path)
     except OSError as error:
         raise InputError(

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from random import Random
 
+from protopush.data.tables import numbering, read_table
 from protopush.errors import InputError, listing
 
 SPLITS = ("train", "val", "test")
-_SPLIT_ALIASES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+# Other words for them: those that Hugging Face's datasets knows as well.
+SPLIT_ALIASES = {
+    "training": "train",
+    "valid": "val", "validation": "val", "dev": "val",
+    "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+
+
+def split_name(word: str) -> str:
+    """``train``, ``val`` or ``test`` for any of the usual words; another word as it is.
+
+    Example:
+        >>> split_name("validation"), split_name("fold3")
+        ('val', 'fold3')
+    """
+    return SPLIT_ALIASES.get(word, word)
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,7 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
     """
     path = Path(path)
     rows = _rows(path)
-    names = tuple(classes) if classes is not None else tuple(sorted({row["label"] for row in rows}))
-    number = {name: index for index, name in enumerate(names)}
-    unknown = sorted({row["label"] for row in rows} - number.keys())
-    if unknown:
-        raise InputError(f"unknown labels in {path}: {listing(unknown)}; the model knows: {listing(names)}")
+    number = numbering((row["label"] for row in rows), classes, path)
     images = [path.parent / row["image"].replace("\\", "/") for row in rows]
     root = _root(path.parent, images)
     samples = tuple(
@@ -74,13 +84,13 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
             image=image,
             name=Path(os.path.relpath(image, root)).as_posix(),
             label=number[row["label"]],
-            split=_SPLIT_ALIASES.get(row.get("split") or "", row.get("split") or ""),
+            split=split_name(row.get("split", "")),
             group=row.get("group") or None,
             mask=path.parent / row["mask"] if row.get("mask") else None,
         )
         for image, row in zip(images, rows, strict=True)
     )
-    return Catalog(samples, names, root)
+    return Catalog(samples, tuple(number), root)
 
 
 def _root(folder: Path, images: Sequence[Path]) -> Path:
@@ -91,34 +101,21 @@ def _root(folder: Path, images: Sequence[Path]) -> Path:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise InputError(f"no such file: {path}; expected a manifest (CSV with the columns image,label)")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [column.strip() for column in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"not a CSV file: {path} ({error}); expected a manifest in UTF-8") from error
-    for column in ("image", "label"):
-        if column not in columns:
-            near = get_close_matches(column, columns, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}? rename it" if near else ""
-            raise InputError(f"{path} has no column {column!r}; it has: {listing(columns) or 'nothing'}{hint}")
-    if not rows:
-        raise InputError(f"{path} has no rows; expected one line per image")
+    rows = read_table(path, ("image", "label"), "a manifest (CSV with the columns image,label)")
     empty = [line for line, row in enumerate(rows, start=2) if not row["image"] or not row["label"]]
     if empty:
         raise InputError(f"{path}: no image or no label in lines {listing(empty)}; fill them in or remove them")
     return rows
 
 
-def with_splits(catalog: Catalog, seed: int = 0, val: float = 0.1, test: float = 0.2) -> Catalog:
+def with_splits(
+    catalog: Catalog, seed: int = 0, val: float = 0.1, test: float = 0.2, refuse_leaks: bool = True
+) -> Catalog:
     """Give each sample a split where the source has none; groups (or single images) stay together.
 
     Without any split, ``val`` and ``test`` shares of each class are held out. With a train but no val split,
-    ``val`` is taken from train. Splits that the source names are never changed otherwise.
+    ``val`` is taken from train. Splits that the source names are never changed otherwise. Without ``refuse_leaks``
+    groups may lie in several splits, for an audit that tells all of them.
 
     Raises:
         InputError: some rows have a split and others none, or a group lies in two splits.
@@ -134,7 +131,8 @@ def with_splits(catalog: Catalog, seed: int = 0, val: float = 0.1, test: float =
         samples = (*held, *(s for s in catalog.samples if s.split != "train"))
     else:
         samples = catalog.samples
-    _refuse_leaks(samples)
+    if refuse_leaks:
+        _refuse_leaks(samples)
     return replace(catalog, samples=tuple(samples))
 
 

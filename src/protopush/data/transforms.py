@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protopush._compat import ensure_torchvision
+from protopush._compat import ensure_policies
 from protopush.data.preprocessing import Preprocessing
-from protopush.errors import InputError
+from protopush.errors import InputError, first_line
 
 Box = tuple[int, int, int, int]
 
@@ -106,36 +106,53 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Random resized crop, flips and a little colour: for a backbone that trains.
+    """Random resized crop, flips and a little colour (or a policy of timm's): for a backbone that trains.
 
     Args:
         preprocessing: the model's input.
         flip_vertical: also flip upside down (dermoscopy, inspection: yes; street scenes: no).
+        auto_augment: a policy in timm's words, such as ``rand-m9-mstd0.5-inc1`` (RandAugment, Cubuk et al., 2020).
+        random_erasing: chance that a random rectangle is erased (Zhong et al., 2020).
         min_scale: smallest share of the image's area in a crop.
+
+    Raises:
+        InputError: timm doesn't know the policy.
     """
 
-    def __init__(self, preprocessing: Preprocessing, flip_vertical: bool = True, min_scale: float = 0.5) -> None:
-        ensure_torchvision()
-        from torchvision.transforms import InterpolationMode, v2
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        flip_vertical: bool = True,
+        auto_augment: str = "",
+        random_erasing: float = 0.0,
+        min_scale: float = 0.5,
+    ) -> None:
+        ensure_policies()
+        from timm.data.transforms_factory import create_transform
 
-        self.preprocessing = preprocessing
-        flips = [v2.RandomHorizontalFlip()] + ([v2.RandomVerticalFlip()] if flip_vertical else [])
-        self.augment: Callable[[Image.Image], Image.Image] = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    list(preprocessing.size),
-                    scale=(min_scale, 1.0),
-                    ratio=(0.8, 1.25),
-                    interpolation=InterpolationMode(preprocessing.interpolation),
-                ),
-                *flips,
-                v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02),
-            ]
-        )
+        try:
+            self.augment: Callable[[Image.Image], Tensor] = create_transform(
+                (3, *preprocessing.size),
+                is_training=True,
+                scale=(min_scale, 1.0),
+                ratio=(0.8, 1.25),
+                vflip=0.5 if flip_vertical else 0.0,
+                color_jitter=(0.1, 0.1, 0.1, 0.02),
+                auto_augment=auto_augment or None,
+                interpolation=preprocessing.interpolation,
+                mean=preprocessing.mean,
+                std=preprocessing.std,
+                re_prob=random_erasing,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise InputError(
+                f"timm knows no policy {auto_augment!r} ({first_line(error) or type(error).__name__}); expected words "
+                "such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or 3a; see timm's documentation of auto_augment"
+            ) from error
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB picture as a normalised float32 tensor (3, H, W), different each time."""
-        return to_tensor(self.augment(image), self.preprocessing)
+        return self.augment(image)
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:

@@ -1,0 +1,86 @@
+"""Where images come from: each source turns a path into a :class:`Catalog`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from protopush.data.manifest import Catalog, read_manifest, with_splits
+from protopush.data.sources.elpv import elpv
+from protopush.data.sources.folder import folder
+from protopush.data.sources.ham10000 import ham10000, is_ham10000
+from protopush.data.sources.imagefolder import imagefolder, is_imagefolder
+from protopush.data.sources.isic2018 import is_isic2018, isic2018
+from protopush.data.sources.medmnist import medmnist
+from protopush.errors import InputError
+
+Source = Callable[[str, Sequence[str] | None], Catalog]
+
+
+def manifest(path: str, classes: Sequence[str] | None = None) -> Catalog:
+    """A CSV ``image,label[,split][,group][,mask]``; see :func:`protopush.data.manifest.read_manifest`."""
+    return read_manifest(path, classes)
+
+
+SOURCES: dict[str, Source] = {
+    "folder": folder,
+    "manifest": manifest,
+    "imagefolder": imagefolder,
+    "isic2018": isic2018,
+    "ham10000": ham10000,
+    "medmnist": medmnist,
+    "elpv": elpv,
+}
+
+# Folders that can't be anything else, since they hold files of these names.
+LAYOUTS: dict[str, Callable[[Path], bool]] = {
+    "isic2018": is_isic2018,
+    "ham10000": is_ham10000,
+    "imagefolder": is_imagefolder,
+}
+
+
+def load_catalog(
+    path: str = "",
+    source: str | Source = "auto",
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    refuse_leaks: bool = True,
+) -> Catalog:
+    """The samples of a source, each with a split.
+
+    Args:
+        path: a folder, a file, or nothing where the source needs none.
+        source: a name of :data:`SOURCES`, ``auto`` (see :func:`recognise`), or a function.
+        classes: class names in label order, where a trained model fixes them.
+        seed: decides held-out images where the source has no splits.
+        refuse_leaks: whether a group in two splits is an error; an audit wants to tell all of them.
+
+    Raises:
+        InputError: an unknown source, or what the source itself raises.
+    """
+    if callable(source):
+        found = source(path, classes)
+    else:
+        name = recognise(path) if source == "auto" else source
+        if name not in SOURCES:
+            raise InputError(f"unknown data source {name!r}; expected one of: auto, {', '.join(SOURCES)}")
+        found = SOURCES[name](path, classes)
+    return with_splits(found, seed=seed, refuse_leaks=refuse_leaks)
+
+
+def recognise(path: str) -> str:
+    """The source that a path must be meant for: a layout of :data:`LAYOUTS`, else ``folder``; .npz or ``manifest``.
+
+    Raises:
+        InputError: there is no path, or it fits several layouts.
+    """
+    if not path:
+        raise InputError("no data given; expected --data.path FOLDER or MANIFEST.csv")
+    place = Path(path)
+    if not place.is_dir():
+        return "medmnist" if place.suffix == ".npz" else "manifest"
+    fitting = [name for name, fits in LAYOUTS.items() if fits(place)]
+    if len(fitting) > 1:
+        raise InputError(f"{place} could be {' or '.join(fitting)}; say which with --data.source")
+    return fitting[0] if fitting else "folder"
