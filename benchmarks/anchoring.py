@@ -30,6 +30,7 @@ from protopush.push.certificate import verify_anchors
 from protopush.training.config import DataConfig, ModelConfig, PushConfig, RunConfig, TrainConfig
 from protopush.training.evaluate import evaluate
 from protopush.training.finish import embed_anchors, fit_to_prototypes, push_now
+from protopush.training.journal import Journal
 from protopush.training.loop import fit
 from protopush.training.prepare import Job, prepare
 from protopush.training.run import Run, save_run
@@ -40,9 +41,9 @@ NEVER = 10**6  # an epoch that doesn't come
 # name -> how it is trained, and what prototypes are compared with
 TRAININGS: dict[str, tuple[PushConfig, str]] = {
     "never": (PushConfig(start_epoch=NEVER), "local"),
-    "local": (PushConfig(), "local"),
-    "live": (PushConfig(anchoring="live", start_epoch=5, interval=5, unique="image"), "local"),  # ham10000-live.yaml
-    "global": (PushConfig(), "global"),
+    "local": (PushConfig(final_decay=0.0), "local"),
+    "live": (PushConfig(anchoring="live", start_epoch=5, interval=5, unique="image", final_decay=0.0), "local"),
+    "global": (PushConfig(final_decay=0.0), "global"),
 }
 
 
@@ -109,10 +110,11 @@ def run_training(name: str, arms: list[str], seed: int, options: argparse.Namesp
         train=TrainConfig(seed=seed),
     )
     job = prepare(config)
-    stage = Frozen(job)
-    test = job.loader(stage.features(job, ImageDataset(job.catalog.split("test"), job.transform), "test"))
     folder = options.runs / f"{name}-{seed}"
-    fit(job, stage, folder)
+    with Journal(folder, config) as journal:
+        stage = fit(job, journal)
+    assert isinstance(stage, Frozen)
+    test = job.loader(stage.features(job, ImageDataset(job.catalog.split("test"), job.transform), "test"))
     trained = copy.deepcopy(job.head.state_dict()), list(job.head.proto_manager.anchors)
     for arm in arms:
         job.head.load_state_dict(trained[0])

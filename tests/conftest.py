@@ -64,7 +64,7 @@ def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int,
 
 # A run that takes seconds; words after these override them.
 SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
-         "--train.epochs", "2", "--train.device", "cpu", "--train.batch_size", "8",
+         "--train.epochs", "2", "--trainer.device", "cpu", "--train.batch_size", "8",
          "--data.num_workers", "0"]  # fmt: skip
 
 

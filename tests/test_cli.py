@@ -265,7 +265,7 @@ def test_wrong_words_get_one_clear_line(tmp_path, capsys, monkeypatch, words, me
 def test_unknown_backbone_and_device(home, tmp_path, capsys):
     words = ["train", "--data.path", home / "images", "--out", tmp_path / "x", *SMALL]
     assert "resnet18" in refused(capsys, *words, "--model.backbone", "resnet81")
-    assert "try --train.device cpu" in refused(capsys, *words, "--train.device", "abacus")
+    assert "try --trainer.device cpu" in refused(capsys, *words, "--trainer.device", "abacus")
     assert not (tmp_path / "x").exists()
 
 

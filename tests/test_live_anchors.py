@@ -181,7 +181,7 @@ def test_a_run_with_live_anchors_is_exact_and_verified(tmp_path, capsys, freeze)
         "--model.pretrained", "false", "--model.num_prototypes", "3", "--train.epochs", "3", "--train.batch_size", "8",
         "--train.freeze_backbone", str(freeze).lower(), "--push.anchoring", "live", "--push.start_epoch", "0",
         "--push.interval", "2", "--push.unique", "image", "--push.anchor_refresh", "2", "--push.guard", "report",
-        "--data.num_workers", "0", "--train.cache_dir", str(tmp_path / "cache"),
+        "--data.num_workers", "0", "--trainer.cache_dir", str(tmp_path / "cache"),
     ]  # fmt: skip
     assert main(words) == 0
     capsys.readouterr()

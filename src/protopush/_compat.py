@@ -17,10 +17,12 @@ themselves (``torch.ops.torchvision.nms``, ...) still raises torch's own NotImpl
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,3 +107,21 @@ SCHEMAS = (
     "SymInt groups, SymInt offset_groups, bool use_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor",
 )
+
+
+@cache
+def ensure_policies() -> None:
+    """Keep a bit where timm's augmentation policies would keep none.
+
+    At its strongest level timm's posterize asks Pillow for 0 bits: a black picture up to Pillow 12, an error since 13.
+    """
+    ensure_torchvision()
+    from timm.data import auto_augment as timm_policies
+
+    bits_of: dict[str, Any] = timm_policies.LEVEL_TO_ARG
+    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        bits_of[name] = _at_least_one_bit(bits_of[name])
+
+
+def _at_least_one_bit(bits_of: Callable[..., tuple[int]]) -> Callable[..., tuple[int]]:
+    return lambda level, hparams: (max(1, bits_of(level, hparams)[0]),)

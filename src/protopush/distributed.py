@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
+
+from protopush.errors import FailedElsewhere, first_line
 
 T = TypeVar("T")
 
@@ -46,6 +49,62 @@ def total(tensor: Tensor) -> Tensor:
     here = _reachable(tensor).clone()
     distributed.all_reduce(here)
     return here.to(tensor.device)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backwards, each rank's own rows times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return torch.cat(gather(tensor))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        rank, size = rank_and_size()
+        return gradients[0][rank * ctx.rows : (rank + 1) * ctx.rows] * size
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, as many on each, below one another; gradients reach this rank's own rows.
+
+    For a loss that is no mean over samples: every rank computes the loss of the whole batch, and as
+    DistributedDataParallel takes the mean of the ranks' gradients, each passes back the ranks' number of times its own
+    share. What they end with is the gradient of one process with the whole batch.
+
+    Example:
+        >>> gather_rows(torch.eye(2)).shape
+        torch.Size([2, 2])
+    """
+    if rank_and_size()[1] == 1:
+        return tensor
+    rows: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do this rank's part of the work; if it fails on one rank it fails on all, rather than have them wait for it."""
+    try:
+        done, problem = work(), None
+    except Exception as error:
+        done, problem = None, error
+    if rank_and_size()[1] > 1:
+        told = gather_objects(None if problem is None else first_line(problem))
+        failed = next((number for number, line in enumerate(told) if line is not None), None)
+        if failed is not None and failed != rank_and_size()[0]:
+            raise FailedElsewhere(f"rank {failed}: {told[failed]}") from problem
+    if problem is not None:
+        raise problem
+    return cast(T, done)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What the work gives on rank 0, which does it alone while the others wait; if it fails, it fails on all."""
+    rank, size = rank_and_size()
+    found = [together(lambda: work() if rank == 0 else None)]
+    if size > 1:
+        distributed.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
 
 
 def _reachable(tensor: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ class InputError(ValueError):
     """
 
 
+class FailedElsewhere(InputError):
+    """The work failed on another process, which says why in its own words."""
+
+
 def listing(items: Sequence[object], limit: int = 10) -> str:
     """The items with commas between, cut after ``limit`` with a count of the rest.
 

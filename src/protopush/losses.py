@@ -110,11 +110,13 @@ class PrototypeLoss(nn.Module):
             computed.
         separation_margin: the cosine up to which another class's prototype may be similar.
         label_smoothing: of the cross-entropy.
+        shift: (num_classes,), added to the logits of the cross-entropy (:func:`logit_shift`), or None.
 
     ``forward`` returns the sum and the terms by name, before weighting.
     """
 
     class_weights: Tensor | None
+    shift: Tensor | None
 
     def __init__(
         self,
@@ -126,9 +128,11 @@ class PrototypeLoss(nn.Module):
         consistency: float = 0.0,
         separation_margin: float = 0.3,
         label_smoothing: float = 0.0,
+        shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("class_weights", class_weights)
+        self.register_buffer("shift", shift)
         self.weights = {
             "grounding": grounding,
             "cluster": cluster,
@@ -149,7 +153,8 @@ class PrototypeLoss(nn.Module):
             "orthogonality": lambda: orthogonality_loss(out.prototypes, used),
             "consistency": lambda: consistency_loss(out.similarities, labels, used),
         }
-        entropy = F.cross_entropy(out.logits, labels, self.class_weights, label_smoothing=self.label_smoothing)
+        logits = out.logits if self.shift is None else out.logits + self.shift
+        entropy = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.label_smoothing)
         values = {name: terms[name]() for name, weight in self.weights.items() if weight}
         total = entropy + sum((self.weights[name] * value for name, value in values.items()), entropy.new_zeros(()))
         return total, {"cross_entropy": entropy.detach()} | {name: v.detach() for name, v in values.items()}
@@ -164,3 +169,34 @@ def balanced_class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """
     counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).float()
     return len(labels) / (num_classes * counts)
+
+
+def effective_class_weights(labels: Tensor, num_classes: int, beta: float = 0.999) -> Tensor:
+    """Weights (num_classes,) inversely proportional to the effective number of samples, with mean 1 over the samples.
+
+    n samples of a class count for ``(1 - beta**n) / (1 - beta)``, since more of them tell less and less that is new.
+
+    Source: Cui et al., 2019, "Class-Balanced Loss Based on Effective Number of Samples".
+
+    Example:
+        >>> effective_class_weights(torch.tensor([0, 0, 0, 1]), 2, beta=0.5)
+        tensor([0.8421, 1.4737])
+    """
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).double()
+    weights = (1.0 - beta) / (1.0 - beta**counts)
+    return (weights * len(labels) / (weights * counts).sum()).float()
+
+
+def logit_shift(labels: Tensor, num_classes: int, strength: float = 1.0) -> Tensor:
+    """What logits are raised by in training, (num_classes,): ``strength * log(share of the class)``.
+
+    A model that learns with it and predicts without is consistent for balanced accuracy.
+
+    Source: Menon et al., 2021, "Long-tail Learning via Logit Adjustment".
+
+    Example:
+        >>> logit_shift(torch.tensor([0, 0, 0, 1]), 2)
+        tensor([-0.2877, -1.3863])
+    """
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).float()
+    return strength * (counts / counts.sum()).log()

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protopush.distributed import gather_objects
+from protopush.distributed import gather_objects, together
 from protopush.errors import InputError
 from protopush.push.candidates import TIE
 from protopush.push.contract import Pushable, Slots
 from protopush.push.guard import Score
-from protopush.push.search import grid_of, log_shapes, refuse_non_finite, together
+from protopush.push.search import grid_of, log_shapes, refuse_non_finite
 from protopush.push.source import Batch, Source, check_labels
 from protopush.push.tally import NonFinite
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from protopush.data.provenance import Provenance
-from protopush.distributed import gather_objects
+from protopush.distributed import gather_objects, together
 from protopush.errors import InputError, listing
 from protopush.growth.coverage import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.candidates import TIE
 from protopush.push.contract import Pushable, Slots
-from protopush.push.search import Allow, refuse_non_finite, together
+from protopush.push.search import Allow, refuse_non_finite
 from protopush.push.source import Batch, DatasetSource, Source
 from protopush.push.tally import NonFinite
 

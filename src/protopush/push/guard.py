@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protopush.distributed import gather_objects
+from protopush.distributed import gather_objects, together
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.push.contract import Pushable
-from protopush.push.search import together
 from protopush.push.source import check_labels, read_through
 
 GUARDS = ("off", "report", "rollback", "budget")

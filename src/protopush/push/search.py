@@ -6,14 +6,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from protopush.data.provenance import Provenance
-from protopush.distributed import gather, gather_objects, rank_and_size, total
-from protopush.errors import InputError, first_line, listing
+from protopush.distributed import gather, gather_objects, rank_and_size, together, total
+from protopush.errors import InputError, listing
 from protopush.push.candidates import Patches, Ranked, TopM
 from protopush.push.contract import Pushable, Slots
 from protopush.push.source import DatasetSource, Source, check_labels
@@ -23,7 +22,7 @@ logger = logging.getLogger("protopush.push")
 
 LOG_EVERY = 50  # batches
 
-T = TypeVar("T")
+
 Allow = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -172,27 +171,6 @@ def _merged(top: TopM, tally: Tally, source: Source, grid: tuple[int, int]) -> F
     counts = torch.stack([tally.patches, tally.images])
     patches, images = total(counts if source.divided or rank == 0 else torch.zeros_like(counts))
     return Found(ranked, torch.cat(owners, dim=1).gather(1, keep), top.vectors, grid, patches, images)
-
-
-def together(work: Callable[[], T]) -> T:
-    """Do this rank's part of the work; if it fails on one rank it fails on all, rather than have them wait for it."""
-    try:
-        done, problem = work(), None
-    except Exception as error:
-        done, problem = None, error
-    _raise_together(problem)
-    return cast(T, done)
-
-
-def _raise_together(problem: Exception | None) -> None:
-    """Raise what went wrong on this rank; or, where another one failed, an InputError that says so."""
-    if rank_and_size()[1] > 1:
-        told = gather_objects(None if problem is None else first_line(problem))
-        failed = next((number for number, line in enumerate(told) if line is not None), None)
-        if failed is not None and problem is None:
-            raise InputError(f"rank {failed}: {told[failed]}")
-    if problem is not None:
-        raise problem
 
 
 def refuse_non_finite(strange: NonFinite, source: Source) -> None:

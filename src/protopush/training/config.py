@@ -16,9 +16,12 @@ class DataConfig:
 
     Args:
         path: a folder of class folders or a manifest (CSV image,label[,split][,group][,mask]).
-        source: auto, folder, manifest or elpv.
+        source: auto, folder, manifest, imagefolder, isic2018, ham10000, medmnist or elpv (docs/data.md).
         crop_pct: share of the resized short side that the centre crop keeps.
         augment: random crops, flips and colour, where the backbone is trained.
+        auto_augment: a policy of timm's on top of crops and flips, such as rand-m9-mstd0.5-inc1 or augmix-m3-w3; it
+            takes the place of our own colour changes.
+        random_erasing: the share of images of which a random rectangle is erased.
         flip_vertical: whether upside down is as good.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
@@ -28,6 +31,8 @@ class DataConfig:
     source: str = "auto"
     crop_pct: float = 1.0
     augment: bool = True
+    auto_augment: str = ""
+    random_erasing: float = 0.0
     flip_vertical: bool = True
     num_workers: int = 2
     split_seed: int = 0
@@ -38,8 +43,9 @@ class ModelConfig:
     """The network.
 
     Args:
-        backbone: any timm model name.
+        backbone: any timm model name, fusion:one+other (two maps, fused per cell), or hf:name (Hugging Face).
         pretrained: true (the model's own weights), false (random) or a file of weights.
+        image_size: pixels of a side; none: what the backbone was trained on.
         num_prototypes: prototypes per class.
         max_prototypes: slots per class, room to grow; none: as many as prototypes.
         embed_dim: size of the embedding space.
@@ -49,6 +55,7 @@ class ModelConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     pretrained: bool | str = True
+    image_size: int | None = None
     num_prototypes: int = 10
     max_prototypes: int | None = None
     embed_dim: int = 128
@@ -68,7 +75,12 @@ class LossConfig:
         consistency: images of a class use its prototypes alike.
         separation_margin: cosine up to which other classes' prototypes may be similar.
         label_smoothing: of the cross-entropy.
-        class_balance: exponent of the class weights: 0 counts images alike, 1 counts classes alike.
+        class_weights: of the cross-entropy: inverse (to the class's size), effective (to its effective number of
+            samples, Cui et al. 2019) or none.
+        class_balance: exponent of these weights: 0 counts images alike, 1 counts as class_weights says.
+        effective_beta: of the effective number: 0 is none, towards 1 it becomes inverse.
+        logit_adjustment: in training, logits are raised by this often the log of the class's share (Menon et al.
+            2021; 1 is its theory): instead of class weights, not on top of them.
     """
 
     grounding: float = 1.0
@@ -78,7 +90,10 @@ class LossConfig:
     consistency: float = 0.0
     separation_margin: float = 0.3
     label_smoothing: float = 0.0
+    class_weights: Literal["inverse", "effective", "none"] = "inverse"
     class_balance: float = 1.0
+    effective_beta: float = 0.999
+    logit_adjustment: float = 0.0
 
 
 @dataclass
@@ -103,6 +118,8 @@ class PushConfig:
         grow_below: the similarity below which it is badly covered.
         prune: after each push, prototypes that are duplicates or never matter are removed.
         prune_cosine: two prototypes of a class more alike than this are duplicates.
+        final_decay: no push follows an epoch that ends with the learning rate below this share of its peak: what a push
+            moves could not be learned any more, and the final push is near; 0: push there as well.
         final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches); live
             prototypes are real patches already: they stay.
     """
@@ -123,6 +140,7 @@ class PushConfig:
     grow_below: float = 0.7
     prune: bool = False
     prune_cosine: float = 0.99
+    final_decay: float = 0.1
     final: Literal["hard", "momentum", "none"] = "hard"
 
 
@@ -132,12 +150,25 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step.
-        lr: peak learning rate of the head.
-        backbone_lr: peak learning rate of the backbone, where it is trained.
-        weight_decay: of AdamW, on weight matrices alone.
-        warmup_epochs: linear rise of the learning rate; a cosine falls after it.
         freeze_backbone: train the head alone, on features computed once.
+        head_epochs: where the backbone is trained: so many of the epochs first train the head alone, on features
+            computed once (LP-FT, Kumar et al. 2022), so that a random head doesn't spoil the backbone.
+        freeze_norms: batch norms of a trained backbone keep their pretrained statistics. Those of a batch may be so
+            different that everything learned before is lost at the first step, above all what the head has learned.
+        batch_size: images a step, on each device.
+        accumulate: batches whose gradients make one step together.
+        sampling: shuffle (each image once an epoch) or balanced (each class as often as any other).
+        lr: peak learning rate of the head.
+        backbone_lr: of the backbone, where it is trained.
+        prototype_lr: of the prototypes; none: as lr.
+        connection_lr: of connections, temperature and biases; none: as lr.
+        layer_decay: each earlier layer of the backbone learns by this factor more slowly (Clark et al. 2020; 0.65 to
+            0.8 for ViTs); 1: all alike.
+        weight_decay: of AdamW, on weight matrices alone.
+        warmup_epochs: linear rise of the learning rate; a cosine falls after it. Both begin anew after head_epochs.
+        clip_norm: the largest norm of a step's gradients; none: as they are.
+        ema: what is validated and saved is a moving average of the weights with this decay (0.999); none: the weights.
+        patience: stop after so many epochs without a better validation score; none: never.
         refit: what is fitted to the prototypes after the final push: biases, connections (with temperature and biases),
             or none.
         refit_steps: full-batch steps.
@@ -145,27 +176,56 @@ class TrainConfig:
         refit_decay: pulls what is fitted to what it was before the final push.
         select: the validation metric that chooses the best epoch; mean is that of balanced accuracy and AUROC.
         seed: of weights, order and augmentation.
-        device: auto, cpu, cuda or mps.
-        precision: of Lightning Fabric (32-true, bf16-mixed, 16-mixed).
-        cache_dir: where computed features are kept; by default the user's cache folder.
     """
 
     epochs: int = 15
+    freeze_backbone: bool = True
+    head_epochs: int = 0
+    freeze_norms: bool = True
     batch_size: int = 64
+    accumulate: int = 1
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
     lr: float = 1e-3
     backbone_lr: float = 1e-4
+    prototype_lr: float | None = None
+    connection_lr: float | None = None
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     warmup_epochs: float = 1.0
-    freeze_backbone: bool = True
+    clip_norm: float | None = None
+    ema: float | None = None
+    patience: int | None = None
     refit: Literal["biases", "connections", "none"] = "biases"
     refit_steps: int = 100
     refit_lr: float = 0.02
     refit_decay: float = 0.1
     select: Literal["mean", "balanced_accuracy", "auroc", "macro_f1", "accuracy"] = "mean"
     seed: int = 0
+
+
+@dataclass
+class TrainerConfig:
+    """On what it runs, and who looks on.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+        devices: processes on this computer, one for each GPU (on a CPU: gloo); under torchrun it decides.
+        num_nodes: computers; each runs the same command (torchrun or SLURM tells them apart).
+        precision: of Lightning Fabric (32-true, bf16-mixed, 16-mixed).
+        channels_last: weights of the backbone in the order that convolutions like best.
+        compile: torch.compile for the backbone.
+        cache_dir: where computed features are kept; by default the user's cache folder.
+        track: where metrics.jsonl is mirrored: tensorboard, wandb, or both.
+    """
+
     device: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
     precision: str = "32-true"
+    channels_last: bool = True
+    compile: bool = False
     cache_dir: str = ""
+    track: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -177,3 +237,4 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     push: PushConfig = field(default_factory=PushConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from protopush.distributed import gather_objects
 from protopush.metrics.classification import classification_metrics
 from protopush.training.progress import bar
 from protopush.untouched import untouched
 
 
 class Predictions(NamedTuple):
-    """In the loader's order: probabilities (N, C), similarities (N, C, K) and labels (N,), on the CPU."""
+    """Probabilities (N, C), similarities (N, C, K) and labels (N,), on the CPU.
+
+    In the loader's order; under ``torch.distributed`` all ranks' samples in the order of their ids, each once.
+    """
 
     probabilities: Tensor
     similarities: Tensor
@@ -25,15 +29,28 @@ def predict(
     model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating"
 ) -> Predictions:
     """Run a model over a loader of (images, labels, ids), in eval mode."""
-    probabilities, similarities, labels = [], [], []
+    probabilities, similarities, labels, numbers = [], [], [], []
     with untouched(model), bar(what, _batches(loader)) as advance:
-        for images, target, *_ in loader:
+        for images, target, ids in loader:
             out = model(images.to(device))
             probabilities.append(out.logits.float().softmax(dim=1).cpu())
             similarities.append(out.similarities.float().cpu())
             labels.append(target)
+            numbers.append(ids)
             advance(1)
-    return Predictions(torch.cat(probabilities), torch.cat(similarities), torch.cat(labels))
+    return _of_all_ranks(probabilities, similarities, labels, numbers)
+
+
+def _of_all_ranks(*here: list[Tensor]) -> Predictions:
+    """The batches of every rank; of samples that several have read, one."""
+    told = gather_objects(here)
+    columns = [torch.cat([batch for rank in told for batch in rank[column]]) for column in range(len(here))]
+    if len(told) > 1:
+        order = columns[-1].argsort(stable=True)
+        ids = columns[-1][order]
+        order = order[torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])]
+        columns = [column[order] for column in columns]
+    return Predictions(*columns[:-1])
 
 
 def _batches(loader: Iterable[Any]) -> int:

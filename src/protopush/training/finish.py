@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import nn
 from protopush.growth import grow_prototypes, prune_prototypes
 from protopush.push import PushReport, push_prototypes, refresh_anchors
 from protopush.training.evaluate import in_short, predict
+from protopush.training.journal import Journal
 from protopush.training.prepare import Job
 from protopush.training.refit import refit
-from protopush.training.run import append_metrics
 from protopush.training.stages import Stage, on_validation
 
 logger = logging.getLogger("protopush.training")
@@ -50,14 +49,19 @@ def push_now(
 
 
 def push_between(
-    job: Job, stage: Stage, epoch: int, before: dict[str, Any] | None, optimizer: torch.optim.Optimizer
+    job: Job,
+    stage: Stage,
+    epoch: int,
+    before: dict[str, Any] | None,
+    optimizer: torch.optim.Optimizer,
+    measure: Callable[[], dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """A push between two epochs, guarded; returns its line of ``metrics.jsonl``."""
+    """A push between two epochs, guarded, and what ``measure`` says after it; its line of ``metrics.jsonl``."""
     with job.fabric.autocast():
         momentum = job.config.push.momentum
         report = push_now(job, stage.model, stage.train_loader, momentum, optimizer, stage.val_loader)
         resized = resize(job, stage, optimizer)
-    return push_row(report, epoch, before, on_validation(job, stage)) | resized
+    return push_row(report, epoch, before, measure()) | resized
 
 
 def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def push_row(
     }
 
 
-def final_push(job: Job, stage: Stage, out: Path) -> None:
+def final_push(job: Job, stage: Stage, journal: Journal) -> None:
     """The last push, over the real images in full precision, and what is refitted to it."""
     config = job.config
     before = on_validation(job, stage)
@@ -122,7 +126,7 @@ def final_push(job: Job, stage: Stage, out: Path) -> None:
     if config.train.refit != "none" and moved:
         fit_to_prototypes(job, stage)
         row["val_refitted"] = on_validation(job, stage)
-    append_metrics(out, row)
+    journal.write(row)
     for name in ("val_before", "val_after", "val_refitted"):
         if row.get(name):
             logger.info("%-16s %s", name, in_short(row[name]))

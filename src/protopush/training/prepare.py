@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from protopush._compat import ensure_torchvision
 from protopush.backbones import Backbone, create_backbone
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
@@ -22,13 +18,14 @@ from protopush.data.images import check_images
 from protopush.data.manifest import Catalog, Sample, require_training_images
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
-from protopush.errors import InputError, first_line
+from protopush.distributed import from_first, together
 from protopush.head_optimal import HeadOptimal
-from protopush.losses import PrototypeLoss, balanced_class_weights
+from protopush.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
 from protopush.model import ProtoModel
-from protopush.push import check_momentum
-from protopush.push.guard import check_guard
 from protopush.training.config import DataConfig, RunConfig
+from protopush.training.launch import make_fabric
+from protopush.training.limits import check_numbers
+from protopush.training.order import Order, share
 from protopush.training.progress import bar
 
 if TYPE_CHECKING:
@@ -55,51 +52,79 @@ class Job:
         """The prototype head."""
         return self.model.head  # type: ignore[return-value]
 
-    def loader(self, dataset: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
-        """A loader with a seeded order of its own, so that nothing else's randomness moves it.
+    def loader(self, dataset: Any, train: bool = False) -> DataLoader[Any]:
+        """Batches of this process's share of a data set.
 
-        Batches have the run's size where they train (``shuffle``) or hold stored features, else what suits the device.
+        To train, in a seeded order that ``loader.sampler.set_epoch`` moves on, in batches of the run's size; else each
+        sample once over all processes, in order, in batches of the run's size (stored features) or of what suits the
+        device (images).
         """
-        generator = torch.Generator().manual_seed(self.config.train.seed)
         reads_files = isinstance(dataset, ImageDataset)
-        only_forward = reads_files and not shuffle
+        config = self.config.train
+        balanced = config.sampling == "balanced"
         return DataLoader(
             dataset,
-            batch_size=inference_batch_size(self.fabric.device) if only_forward else self.config.train.batch_size,
-            shuffle=shuffle,
+            batch_size=config.batch_size if train or not reads_files else inference_batch_size(self.fabric.device),
+            sampler=Order(dataset.labels, config.seed, balanced) if train else share(len(dataset)),
             num_workers=self.config.data.num_workers if reads_files else 0,
-            generator=generator,
+            generator=torch.Generator().manual_seed(config.seed),  # so that nothing else's randomness moves it
         )
 
     def class_weights(self) -> Tensor | None:
         """Class weights of the cross-entropy, or None where classes count as they come."""
-        power = self.config.loss.class_balance
-        balanced = balanced_class_weights(torch.tensor(self.train.labels), len(self.catalog.classes))
-        return balanced.pow(power).to(self.fabric.device) if power else None
+        config, labels, classes = self.config.loss, torch.tensor(self.train.labels), len(self.catalog.classes)
+        if config.class_weights == "none" or not config.class_balance:
+            return None
+        if config.class_weights == "effective":
+            weights = effective_class_weights(labels, classes, config.effective_beta)
+        else:
+            weights = balanced_class_weights(labels, classes)
+        return weights.pow(config.class_balance).to(self.fabric.device)
 
     def loss(self) -> PrototypeLoss:
         """The run's loss, on its device."""
         c = self.config.loss
-        return PrototypeLoss(
+        labels, classes = torch.tensor(self.train.labels), len(self.catalog.classes)
+        shift = logit_shift(labels, classes, c.logit_adjustment) if c.logit_adjustment else None
+        loss = PrototypeLoss(
             self.class_weights(), c.grounding, c.cluster, c.separation, c.orthogonality, c.consistency,
-            c.separation_margin, c.label_smoothing,
+            c.separation_margin, c.label_smoothing, shift,
         )  # fmt: skip
+        return loss.to(self.fabric.device)
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     """Read the data's table, check every image, build the model.
+
+    Args:
+        config: everything that decides the run.
+        fabric: launched already; by default on one device.
 
     Raises:
         InputError: anything that would make the run fail or mean nothing.
     """
-    _check_numbers(config)
-    data = config.data
-    catalog = load_catalog(data.path, data.source, seed=data.split_seed)
-    require_training_images(catalog)
-    hashes = _check_samples(catalog.samples)
-    fabric = make_fabric(config.train.device, config.train.precision)
+    check_numbers(config)
+    fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
+    catalog = from_first(lambda: _catalog(config.data))
+    hashes = from_first(lambda: _check_samples(catalog.samples))
     fabric.seed_everything(config.train.seed, verbose=False)
-    backbone = create_backbone(config.model.backbone, pretrained=config.model.pretrained)
+    model = together(lambda: _model(config, catalog))
+    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    transform = EvalTransform(backbone.preprocessing, config.data.crop_pct)
+    train, val = _datasets(catalog, transform, _train_transform(config, backbone))
+    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
+
+
+def _catalog(config: DataConfig) -> Catalog:
+    catalog = load_catalog(config.path, config.source, seed=config.split_seed)
+    require_training_images(catalog)
+    return catalog
+
+
+def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
+    side = config.model.image_size
+    look = {} if side is None else {"size": (side, side)}
+    backbone = create_backbone(config.model.backbone, pretrained=config.model.pretrained, **look)
     head = HeadOptimal(
         backbone.channels,
         len(catalog.classes),
@@ -114,9 +139,11 @@ def prepare(config: RunConfig) -> Job:
     model.class_names = list(catalog.classes)
     if config.train.freeze_backbone:
         backbone.freeze()
-    transform = EvalTransform(backbone.preprocessing, data.crop_pct)
-    train, val = _datasets(catalog, transform, _train_transform(config, backbone))
-    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
+    if config.trainer.channels_last:
+        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.trainer.compile:
+        backbone.compile()
+    return model
 
 
 def _datasets(
@@ -130,62 +157,10 @@ def _datasets(
 
 
 def _train_transform(config: RunConfig, backbone: Backbone) -> TrainTransform | None:
-    if config.train.freeze_backbone or not config.data.augment:
+    data = config.data
+    if config.train.freeze_backbone or not data.augment:
         return None
-    return TrainTransform(backbone.preprocessing, config.data.flip_vertical)
-
-
-def _check_numbers(config: RunConfig) -> None:
-    train, push = config.train, config.push
-    at_least_one = {
-        "train.epochs": train.epochs,
-        "train.batch_size": train.batch_size,
-        "model.num_prototypes": config.model.num_prototypes,
-        "model.embed_dim": config.model.embed_dim,
-        "model.max_prototypes": config.model.max_prototypes or 1,
-        "push.interval": push.interval,
-        "push.anchor_refresh": push.anchor_refresh,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; expected at least 1")
-    between: dict[str, tuple[float, float, float]] = {
-        "push.start_epoch": (push.start_epoch, 0, math.inf),
-        "push.grow_quantile": (push.grow_quantile, 0, 1),
-        "push.grow_below": (push.grow_below, -1, 1),
-        "push.prune_cosine": (push.prune_cosine, -1, 1),
-    }
-    for name, (number, least, most) in between.items():
-        if not least <= number <= most:
-            raise InputError(f"{name} is {number}; expected {least} or more" + (f", up to {most}" if most < 9 else ""))
-    check_momentum(push.momentum, "push.momentum")
-    check_guard(push.guard, push.guard_budget, push.anchoring == "live")
-
-
-def make_fabric(device: str, precision: str = "32-true") -> Fabric:
-    """One device under Lightning Fabric.
-
-    Raises:
-        InputError: the device isn't there.
-    """
-    ensure_torchvision()
-    with quiet():
-        from lightning_fabric import Fabric
-
-        try:
-            return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
-        except Exception as error:
-            raise InputError(
-                f"cannot run on device {device!r} with {precision} ({first_line(error)}); try --train.device cpu"
-            ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that Fabric and its imports give about other people's settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return TrainTransform(backbone.preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
 
 
 def open_split(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -92,7 +93,7 @@ def save_run(run: Run) -> None:
             "format": FORMAT,
             "protopush": __version__,
             "weights_sha256": digest,
-            "backbone": {"name": backbone.name, "channels": backbone.channels},
+            "backbone": {"name": backbone.name, "channels": backbone.channels, "recipe": backbone.recipe},
             "preprocessing": backbone.preprocessing.to_dict(),
             "crop_pct": run.transform.crop_pct,
             "head": {
@@ -142,7 +143,7 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
 
     Args:
         folder: as :func:`save_run` wrote it.
-        backbone: the module itself, where it isn't a timm model.
+        backbone: the module itself, where it is one of your own, which no name could build again.
         check_weights: refuse weights that aren't those that the run saved; False is for who tells what no longer holds.
 
     Raises:
@@ -157,11 +158,7 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     config = read_json(folder / "config.json")
     refuse_newer(config, FORMAT, str(folder / "config.json"))
     try:
-        features = create_backbone(
-            backbone if backbone is not None else config["backbone"]["name"],
-            pretrained=False,
-            **config["preprocessing"],
-        )
+        features = _rebuild(config, backbone)
         model = ProtoModel(features, HeadOptimal(features.channels, **config["head"]))
         classes, transform = list(config["classes"]), EvalTransform(features.preprocessing, config["crop_pct"])
         root, data, digest = Path(config["root"]), dict(config["data"]), config["weights_sha256"]
@@ -173,6 +170,21 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
     model.class_names = classes
     return Run(model.eval(), classes, transform, root, data, folder)
+
+
+def _rebuild(config: Mapping[str, Any], module: nn.Module | None) -> Backbone:
+    """The backbone of a run, without weights and without a network."""
+    told = config["backbone"]
+    recipe: dict[str, Any] = told.get("recipe") or {"name_or_module": told["name"]}  # once, a run kept the name alone
+    if module is not None:
+        recipe = {key: recipe[key] for key in ("name", "layout", "prefix_tokens") if key in recipe}
+        recipe["name_or_module"] = module
+    if "name_or_module" not in recipe:
+        raise InputError(
+            f"the backbone {told['name']} of this run is a module of your own; expected that module; "
+            "open the run with protopush.load(folder, backbone=module)"
+        )
+    return create_backbone(pretrained=False, **recipe, **config["preprocessing"])
 
 
 def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
@@ -200,7 +212,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:
 
     Args:
         folder: as ``protopush train --out`` wrote it.
-        backbone: the module itself, where it isn't a timm model.
+        backbone: the module itself, where it is one of your own, which no name could build again.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -217,32 +229,50 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         raise InputError(f"cannot write {folder / 'metrics.jsonl'} ({error.strerror}); make room") from error
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, seed: int) -> None:
-    """Write ``checkpoints/last.pt``, which ``torch.load(weights_only=True)`` reads."""
-    state = {"epoch": epoch, "seed": seed, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_atomic(folder / "checkpoints" / "last.pt", lambda temporary: torch.save(state, temporary))
-
-
 def fresh_folder(out: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless it is a run to be overwritten.
 
     Raises:
-        InputError: the folder isn't empty, or isn't a folder.
+        InputError: the folder isn't empty, isn't a folder, or can't be written.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; expected a folder for the run; choose another --out")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # what os.access says isn't always so
+    except OSError as error:
+        raise InputError(f"cannot write in {there} ({error.strerror}); choose another --out") from error
     if not out.is_dir() or not any(out.iterdir()):
         return
     is_run = any((out / name).is_file() for name in ("config.json", "metrics.jsonl"))
     if not overwrite:
-        what = "holds a run already" if is_run else "is not empty"
-        raise InputError(f"{out} {what}; choose another --out" + (", or add --overwrite true" if is_run else ""))
+        if not is_run:
+            raise InputError(f"{out} is not empty; choose another --out")
+        if not (out / "config.json").is_file():
+            raise InputError(f"{out} holds a run that was cut off; add --resume to go on with it, or --overwrite true")
+        raise InputError(f"{out} holds a run already; choose another --out, or add --overwrite true")
     if not is_run:
         raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")
 
 
 def clear_folder(out: Path) -> None:
-    """Make an empty folder of what :func:`fresh_folder` let pass."""
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    """Make a folder that holds an empty ``metrics.jsonl`` alone of what :func:`fresh_folder` let pass.
+
+    Cut off at any moment, it leaves what is still known as a run, but not as a whole one.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    metrics = out / "metrics.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.touch()
+        (out / "config.json").unlink(missing_ok=True)
+        for entry in out.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != metrics:
+                entry.unlink()
+        metrics.write_bytes(b"")
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({error.strerror}); make room or choose another --out") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from protopush.backbones import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
+from protopush.distributed import together
 from protopush.model import ProtoModel
 from protopush.push import refresh_anchors
 from protopush.training.evaluate import evaluate
@@ -22,7 +23,7 @@ class Joint:
 
     def __init__(self, job: Job) -> None:
         self.model: nn.Module = job.model
-        self.train_loader = job.loader(job.train, shuffle=True)
+        self.train_loader = job.loader(job.train, train=True)
         self.val_loader = job.loader(job.val) if job.val else None
         self.plain_train_loader = job.loader(job.train.eval_view())
         self.job = job
@@ -32,6 +33,14 @@ class Joint:
         if self.job.head.anchoring == "live":
             refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
 
+    def train(self) -> None:
+        """Dropout and the like on; batch norms go on with their statistics where the run wants that."""
+        self.model.train()
+        if self.job.config.train.freeze_norms:
+            for module in self.job.model.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
 
 class Frozen:
     """What is trained when the backbone is frozen: the head, on features that were computed once."""
@@ -40,26 +49,35 @@ class Frozen:
         train = self.features(job, job.train, "training")
         val = self.features(job, job.val, "validation") if job.val else None
         self.model: nn.Module = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
-        self.train_loader = job.loader(train, shuffle=True)
+        self.train_loader = job.loader(train, train=True)
         self.val_loader = job.loader(val) if val else None
         self.plain_train_loader = job.loader(train)
+
+    def train(self) -> None:
+        """Dropout on."""
+        self.model.train()
 
     def refresh(self) -> None:
         """Nothing: features of a frozen backbone don't grow old."""
 
     def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
-        """The features of a data set, from the cache where they are there."""
+        """The features of a data set, from the cache where they are there; else the first process computes them."""
         config = job.config
-        with bar(f"Features of the {what} images", len(images)) as advance:
-            return cache_features(
-                job.model.backbone,
-                images,
-                [job.hashes[sample.name] for sample in images.samples],
-                Path(config.train.cache_dir) if config.train.cache_dir else None,
-                job.fabric.device,
-                num_workers=config.data.num_workers,
-                advance=advance,
-            )
+
+        def cached() -> CachedFeatures:
+            with bar(f"Features of the {what} images", len(images)) as advance:
+                return cache_features(
+                    job.model.backbone,
+                    images,
+                    [job.hashes[sample.name] for sample in images.samples],
+                    Path(config.trainer.cache_dir) if config.trainer.cache_dir else None,
+                    job.fabric.device,
+                    num_workers=config.data.num_workers,
+                    advance=advance,
+                )
+
+        together(lambda: cached() if job.fabric.local_rank == 0 else None)
+        return together(cached)
 
 
 class FeatureReader(nn.Module):

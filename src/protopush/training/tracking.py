@@ -1,0 +1,309 @@
+"""The rows of ``metrics.jsonl`` once more, where people watch their runs: TensorBoard and Weights & Biases.
+
+``metrics.jsonl`` is the record; a tracker is a mirror of it. So whatever stops a tracker never stops the training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import yaml
+
+from protopush.data.images import read_image
+from protopush.errors import InputError, first_line
+
+logger = logging.getLogger("protopush.training")
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of ``metrics.jsonl`` under flat names; anything else in it is left out.
+
+    An epoch's own numbers begin with ``train/``, a push's with ``push/``, the last row's with ``final/``; the epoch
+    isn't among them, see :func:`step_of`.
+
+    Example:
+        >>> scalars({"epoch": 3, "loss": 0.5, "val": {"auroc": 0.9, "per_class": {"mel": {"recall": 1, "f1": None}}}})
+        {'train/loss': 0.5, 'val/auroc': 0.9, 'val/per_class/mel/recall': 1.0}
+        >>> scalars({"push": 3, "min_dist": 0.1, "use_local": True, "notes": [], "val_after": {"auroc": 0.8}})
+        {'push/min_dist': 0.1, 'push/val_after/auroc': 0.8}
+    """
+    kind = next((name for name in ("final", "push") if name in row), "train")
+    own = {key: value for key, value in row.items() if key not in ("epoch", "push", "final", "val")}
+    return _flat(kind, own) | _flat("val", row.get("val"))
+
+
+def _flat(name: str, value: object) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        return {path: number for key in value for path, number in _flat(f"{name}/{key}", value[key]).items()}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {name: float(value)}
+    return {}
+
+
+def step_of(row: Mapping[str, Any]) -> int | None:
+    """The epoch of a row; None where it tells none, as the last row of a run with live anchors.
+
+    Example:
+        >>> step_of({"epoch": 3}), step_of({"push": 3}), step_of({"final": "live"})
+        (3, 3, None)
+    """
+    epoch: int | None = row.get("epoch", row.get("push"))
+    return epoch
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures go; any method may raise, :class:`Trackers` sees to it.
+
+    Attributes:
+        package: what must be importable.
+
+    Args:
+        folder: the run folder.
+        config: everything that decides the run.
+        resumed_at: the epochs that an interrupted run had done where it is taken up again; None for a fresh run.
+    """
+
+    package: ClassVar[str]
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None: ...
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise what would keep this tracker from starting, as far as it can be known before."""
+        return
+
+    def log(self, values: Mapping[str, float], epoch: int) -> None:
+        """Take the numbers of a row."""
+
+    def picture(self, name: str, path: Path, epoch: int) -> None:
+        """Take a picture file."""
+
+    def close(self, failed: bool) -> None:
+        """Finish; ``failed`` if the run broke off."""
+
+
+class TensorBoard(Tracker):
+    """Event files in ``tensorboard/`` of the run folder: ``tensorboard --logdir RUN/tensorboard``.
+
+    A resumed run hides what the interrupted one logged after the epoch that it goes on from.
+    """
+
+    package = "tensorboard"
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        self.writer.add_text("config", f"```yaml\n{text}```", resumed_at or 0)
+        self.writer.flush()
+
+    def log(self, values: Mapping[str, float], epoch: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()  # a row comes once an epoch: let it be seen now
+
+    def picture(self, name: str, path: Path, epoch: int) -> None:
+        self.writer.add_image(name, np.asarray(read_image(path)), epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()
+
+
+class WandB(Tracker):
+    """A run of Weights & Biases; its id is in ``wandb_id`` of the run folder, its files are in ``wandb/``.
+
+    The environment decides as usual: ``WANDB_PROJECT`` (else "protopush"), ``WANDB_ENTITY``, ``WANDB_NAME`` (else the
+    folder's), and ``WANDB_MODE=offline`` for no network (``wandb sync`` uploads later, the parts of a resumed run in
+    their order).
+
+    W&B's own step only ever increases, and a row for an earlier one is dropped. So it is left to count rows, and charts
+    are drawn over ``epoch``. After a resume the rows of an interrupted epoch may be there twice, as two points at the
+    same epoch; the summary has the later one.
+    """
+
+    package = "wandb"
+    FINISH_SECONDS = 300  # a network that is gone must not hold the end of a run; `wandb sync` uploads what is left
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None:
+        import wandb
+
+        known = folder / "wandb_id"
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "protopush"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            dir=folder,
+            config=dict(config),
+            id=known.read_text(encoding="utf-8").strip() if resumed_at is not None and known.is_file() else None,
+            resume="allow",
+            allow_val_change=True,  # of the config: a resumed run may train for more epochs
+            reinit="create_new",  # a caller's own run stays as it is
+            settings=wandb.Settings(
+                console="off",  # else it would stand between progress bars and the terminal
+                silent=True,
+                finish_timeout=self.FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+        known.write_text(self.run.id + "\n", encoding="utf-8")
+        self.run.define_metric("*", step_metric="epoch")
+        logger.info("W&B: %s", f"offline, in {folder / 'wandb'}" if self.run.offline else self.run.url or "disabled")
+
+    @classmethod
+    def check(cls) -> None:
+        import wandb
+
+        if wandb.setup().settings.mode != "online":
+            return
+        try:
+            wandb.login(verify=True)  # asks for the key on a terminal: better now than after the first epoch
+        except Exception as error:
+            reason = first_line(error).rstrip(".")
+            raise InputError(f"no login at W&B ({reason}); run `wandb login`, or set WANDB_MODE=offline") from error
+
+    def log(self, values: Mapping[str, float], epoch: int) -> None:
+        self.run.log({"epoch": epoch, **values})
+
+    def picture(self, name: str, path: Path, epoch: int) -> None:
+        import wandb
+
+        self.run.log({"epoch": epoch, name: wandb.Image(str(path))})
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Trackers:
+    """All the trackers of a run as one; as a context manager it closes them.
+
+    One that fails is told in a warning and switched off; none ever raises. Make it with :func:`open_trackers`.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._live: dict[str, Tracker] = {}
+
+    def start(self, name: str, start: Callable[[], Tracker]) -> None:
+        """Add a tracker, if it starts."""
+        try:
+            self._live[name] = start()
+        except Exception as error:
+            _warn(name, error)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Mirror a row of ``metrics.jsonl``; one that tells no epoch belongs to the last."""
+        epoch = step_of(row)
+        self._epoch = self._epoch if epoch is None else epoch
+        values = scalars(row)
+        self._each(lambda tracker: tracker.log(values, self._epoch))
+
+    def picture(self, name: str, path: Path) -> None:
+        """Mirror a picture file."""
+        self._each(lambda tracker: tracker.picture(name, path, self._epoch))
+
+    def close(self, failed: bool = False) -> None:
+        """Finish all of them; once is enough, more does no harm. ``failed`` tells W&B that the run broke off."""
+        self._each(lambda tracker: tracker.close(failed))
+        self._live.clear()
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for name in list(self._live):
+            self._one(name, act)
+
+    def _one(self, name: str, act: Callable[[Tracker], None]) -> None:
+        try:
+            act(self._live[name])
+        except Exception as error:  # a network, a disk, a service: there is no list of what may fail
+            _warn(name, error)
+            with suppress(Exception):
+                self._live.pop(name).close(failed=True)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+
+def _warn(name: str, error: Exception) -> None:
+    logger.warning("Tracking with %s is off from here on (%s); metrics.jsonl has every row", name, first_line(error))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Find out before the long work whether trackers can be started; W&B may ask for its key here.
+
+    Raises:
+        InputError: an unknown name, a package that isn't installed, or no login.
+
+    Example:
+        >>> check_trackers(["tensorbord"])
+        Traceback (most recent call last):
+        protopush.errors.InputError: unknown tracker 'tensorbord'; did you mean 'tensorboard'?
+    """
+    for kind in _kinds(names).values():
+        kind.check()
+
+
+def _kinds(names: Sequence[str]) -> dict[str, type[Tracker]]:
+    for name in names:
+        if name not in TRACKERS:
+            near = get_close_matches(name.lower(), TRACKERS, n=1)
+            raise InputError(
+                f"unknown tracker {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected {_words()}")
+            )
+        try:
+            importlib.import_module(TRACKERS[name].package)
+        except ImportError as error:
+            raise InputError(
+                f"tracking with {name} needs a package that is not there ({first_line(error)}); "
+                "pip install 'protopush[track]'"
+            ) from error
+    return {name: TRACKERS[name] for name in names}
+
+
+def _words() -> str:
+    return " or ".join(TRACKERS)
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], resumed_at: int | None = None
+) -> Trackers:
+    """Start trackers; where several processes train, on rank 0 only.
+
+    Args:
+        names: "tensorboard", "wandb"; may be empty.
+        folder: the run folder; must exist.
+        config: everything that decides the run; shown beside the numbers.
+        resumed_at: the epochs that an interrupted run had done where it is taken up again; the same curves go on from
+            there. None for a fresh run.
+
+    Returns:
+        Those that started; one that could not is told in a warning, as training should go on without it.
+
+    Raises:
+        InputError: an unknown name, or a package that isn't installed.
+
+    Example:
+        >>> with open_trackers([], Path("."), {}) as trackers:
+        ...     trackers.log({"epoch": 1, "loss": 0.5})
+    """
+    trackers = Trackers(resumed_at or 0)
+    for name, kind in _kinds(names).items():
+        trackers.start(name, lambda kind=kind: kind(folder, config, resumed_at))  # type: ignore[misc]
+    return trackers
