@@ -22,6 +22,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
+import yaml
 from black_box import without_prototypes
 from measuring import save
 
@@ -85,7 +86,7 @@ def main() -> int:
                 found["rows"] = [row for row in found["rows"] if (row["arm"], row["seed"]) not in again]
                 found["rows"] += run_training(training, seed, options)
                 print(markdown(summary(found["rows"])), flush=True)
-                save(found | {"summary": summary(found["rows"])}, options.out)
+                save(found | {"setup": _setup(options), "summary": summary(found["rows"])}, options.out)
         if options.throughput:
             found["throughput"] = throughput(options)
             save(found | {"summary": summary(found["rows"])}, options.out)
@@ -111,11 +112,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--throughput", type=int, default=0, metavar="N", help="compare the speed, N times in turn")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="GROUP.NAME=VALUE", help="options of the runs that are to be different"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where runs are written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
+
+
+def _setup(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("backbone", "epochs", "head_epochs", "tuned_epochs", "image_size", "batch_size", "set")
+    return {"manifest": Path(options.manifest).name, **{name: getattr(options, name) for name in names}}
 
 
 def config_of(training: Training, seed: int, rate: float, options: argparse.Namespace) -> RunConfig:
@@ -131,12 +140,16 @@ def config_of(training: Training, seed: int, rate: float, options: argparse.Name
             batch_size=options.batch_size,
         )
         model = replace(model, image_size=options.image_size)
-    return RunConfig(
+    config = RunConfig(
         data=DataConfig(path=options.manifest, source="manifest", num_workers=options.workers),
         model=model,
         push=replace(training.push or NEVER),
         train=train,
     )
+    for key, value in (words.split("=") for words in options.set):
+        group, name = key.split(".")
+        setattr(getattr(config, group), name, yaml.safe_load(value))
+    return config
 
 
 def run_training(training: Training, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -376,3 +376,36 @@ def test_backbones_see_images_of_the_size_that_is_asked_for(images):
     assert (
         create_backbone("test_convnext", pretrained=False, size=(96, 96)).preprocessing == job.transform.preprocessing
     )
+
+
+@pytest.mark.parametrize("name", ["fusion:test_convnext+test_resnet", "module"])
+def test_backbones_of_all_kinds_have_layers(name):
+    module = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4))
+    model = ProtoModel(create_backbone(module if name == "module" else name, pretrained=False), nn.Linear(4, 2))
+    optimizer = make_optimizer(model, TrainConfig(layer_decay=0.5, lr=1.0, backbone_lr=0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    if name != "module":
+        for part in "01":
+            own = [rate for key, rate in rates.items() if f".parts.{part}." in key]
+            assert min(own) < 0.03 < max(own) <= 0.1
+        assert {rate for key, rate in rates.items() if ".gate." in key or ".norms." in key} == {0.1}
+
+
+def test_a_run_is_mirrored(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = config(images, epochs=3, freeze_backbone=True)
+    made.trainer.track = ["tensorboard"]
+    train(made, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    told = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert told == {row["epoch"]: pytest.approx(row["loss"]) for row in rows if "epoch" in row}
+    assert events.Images("prototypes")
+    made.trainer.track = ["tensorbord"]
+    with pytest.raises(InputError, match="did you mean 'tensorboard'"):
+        train(made, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -40,7 +40,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     lines = [line.split("  #")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if "protopush " in line]
-    assert {command[1] for command in commands} == {"train", "evaluate", "explain", "verify", "push", "forbid"}
+    assert {command[1] for command in commands} == {"train", "evaluate", "explain", "verify", "push", "forbid", "data"}
     for command in commands:
         if command[1] == "train" and command[-1] == "runs/mine" and Path("runs/mine").exists():
             continue  # the first screen's train, told again further down

@@ -19,7 +19,8 @@ from protopush.cli import main
 pytestmark = pytest.mark.ddp
 
 # Layer norms, no dropout, no augmentation: nothing depends on how a batch is divided. All losses, all kinds of pushes.
-WORDS = shlex.split("""--model.backbone test_convnext --model.pretrained false --model.num_prototypes 2 --model.dropout 0
+WORDS = shlex.split("""
+--model.backbone test_convnext --model.pretrained false --model.num_prototypes 2 --model.dropout 0
 --model.max_prototypes 3 --train.epochs 4 --train.head_epochs 2 --train.freeze_backbone false --train.ema 0.9
 --data.num_workers 0 --data.augment false --loss.cluster 0.3 --loss.separation 0.3 --loss.consistency 0.5
 --loss.label_smoothing 0.1 --push.start_epoch 1 --push.interval 1 --push.final_decay 0 --push.guard report

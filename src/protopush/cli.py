@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"protopush: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("protopush: interrupted; what was saved is still there", file=sys.stderr)
+        print("protopush: interrupted; what was saved is still there; train goes on with --resume", file=sys.stderr)
         return 130
 
 
@@ -79,19 +79,9 @@ def _parser(command: str) -> ArgumentParser:
 
 
 def _log_to_stderr() -> None:
-    """The log as plain lines; above a progress bar where there is one."""
-    from rich.logging import RichHandler
+    from protopush.training.progress import log_to_stderr
 
-    from protopush.training.progress import console
-
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("protopush")
-    log.handlers = [handler]
-    log.setLevel(logging.INFO if _is_first() else logging.ERROR)
-    log.propagate = False
+    log_to_stderr(logging.INFO if _is_first() else logging.ERROR)
 
 
 def _is_first() -> bool:

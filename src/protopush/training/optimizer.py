@@ -42,16 +42,30 @@ def _backbone_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """The backbone's parameters by layer, each with its share of the learning rate (timm, as in BEiT)."""
     backbone: Any = getattr(model, "backbone", nn.Identity())
     backbone = getattr(backbone, "model", backbone)
-    if not any(parameter.requires_grad for parameter in backbone.parameters()):
-        return []
     ensure_torchvision()
     from timm.optim._param_groups import param_groups_layer_decay
 
-    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        backbone, config.weight_decay, exempt, layer_decay=config.layer_decay
-    )
+    groups, grouped = [], set[nn.Parameter]()
+    for part in _layered(backbone):
+        exempt = part.no_weight_decay() if hasattr(part, "no_weight_decay") else ()
+        groups += param_groups_layer_decay(part, config.weight_decay, exempt, layer_decay=config.layer_decay)
+        grouped.update(part.parameters())
+    for parameter in backbone.parameters():  # what joins the parts of a fusion
+        if parameter.requires_grad and parameter not in grouped:
+            decay = 0.0 if parameter.ndim < 2 else config.weight_decay
+            groups.append({"params": [parameter], "lr_scale": 1.0, "weight_decay": decay})
     return groups
+
+
+def _layered(backbone: nn.Module) -> list[Any]:
+    """The models whose layers have an order: the parts of a fusion, else the backbone itself."""
+    found: dict[str, nn.Module] = {}
+    for name, module in backbone.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+        if hasattr(module, "group_matcher") and not inside:
+            found[name] = module
+    layered = list(found.values()) or [backbone]
+    return [part for part in layered if any(parameter.requires_grad for parameter in part.parameters())]
 
 
 def _head_rate(name: str, config: TrainConfig) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # One console for bars and log lines, on stderr: what a machine reads goes to stdout.
@@ -19,3 +22,15 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.update(task, advance=steps)
+
+
+def log_to_stderr(level: int) -> None:
+    """The log as plain lines; above a progress bar where there is one."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("protopush")
+    log.handlers = [handler]
+    log.setLevel(level)
+    log.propagate = False

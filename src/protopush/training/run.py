@@ -154,7 +154,7 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     if not folder.is_dir():
         raise InputError(f"no such run folder: {folder}; expected one that `protopush train --out` wrote")
     if (folder / "metrics.jsonl").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"the run in {folder} did not come to its end; train it again with --overwrite true")
+        raise InputError(f"the run in {folder} did not come to its end; go on with protopush train --resume")
     config = read_json(folder / "config.json")
     refuse_newer(config, FORMAT, str(folder / "config.json"))
     try:
