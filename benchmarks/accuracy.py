@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -72,12 +72,13 @@ ARMS = [arm for training in TRAININGS for arm in training.arms]
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "sensitivity")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the arms that are asked for and that the JSON file doesn't hold yet."""
-    options = _options()
+    options = _options(words)
     logging.basicConfig(level=logging.WARNING)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": []}
+    found["setup"] = _setup(options)
     done = {(row["arm"], row["seed"]) for row in found["rows"]}
     try:
         for seed, training in product(options.seeds, TRAININGS):
@@ -86,7 +87,7 @@ def main() -> int:
                 found["rows"] = [row for row in found["rows"] if (row["arm"], row["seed"]) not in again]
                 found["rows"] += run_training(training, seed, options)
                 print(markdown(summary(found["rows"])), flush=True)
-                save(found | {"setup": _setup(options), "summary": summary(found["rows"])}, options.out)
+                save(found | {"summary": summary(found["rows"])}, options.out)
         if options.throughput:
             found["throughput"] = throughput(options)
             save(found | {"summary": summary(found["rows"])}, options.out)
@@ -97,7 +98,7 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="CSV image,label,split[,group]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -117,7 +118,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where runs are written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     return options
 

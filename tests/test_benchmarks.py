@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from conftest import make_images
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "repetitions": 1}
 
@@ -109,3 +111,45 @@ def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {row["arm"] for row in rows} == set(anchoring.ARMS)
     docs = (BENCHMARKS.parent / "docs" / "anchoring.md").read_text(encoding="utf-8")
     assert anchoring.markdown(anchoring.summary(rows)) in docs
+
+
+def test_accuracy_runs_every_arm_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
+    import accuracy
+
+    make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
+    lines = [
+        f"images/{name}/{i:03d}.png,{name},{split}"
+        for name in ("bird", "cat", "dog")
+        for i, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 2)
+    ]
+    manifest, out = tmp_path / "manifest.csv", tmp_path / "accuracy.json"
+    manifest.write_text("\n".join(["image,label,split", *lines]))
+    words = [str(manifest), "--seeds", "0", "--positive", "cat", "--backbone", "test_resnet", "--epochs", "5",
+             "--head-epochs", "5", "--tuned-epochs", "1", "--image-size", "96", "--workers", "0", "--batch-size", "8",
+             "--runs", str(tmp_path / "runs"), "--out", str(out),
+             "--set", "model.pretrained=false", "model.num_prototypes=2", "trainer.device=cpu"]  # fmt: skip
+    assert accuracy.main([*words, "--throughput", "1"]) == 0
+    found = json.loads(out.read_text())
+    assert [row["arm"] for row in found["rows"]] == accuracy.ARMS
+    for row in found["rows"]:
+        assert row["epochs"] == (6 if "tuned" in row["arm"] else 5)
+        assert all(0 <= row["test"][name] <= 1 for name in accuracy.METRICS)
+    assert found["throughput"]["median"] > 0
+    assert found["setup"]["image_size"] == 96
+    table = capsys.readouterr().out
+    assert table.count("| fine-tuned, live |") == 2  # as it grew, and at the end
+    before = out.read_bytes()
+    assert accuracy.main(words) == 0  # all is there: nothing is run again
+    assert out.read_bytes() == before
+
+
+def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+
+    rows = json.loads((BENCHMARKS / "results" / "accuracy.json").read_text())["rows"]
+    assert {row["arm"] for row in rows} == set(accuracy.ARMS)
+    docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert accuracy.markdown(accuracy.summary(rows)) in docs

@@ -205,4 +205,5 @@ def test_twenty_kills_at_random_times():
     script = Path(__file__).parent / "scripts" / "kill_twenty.py"
     found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "20 kills; largest difference of a weight: 0;" in found.stdout
+    assert "kill 20:" in found.stdout
+    assert "largest difference of a weight: 0; same lines of metrics.jsonl: True" in found.stdout
