@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 OPTIONS = shlex.split("""
---model.backbone test_resnet --model.pretrained false --model.num_prototypes 2 --train.epochs 24
+--model.backbone test_resnet --model.pretrained false --model.num_prototypes 2 --train.epochs 40
 --train.freeze_backbone false --train.head_epochs 4 --train.batch_size 8 --train.ema 0.9 --train.accumulate 2
 --data.num_workers 1 --data.auto_augment rand-m9-mstd0.5-inc1 --push.start_epoch 2 --push.interval 2 --push.unique image
 --push.anchoring live --trainer.device cpu""")
