@@ -131,7 +131,11 @@ def test_joint_training_moves_the_backbone_and_frozen_training_does_not(tmp_path
     start = create_backbone("test_resnet", pretrained=False).state_dict()
     moved = {k for k, v in joint.model.backbone.state_dict().items() if not torch.equal(v, start[k])}
     assert any("conv" in k for k in moved)
-    assert any("running_mean" in k for k in moved)
+    assert not any("running" in k for k in moved)  # norms keep their statistics unless they are to learn
+    learned = train(
+        small(image_folder, epochs=1, freeze_backbone=False, freeze_norms=False, seed=3), tmp_path / "learned"
+    ).model.backbone.state_dict()
+    assert any(not torch.equal(learned[k], v) for k, v in start.items() if "running_mean" in k)
     assert all(torch.equal(v, start[k]) for k, v in frozen.model.backbone.state_dict().items())
     checks = verify_anchors(
         joint.model, joint.head.proto_manager, joint.transform, joint.root, joint.class_names, tolerance=1e-5

@@ -91,8 +91,8 @@ def together(work: Callable[[], T]) -> T:
     if rank_and_size()[1] > 1:
         told = gather_objects(None if problem is None else first_line(problem))
         failed = next((number for number, line in enumerate(told) if line is not None), None)
-        if failed is not None and failed != rank_and_size()[0]:
-            raise FailedElsewhere(f"rank {failed}: {told[failed]}") from problem
+        if failed is not None and problem is None:
+            raise FailedElsewhere(f"rank {failed}: {told[failed]}")
     if problem is not None:
         raise problem
     return cast(T, done)
