@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -242,12 +242,14 @@ def _spread(values: list[float]) -> list[float]:
 
 
 def markdown(entries: list[dict[str, Any]], positive: str = "mel") -> str:
-    """The table: mean (deviation) over seeds."""
+    """The table: mean (deviation) over seeds; a single seed has no deviation."""
     titles = ["accuracy", "bal. accuracy", "macro F1", "AUROC", "ECE", f"sensitivity {positive}", "images/s", "seeds"]
     lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
-    show: Callable[[list[float], str], str] = lambda pair, form: f"{pair[0]:{form}} ({pair[1]:{form}})"  # noqa: E731
     for entry in entries:
-        cells = [show(entry[name], ".3f") for name in METRICS]
+        cells = [
+            f"{mean:.3f}" + (f" ({spread:.3f})" if entry["seeds"] > 1 else "")
+            for mean, spread in map(entry.get, METRICS)
+        ]
         cells += [f"{entry['images_per_second'][0]:.0f}", str(entry["seeds"])]
         lines.append(f"| {entry['arm']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
