@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from protopush import PushMixin
+from protopush import ProtoModel, PushMixin
 from protopush.cli import main
 from protopush.prototypes import PrototypeManager
 
@@ -80,3 +81,23 @@ def train_small(root: Path, data: Path, epochs: int) -> Path:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Images this small are quicker so, above all beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_prototypes_are_patches(model: ProtoModel, images: Tensor, grid: tuple[int, int]) -> None:
+    """Each prototype is the embedding of the very patch that its anchor names."""
+    manager = model.head.proto_manager
+    for row, anchor in enumerate(manager.anchors):
+        assert anchor is not None
+        assert anchor.grid == grid
+        patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
+        embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
+        torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from conftest import assert_prototypes_are_patches
 from protopush import ProtoModel, load
 from protopush.backbones import Backbone, create_backbone
 from protopush.data.transforms import EvalTransform
@@ -190,13 +191,7 @@ def test_push_and_reopen(images: Tensor, tmp_path: Path) -> None:
     trained(model.backbone)
     labels = torch.tensor([0, 1, 1])
     model.push_prototypes(DataLoader(TensorDataset(images, labels), batch_size=2), "cpu", momentum=0.0)
-    manager = model.head.proto_manager
-    for row, anchor in enumerate(manager.anchors):
-        assert anchor is not None
-        assert anchor.grid == (5, 5)
-        patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
-        embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
-        torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)
+    assert_prototypes_are_patches(model, images, (5, 5))
 
     save_run(Run(model, ["a", "b"], EvalTransform(model.backbone.preprocessing), tmp_path, {}, tmp_path))
     again = load(tmp_path)

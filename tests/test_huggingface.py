@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from conftest import assert_prototypes_are_patches
 from protopush import ProtoModel, load
 from protopush._compat import ensure_torchvision
 from protopush.backbones import Backbone, create_backbone
@@ -54,12 +54,7 @@ FAMILIES: dict[str, tuple[Any, int, int, tuple[int, int]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -301,13 +296,7 @@ def test_push_and_reopen_without_the_checkpoint(tmp_path: Path) -> None:
     model = ProtoModel.create(f"hf:{folder}", 2, num_prototypes=2, embed_dim=8).eval()
     images, labels = torch.randn(4, 3, 56, 70), torch.tensor([0, 1, 1, 0])
     model.push_prototypes(DataLoader(TensorDataset(images, labels), batch_size=3), "cpu", momentum=0.0)
-    manager = model.head.proto_manager
-    for row, anchor in enumerate(manager.anchors):
-        assert anchor is not None
-        assert anchor.grid == (4, 5)
-        patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
-        embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
-        torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)
+    assert_prototypes_are_patches(model, images, (4, 5))
 
     out = tmp_path / "run"
     out.mkdir()
