@@ -42,6 +42,12 @@ class HeadOutput(NamedTuple):
     embeddings: Tensor
     prototypes: Tensor
 
+    @property
+    def maps(self) -> Tensor:
+        """The cosine of every prototype and every cell, (B, num_classes, K, L); made anew at each call."""
+        every = self.prototypes.flatten(0, 1) @ self.embeddings.transpose(1, 2)
+        return every.view(len(every), *self.prototypes.shape[:2], -1)
+
 
 class HeadOptimal(nn.Module):
     """``logit_c = exp(log_temperature) * mean_k softplus(w_ck) * max_l cos(z_l, p_ck) + b_c``.

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from protopush.backbones import Features
-from protopush.data.images import read_image
-from protopush.data.transforms import Box, EvalTransform, View
-from protopush.errors import InputError
-from protopush.head_optimal import HeadOptimal, HeadOutput
-from protopush.model import ProtoModel
+from protopush.data.transforms import Box, View
+from protopush.errors import InputError, listing
 from protopush.prototypes import Anchor
-from protopush.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -35,6 +25,7 @@ class Match:
         grid: of the model's last feature map; (1, 1) for a model that matches the pooled feature.
         box: the cell, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
         anchor: the training patch that the prototype stands for; None before the first push.
+        map: cosine of the prototype and every cell, ``grid`` rows of columns; its largest is ``similarity``.
     """
 
     class_index: int
@@ -46,6 +37,7 @@ class Match:
     grid: tuple[int, int]
     box: Box
     anchor: Anchor | None
+    map: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +67,44 @@ class ClassEvidence:
 
 
 @dataclass(frozen=True)
+class WhyNot:
+    """Why one class and not another: the difference of their logits, term by term.
+
+    ``difference == said.contributions_sum - other.contributions_sum + bias`` up to float32 rounding, and the first
+    class is ``exp(difference)`` times as probable as the other.
+
+    Attributes:
+        said: evidence for the predicted class.
+        other: evidence for the other one.
+    """
+
+    said: ClassEvidence
+    other: ClassEvidence
+
+    @property
+    def difference(self) -> float:
+        """The logit of the predicted class less that of the other."""
+        return self.said.logit - self.other.logit
+
+    @property
+    def bias(self) -> float:
+        """The part of the difference that no prototype explains."""
+        return self.said.bias - self.other.bias
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums of the difference; its terms are the matches of the two classes."""
+        return {
+            "class": self.said.class_name,
+            "not": self.other.class_name,
+            "difference": self.difference,
+            "contributions": self.said.contributions_sum,
+            "contributions_not": self.other.contributions_sum,
+            "bias": self.bias,
+            "times_as_probable": math.exp(min(self.difference, 700.0)),
+        }
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why the model said what it said of one picture.
 
@@ -84,7 +114,8 @@ class Explanation:
         predicted: index of the most probable class.
         predicted_name: its name.
         probability: its softmax probability.
-        classes: evidence for the most probable classes, the predicted one first.
+        classes: evidence for the most probable classes, the predicted one first, then for those asked for.
+        view: where in the original the pixels lie that the model saw.
     """
 
     file: str
@@ -93,6 +124,34 @@ class Explanation:
     predicted_name: str
     probability: float
     classes: list[ClassEvidence]
+    view: View
+
+    @property
+    def seen(self) -> Box:
+        """The part of the original picture that the model saw."""
+        return self.view.cell_box(0, (1, 1))
+
+    def of(self, class_name: str) -> ClassEvidence:
+        """The evidence for a class.
+
+        Raises:
+            InputError: the class isn't among those that were explained.
+        """
+        for evidence in self.classes:
+            if evidence.class_name == class_name:
+                return evidence
+        known = listing([evidence.class_name for evidence in self.classes])
+        raise InputError(f"no evidence for class {class_name!r}; expected one of: {known}; explain it with also=[...]")
+
+    def why_not(self, class_name: str) -> WhyNot:
+        """Why the predicted class and not another one.
+
+        Raises:
+            InputError: the class is the predicted one, or isn't among those that were explained.
+        """
+        if class_name == self.predicted_name:
+            raise InputError(f"why not {class_name!r}? It is the predicted class of {self.file}; ask for another one")
+        return WhyNot(self.classes[0], self.of(class_name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that a trip through JSON does not change."""
@@ -100,107 +159,6 @@ class Explanation:
         for values, evidence in zip(plain["classes"], self.classes, strict=True):
             values["contributions_sum"] = evidence.contributions_sum
         return plain
-
-
-def explain_image(
-    model: ProtoModel,
-    path: str | Path,
-    transform: EvalTransform,
-    class_names: Sequence[str],
-    device: str | torch.device = "cpu",
-    top_classes: int = 3,
-) -> Explanation:
-    """Run the model on one image file and take its logits apart.
-
-    The model is evaluated without gradients; the mode of every submodule is as before afterwards.
-
-    Args:
-        model: a :class:`ProtoModel` whose head is a :class:`HeadOptimal`; it stays where it is.
-        path: an image file of any size; EXIF orientation is respected.
-        transform: from the file to the model's input, the same as in evaluation.
-        class_names: one for each class, in label order.
-        device: where the model is.
-        top_classes: how many of the most probable classes to explain (all, if there are fewer).
-
-    Raises:
-        InputError: the file cannot be read, names and classes differ in number, or the model's logits are not finite.
-
-    Example:
-        >>> import tempfile
-        >>> from PIL import Image
-        >>> model = ProtoModel.create("resnet18", num_classes=2, pretrained=False, num_prototypes=3)
-        >>> transform = EvalTransform(model.backbone.preprocessing)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.new("RGB", (300, 100)).save(Path(folder, "a.png"))
-        ...     found = explain_image(model, Path(folder, "a.png"), transform, ["cat", "dog"])
-        >>> found.image_size, len(found.classes), len(found.classes[0].matches)
-        ((300, 100), 2, 3)
-    """
-    head = cast(HeadOptimal, model.head)
-    _check(head, class_names, top_classes)
-    image = read_image(path)
-    pixels = transform(image).unsqueeze(0).to(device)
-    with untouched(model):
-        features: Features = model.backbone(pixels)
-        output: HeadOutput = head(features)
-        weights = head.weights().cpu()
-    logits = output.logits[0].double().cpu()
-    if not logits.isfinite().all():
-        raise InputError(
-            f"the logits of {path} are {logits.tolist()}; expected finite numbers; look at the model's weights"
-        )
-    probabilities = logits.softmax(dim=0).tolist()
-    # stable, so that equal logits name the same class as argmax
-    ranked = logits.argsort(descending=True, stable=True).tolist()[:top_classes]
-    grid = features.grid if head.match == "local" else (1, 1)
-    view = transform.view(image.size)
-    classes = [
-        ClassEvidence(
-            class_index=c,
-            class_name=class_names[c],
-            probability=probabilities[c],
-            logit=float(logits[c]),
-            bias=float(head.bias[c].detach()),
-            matches=_matches(head, output, weights, c, grid, view),
-        )
-        for c in ranked
-    ]
-    first = classes[0]
-    return Explanation(str(path), image.size, first.class_index, first.class_name, first.probability, classes)
-
-
-def _matches(
-    head: HeadOptimal, output: HeadOutput, weights: Tensor, c: int, grid: tuple[int, int], view: View
-) -> list[Match]:
-    """The prototypes in use of class ``c``, by contribution, the lower slot first among equals."""
-    manager = head.proto_manager
-    found = []
-    for k in manager.mask()[c].nonzero().flatten().tolist():
-        cell = int(output.cells[0, c, k])
-        found.append(
-            Match(
-                class_index=c,
-                prototype=k,
-                similarity=float(output.similarities[0, c, k]),
-                weight=float(weights[c, k]),
-                contribution=float(output.contributions[0, c, k]),
-                cell=cell,
-                grid=grid,
-                box=view.cell_box(cell, grid),
-                anchor=manager.anchors[c * manager.max_prototypes + k],
-            )
-        )
-    return sorted(found, key=lambda match: -match.contribution)
-
-
-def _check(head: HeadOptimal, class_names: Sequence[str], top_classes: int) -> None:
-    if len(class_names) != head.proto_manager.num_classes:
-        raise InputError(
-            f"{len(class_names)} class names for a model of {head.proto_manager.num_classes} classes; "
-            "expected one for each, in label order"
-        )
-    if top_classes < 1:
-        raise InputError(f"top_classes is {top_classes}; expected at least 1")
 
 
 def _plain(value: Any) -> Any:

@@ -7,15 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from protopush.data.dataset import ImageDataset
-from protopush.data.images import check_images, image_size, read_image, sha256_of
+from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
+from protopush.data.masks import check_masks, read_mask
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError, listing
 from protopush.prototypes import Anchor
 from protopush.push.search import Allow
 from protopush.review.decisions import Decision
@@ -114,34 +113,13 @@ def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | No
     return Allowed(decisions, dataset.eval_transform).rule(dataset.samples)
 
 
-def check_masks(samples: Sequence[Sample]) -> int:
-    """Read every mask once; returns how many samples have none.
-
-    Raises:
-        InputError: there is no mask at all, or some can't be read or have another size than their image; all are named.
-    """
-    masked = [sample for sample in samples if sample.mask is not None]
-    if not masked:
-        raise InputError(
-            f"none of the {len(samples)} images has a mask; expected a manifest with a column 'mask'; give "
-            "--data.path MANIFEST.csv"
-        )
-    check_images([sample.mask for sample in masked if sample.mask is not None])
-    wrong = [text for text in map(_other_size, masked) if text]
-    if wrong:
-        raise InputError(f"{len(wrong)} masks do not fit: {listing(wrong)}; expected the image's own size")
-    return len(samples) - len(masked)
-
-
 def inside(sample: Sample, transform: EvalTransform, grid: Grid, min_share: float) -> Tensor:
     """Bool (L,): whether at least ``min_share`` of a cell's box lies where the sample's mask is not 0.
 
     Raises:
         InputError: the mask can't be read, or has another size than its image.
     """
-    if sample.mask is None or _other_size(sample):
-        raise InputError(f"the mask does not fit: {_other_size(sample) or sample.name}; expected the image's own size")
-    mask: np.ndarray = np.asarray(read_image(sample.mask)).max(axis=2) > 0
+    mask = read_mask(sample)
     height, width = mask.shape
     view = transform.view((width, height))
     shares = []
@@ -149,11 +127,3 @@ def inside(sample: Sample, transform: EvalTransform, grid: Grid, min_share: floa
         x0, y0, x1, y1 = view.cell_box(cell, grid)
         shares.append(float(mask[min(y0, height - 1) : y1, min(x0, width - 1) : x1].mean()))
     return torch.tensor(shares, dtype=torch.float64) >= min_share
-
-
-def _other_size(sample: Sample) -> str:
-    """How the sizes of mask and image differ; empty where they don't."""
-    if sample.mask is None:
-        return ""
-    mask, image = image_size(sample.mask), image_size(sample.image)
-    return "" if mask == image else f"{sample.mask} ({mask[0]}x{mask[1]}, its image {image[0]}x{image[1]})"

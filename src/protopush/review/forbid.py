@@ -19,9 +19,10 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog
+from protopush.data.masks import check_masks
 from protopush.errors import InputError, listing
 from protopush.head_optimal import HeadOptimal
-from protopush.review.allowed import Allowed, check_masks
+from protopush.review.allowed import Allowed
 from protopush.review.compare import compare_heads
 from protopush.review.decisions import FILE, Decision, add_decision, load_decisions
 from protopush.review.named import named_image, named_prototype
