@@ -192,7 +192,7 @@ def _test(job: Job, stage: Stage, options: argparse.Namespace) -> dict[str, floa
     images = ImageDataset(job.catalog.split("test"), job.transform)
     loader = job.loader(stage.features(job, images, "test") if isinstance(stage, Frozen) else images)
     metrics = evaluate(stage.model, loader, job.fabric.device, list(job.catalog.classes))
-    metrics["sensitivity"] = metrics["per_class"][options.positive]["recall"]
+    metrics["sensitivity"] = metrics["per_class"][options.positive]["sensitivity"]
     return {name: metrics[name] for name in METRICS}
 
 

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from cases import CASES, Sizes
-from measuring import Comparison, save
+from measuring import save
 from rich.console import Console
-from rich.table import Table
-
-import protopush
+from showing import Parser, count, surroundings, table
 
 TITLES = {
     "a": "a. push against the bare forward pass of the same backbone",
@@ -46,14 +41,6 @@ cases:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2."""
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = Parser(description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,9 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("repetitions", "of every measurement; fewer than 5 are no measurement"),
     ):
         number = getattr(default, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=_count, default=number, metavar="N", help=f"{meaning} (default: {number})"
-        )
+        parser.add_argument(f"--{name}", type=count, default=number, metavar="N", help=f"{meaning} (default: {number})")
     out = Path(__file__).parent / "results" / "push_speed.json"
     parser.add_argument(
         "--out", type=Path, default=out, help="where the JSON goes (default: results/ beside this file)"
@@ -84,47 +69,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--out {options.out} cannot be written: {error.strerror}")
     return options
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
-
-
-def surroundings() -> dict[str, Any]:
-    """What the numbers depend on; ``load`` is how many processes were busy before we began."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "protopush": protopush.__version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def table(title: str, comparisons: Sequence[Comparison]) -> Table:
-    """All sides and results of a case."""
-    shown = Table("setting", "what", "median", "range", "goal", title=title, title_justify="left")
-    for comparison in comparisons:
-        setting = comparison.setting
-        for side, values in comparison.timings.items():
-            shown.add_row(setting, side, *_numbers(values, comparison.unit))
-            setting = ""
-        for result in comparison.results:
-            reached = result.goal is not None and result.goal.reached(median(result.values))
-            goal = "" if result.goal is None else f"{result.goal}: {'reached' if reached else 'missed'}"
-            shown.add_row("", result.name, *_numbers(result.values, result.unit), goal, style="bold")
-        for what, remark in comparison.remarks.items():
-            shown.add_row("", what, remark)
-        shown.add_section()
-    return shown
-
-
-def _numbers(values: Sequence[float], unit: str) -> tuple[str, str]:
-    return f"{median(values):.4g} {unit}", f"{min(values):.4g} - {max(values):.4g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,7 +67,7 @@ def test_evaluate(home, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(home / "run"), "--data.split", "test", "--json", "--device", "cpu"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert list(values) == ["n", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "per_class"]
+    assert list(values) == ["n", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "confusion", "per_class"]
     assert values["n"] == 6
     assert list(values["per_class"]) == ["bird", "cat", "dog"]
     assert main(["evaluate", str(home / "run"), "--data.path", str(home / "images"), "--data.split", "val"]) == 0

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from conftest import SMALL, make_images
-from protopush.cli import _config, _train_parser, main
+from protopush.cli import main
+from protopush.cli.training import config_of, train_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,7 +74,7 @@ def test_commands_of_the_docs_run(page, tmp_path, monkeypatch):
         if words[0] == "train":
             words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
         if "torchrun" in command or "--trainer.devices" in words:  # processes of their own: see test_training_ddp.py
-            parser = _train_parser("train")
+            parser = train_parser("train")
             parser.add_argument("--out", type=str)
             parser.parse_args(words[1:])
         else:
@@ -82,9 +83,9 @@ def test_commands_of_the_docs_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse_and_are_told(recipe):
-    parser = _train_parser("train")
+    parser = train_parser("train")
     parser.add_argument("--out", type=str)
-    config = _config(parser, parser.parse_args(["--config", str(recipe)]))
+    config = config_of(parser, parser.parse_args(["--config", str(recipe)]))
     for section, values in yaml.safe_load(recipe.read_text()).items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value

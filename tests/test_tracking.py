@@ -26,7 +26,7 @@ from protopush.training.tracking import Tracker, check_trackers, open_trackers, 
 # TensorBoard writes in a thread: an error that we get is raised there as well, maybe a moment later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
-VAL = {"n": 4, "auroc": 0.75, "per_class": {"no finding": {"recall": 0.5, "f1": None}}}
+VAL = {"n": 4, "auroc": 0.75, "per_class": {"no finding": {"sensitivity": 0.5, "f1": None}}}
 PUSH = {"use_local": True, "min_dist": 0.125, "notes": ["one"], "guard": {"policy": "report", "taken_back": False}}
 ROWS: list[dict[str, Any]] = [
     {"epoch": 1, "loss": 1.1, "cross_entropy": 0.7, "val": VAL},
@@ -87,7 +87,7 @@ def test_numbers_and_nothing_else() -> None:
         "train/cross_entropy": 0.7,
         "val/n": 4.0,
         "val/auroc": 0.75,
-        "val/per_class/no finding/recall": 0.5,
+        "val/per_class/no finding/sensitivity": 0.5,
     }
     assert scalars(ROWS[2]) == {"train/loss": 0.9, "train/cross_entropy": 0.6}
     assert scalars(ROWS[3]) == {"final/min_dist": 0.125, "final/val_after/auroc": 0.8}

@@ -5,36 +5,31 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from protopush.commands import explain_to
-from protopush.data.features import inference_batch_size
-from protopush.metrics.classification import classification_metrics
+from protopush.commands.looking import Measuring, explain_to, write_report
 from protopush.training.config import RunConfig
-from protopush.training.evaluate import predict
 from protopush.training.loop import train
-from protopush.training.prepare import open_split
 
 
 def run_demo(config: RunConfig, out: Path) -> str:
     """Train, and draw three explanations; returns what to tell the user at the end."""
     started = time.perf_counter()
     run = train(config, out, overwrite=True)
-    dataset, _ = open_split(config.data, "test", run.class_names, run.transform)
-    cpu = torch.device("cpu")
-    loader = DataLoader(dataset, batch_size=inference_batch_size(cpu), num_workers=config.data.num_workers)
-    found = predict(run.model, loader, cpu, "Test images")
+    measuring = Measuring(asdict(config.data), faithfulness=24, num_workers=config.data.num_workers)
+    page, measured = write_report(run, measuring, out / "report.html")
+    samples = measured.dataset.samples
     panels = [
-        explain_to(run, dataset.samples[index].image, out / "explanations", name, cpu)["panel"]
-        for name, index in telling_cases(found.probabilities, found.labels).items()
+        explain_to(run, samples[index].image, out / "explanations", name, torch.device("cpu"))["panel"]
+        for name, index in telling_cases(measured.probabilities, measured.labels).items()
     ]
-    metrics = classification_metrics(found.probabilities, found.labels, run.class_names)
-    image = Path(os.path.relpath(dataset.samples[0].image))
-    return closing_words(out, metrics, panels, image, time.perf_counter() - started)
+    image = Path(os.path.relpath(samples[0].image))
+    metrics = measured.numbers["classification"]
+    return closing_words(out, page, metrics, panels, image, time.perf_counter() - started)
 
 
 def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:
@@ -56,7 +51,9 @@ def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str
     return cases
 
 
-def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], image: Path, seconds: float) -> str:
+def closing_words(
+    out: Path, page: Path, metrics: dict[str, Any], panels: list[str], image: Path, seconds: float
+) -> str:
     """Where to look, and what to run next, with the command as it was called."""
     called = sys.argv[0] if Path(sys.argv[0]).name == "protopush" else "protopush"
     numbers = ", ".join(
@@ -67,7 +64,8 @@ def closing_words(out: Path, metrics: dict[str, Any], panels: list[str], image: 
     looks = "\n".join(f"  {panel}" for panel in panels)
     return (
         f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: {numbers}.\n\n"
-        f"Look at\n  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{looks}   (why)\n\n"
+        f"Look at\n  {page}   (all that can be shown of the run, on one page)\n"
+        f"  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{looks}   (why)\n\n"
         f"Then try\n  {called} verify {out}\n"
         f"  {called} evaluate {out}\n"
         f"  {called} explain {out} {image} --out explained\n"

@@ -2,7 +2,9 @@
 
 from protopush.explain.explaining import explain_batch, explain_image
 from protopush.explain.explanation import ClassEvidence, Explanation, Match, WhyNot
-from protopush.explain.render import draw_gallery, draw_panel
+from protopush.explain.gallery import draw_gallery
+from protopush.explain.panel import draw_panel
+from protopush.explain.why_not import draw_why_not
 
 __all__ = [
     "ClassEvidence",
@@ -11,6 +13,7 @@ __all__ = [
     "WhyNot",
     "draw_gallery",
     "draw_panel",
+    "draw_why_not",
     "explain_batch",
     "explain_image",
 ]

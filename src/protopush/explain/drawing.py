@@ -49,7 +49,7 @@ def fit_text(text: str, size: int, width: float) -> str:
         >>> fit_text("a_very_long_name_of_an_image_0024306.jpg", 16, 200)
         'a_very_long_...0024306.jpg'
     """
-    text = "".join(" " if letter.isspace() else letter for letter in text)
+    text = printable(text)
     font = _font(size, text)
     if font.getlength(text) <= width:
         return text
@@ -59,6 +59,33 @@ def fit_text(text: str, size: int, width: float) -> str:
 
     fitting = bisect_right(range(len(text)), width, key=lambda keep: font.getlength(cut(keep)))
     return cut(max(fitting - 1, 0))
+
+
+def wrapped(text: str, size: int, width: float, most: int) -> list[str]:
+    """The text on at most so many lines, broken between words; what has no room is cut as in :func:`fit_text`.
+
+    Example:
+        >>> wrapped("hiding the outlined part takes it away", 16, 150, most=2)
+        ['hiding the outlined', 'part takes it away']
+    """
+    lines, left = list[str](), printable(text).split()
+    while left and len(lines) < most - 1:
+        fitting = (n for n in range(len(left), 1, -1) if text_width(" ".join(left[:n]), size) <= width)
+        taken = next(fitting, 1)
+        lines.append(fit_text(" ".join(left[:taken]), size, width))
+        left = left[taken:]
+    return [*lines, fit_text(" ".join(left), size, width)] if left else lines
+
+
+def text_width(text: str, size: int) -> float:
+    """The width of one line of text in pixels."""
+    text = printable(text)
+    return _font(size, text).getlength(text)
+
+
+def printable(text: str) -> str:
+    """The text on one line, without what would turn or break it: names of files and classes may hold anything."""
+    return "".join(" " if letter.isspace() else letter if letter.isprintable() else "?" for letter in text)
 
 
 def part_tile(picture: Image.Image, box: Rect, colour: Colour, side: int) -> Image.Image:
@@ -97,12 +124,12 @@ def tile(picture: Image.Image, width: int, height: int, along: float = 0.5) -> I
     return tile
 
 
-def empty_tile(width: int, height: int, words: str) -> Image.Image:
-    """A grey tile with a few words, where there is no picture."""
+def empty_tile(width: int, height: int, words: str, size: int = 14) -> Image.Image:
+    """A grey tile with a few words, where there is no picture; ``size`` is that of the text."""
     blank = Image.new("RGB", (width, height), TILE)
     draw = ImageDraw.Draw(blank)
     draw.rectangle((0, 0, width - 1, height - 1), outline=RULE)
-    write(draw, (width / 2, height / 2), words, 14, width - 12, MUTED, "mm")
+    write(draw, (width / 2, height / 2), words, size, width - 12, MUTED, "mm")
     return blank
 
 
@@ -116,7 +143,7 @@ def write(
     anchor: str = "la",
 ) -> None:
     """One line of text, at most ``width`` pixels wide; ``anchor`` as in Pillow's ``ImageDraw.text``."""
-    draw.text(at, fit_text(text, size, width), font=_font(size, text), fill=fill, anchor=anchor)
+    draw.text(at, fit_text(text, size, width), font=_font(size, printable(text)), fill=fill, anchor=anchor)
 
 
 # Pillow's own font knows little more than ASCII. Matplotlib's, which is there, has the rest of Europe; for Chinese,

@@ -31,8 +31,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     isn't among them, see :func:`step_of`.
 
     Example:
-        >>> scalars({"epoch": 3, "loss": 0.5, "val": {"auroc": 0.9, "per_class": {"mel": {"recall": 1, "f1": None}}}})
-        {'train/loss': 0.5, 'val/auroc': 0.9, 'val/per_class/mel/recall': 1.0}
+        >>> scalars({"epoch": 3, "loss": 0.5, "val": {"auroc": 0.9, "per_class": {"mel": {"f1": 1, "auroc": None}}}})
+        {'train/loss': 0.5, 'val/auroc': 0.9, 'val/per_class/mel/f1': 1.0}
         >>> scalars({"push": 3, "min_dist": 0.1, "use_local": True, "notes": [], "val_after": {"auroc": 0.8}})
         {'push/min_dist': 0.1, 'push/val_after/auroc': 0.8}
     """

@@ -1,0 +1,91 @@
+"""What an explanation costs: cell boxes, maps and every term of three classes' logits, beside the bare forward pass.
+
+    python benchmarks/explain_speed.py
+
+Both sides see the same batch in memory, in turn. The bare forward pass is that of the backbone alone. For information:
+the checked region of one prototype, which hides parts of the picture and looks again, hundreds of times.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import Comparison, Goal, paired, save, timed
+from PIL import Image
+from rich.console import Console
+from showing import Parser, count, surroundings, table
+
+from protopush.data.transforms import EvalTransform
+from protopush.explain import explain_batch
+from protopush.explain.region import checked_regions
+from protopush.model import ProtoModel
+
+GOAL = Goal(1.5)
+SIZES = {"backbone": "tf_efficientnet_lite0", "classes": 7, "prototypes": 10}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, show and save."""
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=count, default=32, metavar="N", help="images (default: 32)")
+    parser.add_argument("--repetitions", type=count, default=11, metavar="N", help="(default: 11)")
+    parser.add_argument("--pixels", type=count, default=224, metavar="N", help="of a side (default: 224)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "explain_speed.json")
+    options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    record = surroundings() | {"sizes": SIZES | {"batch": options.batch, "pixels": options.pixels}}
+    comparisons = [explaining(options.batch, options.pixels, options.repetitions)]
+    comparisons.append(region(options.pixels, min(options.repetitions, 3)))
+    Console(width=None if sys.stdout.isatty() else 120).print(table("explanations", comparisons))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save(record | {"comparisons": [comparison.to_dict() for comparison in comparisons]}, options.out)
+    return 0
+
+
+def model_of(pixels: int) -> tuple[ProtoModel, EvalTransform]:
+    """A model whose weights are random: how fast it is, doesn't depend on them."""
+    model = ProtoModel.create(
+        str(SIZES["backbone"]), int(SIZES["classes"]), pretrained=False, num_prototypes=int(SIZES["prototypes"])
+    ).eval()
+    preprocessing = type(model.backbone.preprocessing)(size=(pixels, pixels))
+    return model, EvalTransform(preprocessing)
+
+
+def explaining(batch: int, pixels: int, repetitions: int) -> Comparison:
+    """A batch, explained, beside the bare forward pass of its images."""
+    model, transform = model_of(pixels)
+    names = [f"class {c}" for c in range(int(SIZES["classes"]))]
+    images = torch.rand(batch, 3, pixels, pixels)
+    views, files = [transform.view((600, 450))] * batch, [f"{i}.jpg" for i in range(batch)]
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.backbone(images)
+
+    sides = {
+        "forward": timed(forward, per=batch / 1000),
+        "explained": timed(lambda: explain_batch(model, images, views, files, names), per=batch / 1000),
+    }
+    found = paired(f"batch of {batch}, {pixels} pixels", "ms/image", sides, repetitions)
+    return found.add("explained / forward", lambda took: took["explained"] / took["forward"], goal=GOAL)
+
+
+def region(pixels: int, repetitions: int) -> Comparison:
+    """The checked region of one prototype of one picture, 14 x 14 blocks."""
+    model, transform = model_of(pixels)
+    noise = np.random.default_rng(0).integers(0, 255, (pixels, pixels, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    names = [f"class {c}" for c in range(int(SIZES["classes"]))]
+    tensor, view = transform(picture).unsqueeze(0), transform.view(picture.size)
+    match = explain_batch(model, tensor, [view], ["noise"], names)[0].classes[0].matches[0]
+    side = timed(lambda: checked_regions(model, picture, transform, [match]))
+    return paired("checked region of one prototype", "s", {"region": side}, repetitions, warm_up=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the commands do, once their words are parsed: so that ``--help`` needn't wait for heavy imports."""
