@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import torch
 import yaml
 from black_box import without_prototypes
-from measuring import save
+from measuring import save, spread
 
 from protopush.data.dataset import ImageDataset
 from protopush.errors import InputError
@@ -231,14 +231,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if row["arm"] == arm]
         entry: dict[str, Any] = {"arm": arm, "seeds": len(own)}
         for name in METRICS:
-            entry[name] = _spread([row["test"][name] for row in own])
-        entry["images_per_second"] = _spread([row["images_per_second"] for row in own])
+            entry[name] = spread([row["test"][name] for row in own])
+        entry["images_per_second"] = spread([row["images_per_second"] for row in own])
         entries.append(entry)
     return entries
-
-
-def _spread(values: list[float]) -> list[float]:
-    return [fmean(values), stdev(values) if len(values) > 1 else 0.0]
 
 
 def markdown(entries: list[dict[str, Any]], positive: str = "mel") -> str:

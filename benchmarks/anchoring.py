@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from measuring import save
+from measuring import save, spread
 
 from protopush.data.dataset import ImageDataset
 from protopush.errors import InputError
@@ -164,7 +163,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for when in ("plain", "refitted"):
             for name in METRICS:
                 values = [row[when][name] for row in own]
-                entry[f"{when} {name}"] = [fmean(values), stdev(values) if len(values) > 1 else 0.0]
+                entry[f"{when} {name}"] = spread(values)
         errors = [row["error"] for row in own if "error" in row]
         entry["largest error"] = max(errors) if errors else None
         entries.append(entry)

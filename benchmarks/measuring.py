@@ -6,10 +6,10 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 Side = Callable[[], float]  # does the work once and tells what it took
@@ -114,6 +114,11 @@ def paired(setting: str, unit: str, sides: Mapping[str, Side], repetitions: int,
         for name in sides if repetition % 2 == 0 else reversed(list(sides)):
             timings[name].append(sides[name]())
     return Comparison(setting, unit, timings)
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Mean and standard deviation; 0 where there is one value."""
+    return [fmean(values), stdev(values) if len(values) > 1 else 0.0]
 
 
 def save(values: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Local against global prototypes: accuracy, diversity, localisation and faithfulness, over seeds.
+
+    python benchmarks/evidence.py manifest.csv --seeds 0 1 2
+
+Trains the pair recipes/ham10000-live.yaml and recipes/ham10000-global.yaml with each seed, where the run isn't there
+yet, and measures both on the test split as ``protopush compare`` does. Results grow run by run in the JSON file; what
+is there isn't measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import save, spread
+
+from protopush.cli import main as protopush
+from protopush.errors import InputError
+from protopush.report.compare import compare
+from protopush.report.measure import measure
+from protopush.training.config import DataConfig
+from protopush.training.prepare import open_split
+from protopush.training.run import open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = {"local": "ham10000-live", "global": "ham10000-global"}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train and measure what the JSON file doesn't hold yet."""
+    options = _options(words)
+    logging.basicConfig(level=logging.WARNING)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": []}
+    found["setup"] = {"manifest": Path(options.manifest).name, "faithfulness": options.faithfulness, "set": options.set}
+    done = {(row["arm"], row["seed"]) for row in found["rows"]}
+    try:
+        for seed in options.seeds:
+            for arm in ARMS:
+                if (arm, seed) not in done:
+                    found["rows"].append({"arm": arm, "seed": seed, "compared": measured(arm, seed, options)})
+                    save(found, options.out)
+    except InputError as error:
+        print(f"evidence: error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(found["rows"]))
+    return 0
+
+
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", help="CSV image,label,split,mask")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--faithfulness", type=int, default=96, help="images that faithfulness is measured on")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--set", nargs="*", default=[], help="words for protopush train, such as --train.epochs=2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where runs are, or are written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evidence.json")
+    return parser.parse_args(words)
+
+
+def measured(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of ``protopush compare`` for one run, trained where it isn't there."""
+    folder = options.runs / f"{arm}-{seed}"
+    if not (folder / "config.json").is_file():
+        recipe = ROOT / "recipes" / f"{ARMS[arm]}.yaml"
+        words = ["train", "--config", str(recipe), "--data.path", options.manifest, "--train.seed", str(seed)]
+        code = protopush([*words, "--out", str(folder), *options.set])
+        if code:
+            raise InputError(f"training {folder} ended with exit code {code}; see above")
+    run = open_run(folder)
+    data = DataConfig(**run.data | {"path": options.manifest})
+    dataset, catalog = open_split(data, "test", run.class_names, run.transform)
+    known = {sample.name: sample for sample in catalog.samples}
+    found = measure(
+        run, dataset, "test", known, num_workers=options.workers, resamples=0, faithfulness=options.faithfulness
+    )
+    rows: list[dict[str, Any]] = compare([(run, found)])["rows"]
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: mean (deviation) over seeds, a column for each arm."""
+    lines = ["| | better | " + " | ".join(ARMS) + " |", "| --- | --- |" + " --- |" * len(ARMS)]
+    by_arm = {arm: [row["compared"] for row in rows if row["arm"] == arm] for arm in ARMS}
+    group = ""
+    for place, told in enumerate(rows[0]["compared"]):
+        if told["group"] != group:
+            group = told["group"]
+            lines.append(f"| **{group}** | |" + " |" * len(ARMS))
+        cells = [_cell([row[place]["values"][0] for row in compared]) for compared in by_arm.values()]
+        lines.append(f"| {told['metric'].strip()} | {told['better']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean, deviation = spread(values)
+    return f"{mean:.3f}" + (f" ({deviation:.3f})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
