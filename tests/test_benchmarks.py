@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import protopush
 from conftest import make_images
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -66,7 +67,7 @@ def test_the_straightforward_push_does_the_same(push_speed):
     dataset = labelled(F.normalize(torch.randn(20, 9, 8), dim=-1), 3)
     ours, theirs = ReadyMaps(3, 4, 8), ReadyMaps(3, 4, 8)
     theirs.load_state_dict(ours.state_dict())
-    push_speed.protopush.push_prototypes(ours, training_loader(dataset), "cpu", momentum=0.9)
+    protopush.push_prototypes(ours, training_loader(dataset), "cpu", momentum=0.9)
     straightforward.push(theirs, training_loader(dataset), momentum=0.9)
     moved = F.normalize(theirs.head.proto_manager.prototypes, dim=-1)
     assert torch.allclose(moved, ours.head.proto_manager.prototypes, atol=1e-6)

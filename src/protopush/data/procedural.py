@@ -51,8 +51,8 @@ class Drawing:
 class ProceduralParts(Dataset[tuple[Tensor, int, int]]):
     """Spots on skin, each with the parts of its class, and a ruler beside it that means nothing.
 
-    Items are (image (3, H, W) in [0, 1], label, index); labels go round. An item depends on ``seed`` and its index alone,
-    so that any number of items has the same beginning. The push can read it: it offers ``eval_view``, ``describe``,
+    Items are (image (3, H, W) in [0, 1], label, index); labels go round. An item depends on ``seed`` and its index
+    alone, so that any number of items has the same beginning. The push can read it: it offers ``eval_view``, ``describe``,
     ``labels`` and ``groups``.
 
     Args:
@@ -68,16 +68,16 @@ class ProceduralParts(Dataset[tuple[Tensor, int, int]]):
         >>> data = ProceduralParts(4, num_classes=2, size=(64, 64))
         >>> image, label, index = data[3]
         >>> image.shape, label, data.part_names[:2], data.keypoints(3)[1].tolist()
-        (torch.Size([3, 64, 64]), 1, ['blue disc', 'white ring'], [False, True, True, True, False, False])
+        (torch.Size([3, 64, 64]), 1, ('blue disc', 'white ring'), [False, True, True, True, False, False])
     """
 
-    part_names = list(PARTS)
+    part_names = tuple(PARTS)
 
     def __init__(self, num_samples: int, num_classes: int = 3, size: tuple[int, int] = (64, 64), seed: int = 0) -> None:
         if num_samples < 1 or not 2 <= num_classes <= len(PARTS) or min(size) < 32:
             raise InputError(
-                f"{num_samples} samples, {num_classes} classes, {size[0]}x{size[1]} pixels; expected at least one sample, "
-                f"2 to {len(PARTS)} classes, and sides of at least 32"
+                f"{num_samples} samples, {num_classes} classes, {size[0]}x{size[1]} pixels; expected at least one "
+                f"sample, 2 to {len(PARTS)} classes, and sides of at least 32"
             )
         self.num_samples, self.num_classes, self.size, self.seed = num_samples, num_classes, size, seed
         self.class_names = [f"class {c}" for c in range(num_classes)]

@@ -129,7 +129,9 @@ def empty_tile(width: int, height: int, words: str, size: int = 14) -> Image.Ima
     blank = Image.new("RGB", (width, height), TILE)
     draw = ImageDraw.Draw(blank)
     draw.rectangle((0, 0, width - 1, height - 1), outline=RULE)
-    write(draw, (width / 2, height / 2), words, size, width - 12, MUTED, "mm")
+    lines = wrapped(words, size, width - 12, most=3)
+    for i, line in enumerate(lines):
+        write(draw, (width / 2, height / 2 + (i - (len(lines) - 1) / 2) * 1.35 * size), line, size, width, MUTED, "mm")
     return blank
 
 

@@ -132,13 +132,13 @@ class _Gallery:
     def group(self, title: str, found: Sequence[Neighbour], places: int, side: int) -> Image.Image:
         """Parts of other training images, with their similarities; room for so many."""
         width = places * side + (places - 1) * GAP
-        tiles = [self.neighbour(one, side) for one in found] or [empty_tile(side, side, "none")]
+        tiles = [self.neighbour(one, side) for one in found] or [empty_tile(side, side, "none", self.look.small)]
         return above([words(title, self.look.small, width, MUTED), beside(tiles, GAP)], 4)
 
     def neighbour(self, found: Neighbour, side: int) -> Image.Image:
         look, picture = self.look, self.picture_of(found)
         colour = COLOURS[found.class_index % len(COLOURS)]
-        shown = empty_tile(side, side, "no picture")
+        shown = empty_tile(side, side, "no picture", look.small)
         if picture is not None:
             shown = part_tile(picture.convert("RGB"), found.box, colour, side)
         similarity = decimal(found.similarity)
@@ -149,7 +149,7 @@ class _Gallery:
 
     def tiles(self, c: int, k: int, anchor: Anchor, side: int) -> tuple[Image.Image, Image.Image]:
         """The prototype's part, and its training picture."""
-        return part_and_whole(self.source_of(c, k), anchor, COLOURS[c % len(COLOURS)], side, side)
+        return part_and_whole(self.source_of(c, k), anchor, COLOURS[c % len(COLOURS)], side, self.look.small)
 
     def said(self, k: int, anchor: Anchor, width: int) -> list[Image.Image]:
         """The prototype in words."""

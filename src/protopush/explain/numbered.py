@@ -25,10 +25,11 @@ def numbered(
     """
     large = with_unseen(resized(image, *size), explanation.view)
     boxes = [scaled(match.box, explanation.image_size, large.size) for match in shown]
-    for i, (x0, y0, x1, y1) in enumerate(boxes):
-        inset = max(0, min(4 * boxes[:i].count(boxes[i]), (min(x1 - x0, y1 - y0) - 8) // 2))
-        alone = boxes.count(boxes[i]) == 1
-        draw_box(large, (x0 + inset, y0 + inset, x1 - inset, y1 - inset), colour(i), 3 if alone else 2)
+    for i, (x0, y0, x1, y1) in reversed([*enumerate(boxes)]):  # the outer over the inner: its lines lie outside
+        others = boxes.count(boxes[i]) - 1
+        room = max(0, (min(x1 - x0, y1 - y0) - 8) / 2)
+        inset = boxes[:i].count(boxes[i]) * min(4, room / max(others, 1))
+        draw_box(large, (x0 + inset, y0 + inset, x1 - inset, y1 - inset), colour(i), 2 if others else 3)
     draw, placed = ImageDraw.Draw(large), list[Rect]()
     for i, box in enumerate(boxes):
         placed.append(_free_place(box, boxes, placed, large.size, badge))

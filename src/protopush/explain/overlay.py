@@ -31,14 +31,14 @@ def with_map(picture: Image.Image, similarities: Map, view: View) -> Image.Image
         >>> grey = Image.new("RGB", (60, 20), (128, 128, 128))
         >>> shown = with_map(grey, [[0.0, 1.0]], View.of((300, 100), (200, 200)))
         >>> shown.getpixel((39, 10))  # yellow: the right side of the middle third
-        (215, 200, 63)
+        (216, 200, 64)
     """
     values = upsampled(similarities, view, picture.size)
     low, high = extent(similarities)
     seen = np.isfinite(values)
     even = np.where(seen, (values - low) / max(high - low, 1e-9), 0).clip(0, 1)
-    shown = _over(np.asarray(picture.convert("L"), dtype=np.float64)[..., None], even)
-    shown[~seen] *= 0.35
+    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
+    shown = np.where(seen[..., None], _over(grey, even), 0.35 * grey)
     shown[~seen & _lines(seen.shape)] += 70
     return Image.fromarray(shown.round().clip(0, 255).astype(np.uint8))
 

@@ -171,7 +171,7 @@ class _Panel:
                 "Colours show how similar each place is. Each map has its own scale, written below it.",
             ]
         told.append(f"Similarity x weight is the contribution: what a row adds to the score (logit) of {name}.")
-        if self.regions:
+        if any(region.boxes for region in self.regions.values()):
             told.append("White outline: these pixels were blurred, and the similarity measured again.")
         if unseen_share(self.explanation.view) > 0.005:
             told.append(f"Hatched: the model did not see it ({percent(unseen_share(self.explanation.view))}).")

@@ -34,26 +34,26 @@ SourceOf = Callable[[int, int], Image.Image | None]
 def part_and_whole(
     picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Two tiles: an anchor's part (side x side) and its whole picture (width x side).
+    """Two square tiles: an anchor's part, and its whole picture.
 
     Args:
         picture: the anchor's training picture, or a smaller copy, or None.
         anchor: None where there was no push yet.
         ink: of the boxes.
-        side: of the part, and the height of the whole picture.
-        width: of the whole picture.
+        side: of a tile.
+        text: the size of the words where there is no picture.
     """
     if picture is None or anchor is None:
-        said = "no picture" if anchor is not None else "not pushed yet"
-        return empty_tile(side, side, said), empty_tile(width, side, said)
+        blank = empty_tile(side, side, "no picture" if anchor is not None else "not pushed yet", text)
+        return blank, blank
     picture = picture.convert("RGB")
+    whole = resized(picture, side, side)
     if anchor.box is None:
-        return empty_tile(side, side, "place unknown"), tile(resized(picture, width, side), width, side, 0)
-    whole = resized(picture, width, side)
+        return empty_tile(side, side, "place unknown", text), tile(whole, side, side)
     original = anchor.image_size or picture.size
     draw_box(whole, scaled(anchor.box, original, whole.size), ink, line=2)
     part = part_tile(picture, scaled(anchor.box, original, picture.size), ink, side)
-    return part, tile(whole, width, side, 0)
+    return part, tile(whole, side, side)
 
 
 class Rows(NamedTuple):
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
         picture = self.source_of(match.class_index, match.prototype) if match.anchor is not None else None
         box = scaled(match.box, self.explanation.image_size, self.image.size)
         here = part_tile(self.image, box, colour(number), side)
-        return here, *part_and_whole(picture, match.anchor, colour(number), side, side)
+        return here, *part_and_whole(picture, match.anchor, colour(number), side, self.look.small)
 
     def heading(self, match: Match, class_name: str, number: int, width: int) -> Image.Image:
         """A match's number in its colour, its class and slot."""
@@ -132,7 +132,8 @@ def region_words(region: Region) -> str:
     share = f"{100 * region.share:.0f}%" if region.share >= 0.01 else "<1%"
     before, after = decimal(region.similarity), decimal(region.hidden)
     if before == after:
-        return f"hiding the outlined {share} hardly matters: the blurred picture is as similar ({decimal(region.blurred)})"
+        blurred = decimal(region.blurred)
+        return f"hiding the outlined {share} hardly matters: the blurred picture is as similar ({blurred})"
     return f"hiding the outlined {share} takes the similarity from {before} to {after}"
 
 

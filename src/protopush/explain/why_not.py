@@ -98,8 +98,10 @@ def _table(why: WhyNot, rows: int, look: Look) -> Image.Image:
 
 def _line(name: str, values: list[str], look: Look, ink: Colour = INK) -> Image.Image:
     label, column = (290, 138) if look.narrow else (270, 120)
-    cells = [words(value, look.body, column, ink, along=1) for value in values]
-    return beside([words(name, look.body, label, ink), *cells], look.gap)
+    return beside(
+        [words(name, look.body, label, ink), *(words(value, look.body, column, ink, along=1) for value in values)],
+        look.gap,
+    )
 
 
 def _conclusion(why: WhyNot, look: Look) -> Image.Image:

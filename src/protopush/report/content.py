@@ -11,7 +11,7 @@ State = Literal["good", "bad", "warn", "unknown"]
 
 @dataclass(frozen=True)
 class Frame:
-    """A box over a picture, in the picture's CSS pixels; ``colour`` numbers the page's palette from 0."""
+    """A box over a picture, in percent of the picture; ``colour`` numbers the page's palette from 0."""
 
     x: float
     y: float

@@ -20,7 +20,6 @@ from protopush.report.content import Frame, Picture
 
 QUALITY = 80
 SHARP = 1.5  # pixels of the file to one of the page, for finer screens
-EDGE = 2  # CSS pixels that half a frame's line takes
 HEAT = 0.55  # how much of the picture the similarity map hides
 
 
@@ -72,17 +71,10 @@ def framed(
     """The picture with boxes over it, which are in pixels of the picture at (width, height) ``size``."""
     frames = []
     for i, box in enumerate(boxes):
-        x0, y0, x1, y1 = _within(scaled(box, size, (shown.width, shown.height)), shown)
+        x0, y0, x1, y1 = (round(edge, 2) for edge in scaled(box, size, (100, 100)))
         label, colour = labels[i] if labels else "", colours[i % len(colours)]
-        place = (round(x0, 1), round(y0, 1), round(x1 - x0, 1), round(y1 - y0, 1))
-        frames.append(Frame(*place, label, colour))
+        frames.append(Frame(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2), label, colour))
     return replace(shown, frames=tuple(frames))
-
-
-def _within(box: Rect, shown: Picture) -> Rect:
-    """The box, its line inside the picture where it lies at the picture's edge."""
-    (x0, y0, x1, y1), right, bottom = box, shown.width - EDGE, shown.height - EDGE
-    return min(max(x0, EDGE), right), min(max(y0, EDGE), bottom), max(min(x1, right), EDGE), max(min(y1, bottom), EDGE)
 
 
 def heat(
