@@ -353,7 +353,7 @@ class Content:
         classes: their names.
         lead: what the model is, in sentences.
         facts: the same in technical words.
-        split, images: what the numbers were measured on.
+        split, images, drawn: what the numbers were measured on, and how many groups intervals draw from; 0: no groups.
         headline: the few numbers at the top.
         groups: all of them.
         columns: (name, meaning) of the per-class table.
@@ -369,6 +369,7 @@ class Content:
     facts: list[Fact]
     split: str
     images: int
+    drawn: int
     headline: list[Number]
     groups: list[NumberGroup]
     columns: list[tuple[str, str]]

@@ -52,6 +52,7 @@ def gather(
         facts=_facts(run),
         split=measured.split,
         images=len(measured.labels),
+        drawn=_groups(measured.dataset.groups),
         headline=_headline(classification),
         groups=number_groups(measured.numbers),
         columns=list(PER_CLASS.values()),
@@ -70,6 +71,12 @@ def gather(
         reproduce=reproduce_of(run, measured.split),
         hints=hints_of(run, measured.numbers),
     )
+
+
+def _groups(groups: Sequence[str | None]) -> int:
+    """How many groups images share; 0 where none is of two images."""
+    named = [group for group in groups if group]
+    return len(set(named)) + len(groups) - len(named) if len(set(named)) < len(named) else 0
 
 
 def _headline(classification: Mapping[str, Any]) -> list[Number]:

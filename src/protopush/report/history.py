@@ -77,6 +77,8 @@ def _known(value: Any) -> float | None:
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
     notes = []
+    if row.get("weights"):
+        notes.append(f"from the weights of {row['weights']}, the best on validation images")
     if avoided := row.get("duplicates_avoided"):
         notes.append(f"{avoided} prototypes took a second choice, because another one stands for their nearest patch")
     if guard := row.get("guard"):

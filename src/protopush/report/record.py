@@ -117,8 +117,11 @@ def audit_of(found: Audit | None) -> DataAudit | None:
             "So many near duplicates are hardly copies: pictures of one machine in one pose look alike by nature. Look "
             "at some of them before you believe it is a leak."
         )
+    badge = Badge("bad", "Leaks between the splits") if found.leaks else Badge("good", "No leak between the splits")
+    if found.alike_by_nature and not found.shared_groups and not any(pair.identical for pair in found.across):
+        badge = Badge("warn", "Many images of different splits look alike")
     return DataAudit(
-        badge=Badge("bad", "Leaks between the splits") if found.leaks else Badge("good", "No leak between the splits"),
+        badge=badge,
         splits=list(found.counts),
         counts=[(name, [row[name] for row in found.counts.values()]) for name in classes],
         findings=[Finding(name, len(some), some[:EXAMPLES]) for name, some in _findings(found).items()],

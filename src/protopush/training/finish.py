@@ -126,7 +126,7 @@ def final_push(job: Job, stage: Stage, journal: Journal) -> None:
     if config.train.refit != "none" and moved:
         fit_to_prototypes(job, stage)
         row["val_refitted"] = on_validation(job, stage)
-    journal.write(row)
+    journal.write(row | {"weights": stage.weights})
     for name in ("val_before", "val_after", "val_refitted"):
         if row.get(name):
             logger.info("%-16s %s", name, in_short(row[name]))

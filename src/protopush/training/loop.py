@@ -120,7 +120,8 @@ def fit(job: Job, journal: Journal, saved: dict[str, Any] | None = None) -> Stag
             learner.best.see(best, "the head alone")
         fit_phase(learner, phase, journal, max(done, phase.start))
         learner.best.restore()
-        logger.info("Best on validation: %s", learner.best.where)
+        stage.weights = learner.best.where
+        logger.info("Best on validation: %s", stage.weights)
         best = learner.best.metrics
     return stage
 

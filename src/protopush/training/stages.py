@@ -21,6 +21,8 @@ from protopush.training.progress import bar
 class Joint:
     """What is trained when the backbone learns too: the model itself, on images."""
 
+    weights = ""  # which epoch's they are at the end, in words
+
     def __init__(self, job: Job) -> None:
         self.model: nn.Module = job.model
         self.train_loader = job.loader(job.train, train=True)
@@ -44,6 +46,8 @@ class Joint:
 
 class Frozen:
     """What is trained when the backbone is frozen: the head, on features that were computed once."""
+
+    weights = ""  # which epoch's they are at the end, in words
 
     def __init__(self, job: Job) -> None:
         train = self.features(job, job.train, "training")
