@@ -52,8 +52,8 @@ class ProceduralParts(Dataset[tuple[Tensor, int, int]]):
     """Spots on skin, each with the parts of its class, and a ruler beside it that means nothing.
 
     Items are (image (3, H, W) in [0, 1], label, index); labels go round. An item depends on ``seed`` and its index
-    alone, so that any number of items has the same beginning. The push can read it: it offers ``eval_view``, ``describe``,
-    ``labels`` and ``groups``.
+    alone, so that any number of items has the same beginning. The push can read it: it offers ``eval_view``,
+    ``describe``, ``labels`` and ``groups``.
 
     Args:
         num_samples: how many.
