@@ -130,6 +130,8 @@ def test_commands_run(name, workshop, capsys):
                 continue
             words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
         words = ["ISIC_0024306.jpg" if word.endswith("ISIC_0024306.jpg") else word for word in words]
+        if words[0] == "push":
+            words += ["--overwrite", "true"]
         quick = [["--faithfulness", "2"], ["--resamples", "20"]] if words[0] in ("report", "compare") else []
         words += [word for option in quick if option[0] not in words for word in option]
         assert main(words) == 0, command
