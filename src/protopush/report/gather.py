@@ -52,7 +52,7 @@ def gather(
         facts=_facts(run),
         split=measured.split,
         images=len(measured.labels),
-        drawn=_groups(measured.dataset.groups),
+        drawn=drawn_groups(measured.dataset.groups),
         headline=_headline(classification),
         groups=number_groups(measured.numbers),
         columns=list(PER_CLASS.values()),
@@ -73,8 +73,8 @@ def gather(
     )
 
 
-def _groups(groups: Sequence[str | None]) -> int:
-    """How many groups images share; 0 where none is of two images."""
+def drawn_groups(groups: Sequence[str | None]) -> int:
+    """How many groups, or images alone, a bootstrap draws from; 0 where each image is a group of its own."""
     named = [group for group in groups if group]
     return len(set(named)) + len(groups) - len(named) if len(set(named)) < len(named) else 0
 
