@@ -17,11 +17,12 @@ from protopush.explain.neighbours import Neighbours
 from protopush.prototypes import Anchor
 from protopush.push.certificate import AnchorCheck
 from protopush.report.cases import make_cases
-from protopush.report.content import Content, Fact, Number
+from protopush.report.content import Content
 from protopush.report.glossary import HEADLINE, PER_CLASS
 from protopush.report.history import chart_of, pushes_of, read_rows
 from protopush.report.measure import Measured
 from protopush.report.numbers import class_rows, confusion_of, named_numbers, number_groups, reliability
+from protopush.report.pieces import Fact, Number
 from protopush.report.prototypes import Gallery, faults_of
 from protopush.report.record import audit_of, certificate_of, comparison_of, hints_of, reproduce_of
 from protopush.training.run import Run
