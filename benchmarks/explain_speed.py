@@ -76,7 +76,7 @@ def explaining(batch: int, pixels: int, repetitions: int) -> Comparison:
 
 
 def region(pixels: int, repetitions: int) -> Comparison:
-    """The checked region of one prototype of one picture, 14 x 14 blocks."""
+    """The checked region of one prototype of one picture, 7 x 7 blocks."""
     model, transform = model_of(pixels)
     noise = np.random.default_rng(0).integers(0, 255, (pixels, pixels, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)

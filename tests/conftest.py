@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from protopush.cli import main
 from protopush.prototypes import PrototypeManager
 
 HAM = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000"
+
+WORDS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +107,15 @@ def assert_prototypes_are_patches(model: ProtoModel, images: Tensor, grid: tuple
         patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
         embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
         torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: no page is looked at")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as play:
+        found = play.chromium.launch(executable_path=chromium, args=WORDS)
+        yield found
+        found.close()

@@ -462,7 +462,10 @@ def places(panel, piece):
 
 def test_what_a_region_says():
     match = a_match()
-    assert region_words(a_region(match)) == "hiding the outlined 6% takes the similarity from 0.81 to 0.42"
+    assert (
+        region_words(a_region(match))
+        == "hiding the outlined 6% (50% of it in the box) takes the similarity from 0.81 to 0.42"
+    )
     assert "outlined <1%" in region_words(a_region(match, share=0.004))
     unexplained = a_region(match, boxes=[], share=0.0, hidden=0.81, blurred=0.85, reached=False)
     assert region_words(unexplained) == "no region explains it: the blurred picture is as similar (0.85)"

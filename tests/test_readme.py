@@ -11,6 +11,7 @@ import yaml
 from conftest import make_images
 from protopush.cli import main
 from protopush.cli.training import config_of, train_parser
+from test_report_browser import Visit, keep
 from told import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +43,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
         "push",
         "forbid",
         "data",
+        "report",
     }
     for command in commands(README):
         if command[1] == "train" and command[-1] == "runs/mine" and Path("runs/mine").exists():
@@ -50,6 +52,8 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
         assert main([*command[1:], *extra]) == 0, command
     capsys.readouterr()
     assert Path("explained/000.png").is_file()
+    assert Path("explained/000-why-not.png").is_file()
+    assert Path("runs/mine/report.html").is_file()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -69,7 +73,7 @@ def test_pictures_and_files_that_the_readme_names_exist():
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, monkeypatch, capsys):
+def test_demo(tmp_path, monkeypatch, capsys, request):
     pytest.importorskip("elpv_dataset")
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--out", "runs/demo"]) == 0
@@ -78,3 +82,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
         assert Path(line).is_file()
     assert len(list(Path("runs/demo/explanations").glob("*.png"))) == 3
     assert main(["verify", "runs/demo"]) == 0
+    browser = request.getfixturevalue("browser")  # skips from here on where there is none
+    for width, scheme in ((1400, "light"), (400, "dark")):
+        with Visit(browser, Path("runs/demo/report.html"), width, scheme) as visit:
+            visit.is_whole(width)
+            keep(visit, f"demo-{width}-{scheme}", tmp_path)

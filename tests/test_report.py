@@ -18,18 +18,19 @@ from PIL import Image
 from conftest import make_images, train_small
 from protopush import InputError
 from protopush.cli import main
-from protopush.data.audit import audit
+from protopush.data.audit import Audit, Pair, audit
 from protopush.data.dataset import ImageDataset
 from protopush.data.sources import load_catalog
 from protopush.explain.neighbours import find_neighbours
 from protopush.push.certificate import verify_anchors
 from protopush.report.build import build_report, percent
 from protopush.report.cases import telling
-from protopush.report.gather import gather
+from protopush.report.gather import drawn_groups, gather
 from protopush.report.history import chart_of, pushes_of, read_rows
 from protopush.report.measure import measure
 from protopush.report.numbers import confusion_of, number_groups, reliability
 from protopush.report.pictures import embed, framed, heat, part
+from protopush.report.record import audit_of
 from protopush.training.run import open_run
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -437,6 +438,24 @@ def test_an_even_map_has_no_colours_to_divide_by():
     assert span == (0.3, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("groups", "drawn"), [([], 0), ([None] * 3, 0), (["a", "b", "c"], 0), (["a", "a", "b"], 2), (["a", "a", None], 2)]
+)
+def test_how_many_groups_the_intervals_draw_from(groups, drawn):
+    assert drawn_groups(groups) == drawn
+
+
+def test_what_looks_alike_by_nature_is_no_leak_yet():
+    pair = Pair("a.jpg", "b.jpg", ("train", "test"), ("cat", "cat"), same_group=False, identical=False, similarity=0.95)
+    found = Audit({"train": {"cat": 50}}, duplicates=(pair,) * 30)
+    assert found.leaks
+    assert audit_of(found).badge.state == "warn"
+    assert audit_of(replace(found, duplicates=(pair,))).badge.state == "bad"
+    assert audit_of(replace(found, shared_groups={"lesion": {"train": 1, "test": 1}})).badge.state == "bad"
+    assert audit_of(replace(found, duplicates=(*[pair] * 30, replace(pair, identical=True)))).badge.state == "bad"
+    assert audit_of(replace(found, duplicates=())).badge.state == "good"
+
+
 # Pushes
 
 
@@ -447,7 +466,7 @@ def test_pushes_as_the_file_tells_them(tmp_path):
          "val_before": {"accuracy": 0.5, "auroc": None}, "val_after": {"accuracy": 0.25},
          "guard": {"guard": "budget", "action": "momentum raised", "cost": 0.02, "budget": 0.01},
          "duplicates_avoided": 2, "notes": ["hm"], "growth": {"added": [1, 2]}},
-        {"final": "live", "val_before": None, "val_after": None},
+        {"final": "live", "val_before": None, "val_after": None, "weights": "epoch 4"},
         {"push": 0, "use_local": False, "momentum": 0.0, "min_dist": float("nan"), "mean_dist": None},
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -458,6 +477,7 @@ def test_pushes_as_the_file_tells_them(tmp_path):
     assert len(first.notes) == 4
     assert live.when == "after training"
     assert live.min_dist is None
+    assert live.notes == ["from the weights of epoch 4, the best on validation images"]
     assert (last.when, last.how, last.min_dist) == ("by command", "whole images, momentum 0", None)
     assert chart_of([first, live, last]) is None  # one point is no line
     assert read_rows(tmp_path / "none.jsonl") == []

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from protopush.data.transforms import Box, View
 from protopush.explain.drawing import scaled
@@ -108,13 +109,10 @@ def with_outline(picture: Image.Image, boxes: Sequence[Box], size: tuple[int, in
 
 def _ring(inside: Image.Image, grown: int, shrunk: int) -> Image.Image:
     """What the mask grown by so many pixels has beyond the mask shrunk by so many; the picture's edge is a border."""
-    reach = max(grown, shrunk)
-    padded = Image.new("L", (inside.width + 2 * reach, inside.height + 2 * reach))
-    padded.paste(inside, (reach, reach))
-    wide = np.asarray(padded.filter(ImageFilter.MaxFilter(2 * grown + 1)))
-    slim = np.asarray(padded.filter(ImageFilter.MinFilter(2 * shrunk + 1)))
-    ring = wide & ~slim
-    return Image.fromarray(ring[reach:-reach, reach:-reach])
+    mask = np.asarray(inside)
+    wide = maximum_filter(mask, 2 * grown + 1, mode="constant")
+    slim = minimum_filter(mask, 2 * shrunk + 1, mode="constant")
+    return Image.fromarray(wide & ~slim)
 
 
 def _lines(shape: tuple[int, ...]) -> NDArray[np.bool_]:

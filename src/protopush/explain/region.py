@@ -59,7 +59,7 @@ def checked_regions(
     transform: EvalTransform,
     matches: Sequence[Match],
     device: str | torch.device = "cpu",
-    blocks: int = 14,
+    blocks: int = 7,
     drop: float = 0.5,
     batch_size: int = 32,
 ) -> list[Region]:
@@ -77,7 +77,8 @@ def checked_regions(
         matches: of the explanation of this picture.
         device: where the model is.
         blocks: of a side; the picture is hidden in blocks x blocks squares, blocks squared forward passes for all
-            matches together and some more for each.
+            matches together and some more for each. As many as the grid has cells can be read beside the box of a
+            cell; more of them find a smaller region, which is often in many pieces, and take longer.
         drop: the share in (0, 1] of the loss by blurring everything that the region must take away.
         batch_size: pictures a forward pass.
 

@@ -125,7 +125,7 @@ def region_words(region: Region) -> str:
 
     Example:
         >>> region_words(Region(0, 1, [(0, 0, 8, 8)], 0.06, 1.0, 0.81, 0.42, 0.1, True))
-        'hiding the outlined 6% takes the similarity from 0.81 to 0.42'
+        'hiding the outlined 6% (100% of it in the box) takes the similarity from 0.81 to 0.42'
     """
     if not region.reached:
         return f"no region explains it: the blurred picture is as similar ({decimal(region.blurred)})"
@@ -134,7 +134,8 @@ def region_words(region: Region) -> str:
     if before == after:
         blurred = decimal(region.blurred)
         return f"hiding the outlined {share} hardly matters: the blurred picture is as similar ({blurred})"
-    return f"hiding the outlined {share} takes the similarity from {before} to {after}"
+    inside = "" if region.in_box is None else f" ({100 * region.in_box:.0f}% of it in the box)"
+    return f"hiding the outlined {share}{inside} takes the similarity from {before} to {after}"
 
 
 def file_name(anchor: Anchor | None) -> str:

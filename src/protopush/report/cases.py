@@ -15,8 +15,8 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
 from protopush.explain import ClassEvidence, Explanation, explain_image
 from protopush.explain.drawing import COLOURS, Rect
-from protopush.report.content import Case, Look, Picture, Score
 from protopush.report.pictures import embed, framed, heat, part
+from protopush.report.pieces import Case, Look, Picture, Score
 from protopush.training.run import Run
 
 EACH = 3  # cases of a kind

@@ -17,11 +17,12 @@ from protopush.explain.neighbours import Neighbours
 from protopush.prototypes import Anchor
 from protopush.push.certificate import AnchorCheck
 from protopush.report.cases import make_cases
-from protopush.report.content import Content, Fact, Number
+from protopush.report.content import Content
 from protopush.report.glossary import HEADLINE, PER_CLASS
 from protopush.report.history import chart_of, pushes_of, read_rows
 from protopush.report.measure import Measured
 from protopush.report.numbers import class_rows, confusion_of, named_numbers, number_groups, reliability
+from protopush.report.pieces import Fact, Number
 from protopush.report.prototypes import Gallery, faults_of
 from protopush.report.record import audit_of, certificate_of, comparison_of, hints_of, reproduce_of
 from protopush.training.run import Run
@@ -52,7 +53,7 @@ def gather(
         facts=_facts(run),
         split=measured.split,
         images=len(measured.labels),
-        drawn=_groups(measured.dataset.groups),
+        drawn=drawn_groups(measured.dataset.groups),
         headline=_headline(classification),
         groups=number_groups(measured.numbers),
         columns=list(PER_CLASS.values()),
@@ -73,8 +74,8 @@ def gather(
     )
 
 
-def _groups(groups: Sequence[str | None]) -> int:
-    """How many groups images share; 0 where none is of two images."""
+def drawn_groups(groups: Sequence[str | None]) -> int:
+    """How many groups, or images alone, a bootstrap draws from; 0 where each image is a group of its own."""
     named = [group for group in groups if group]
     return len(set(named)) + len(groups) - len(named) if len(set(named)) < len(named) else 0
 

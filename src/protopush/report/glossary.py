@@ -156,11 +156,13 @@ TERMS: dict[str, dict[str, Term]] = {
             "lower",
         ),
         "location_change": Term(
-            "peak leaves its part", "How often small changes elsewhere in the image move the strongest part.", "lower"
+            "peak leaves its part",
+            "How often small changes elsewhere in the image, chosen to do just that, move the strongest part.",
+            "lower",
         ),
         "activation_change": Term(
             "similarity lost by changes elsewhere",
-            "The share of the strongest similarity that small changes elsewhere in the image take away.",
+            "The share of the strongest similarity that small changes elsewhere, chosen to do just that, take away.",
             "lower",
         ),
     },

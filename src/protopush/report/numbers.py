@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from protopush.report.content import Bin, ClassRow, Confusion, Interval, Number, NumberGroup
 from protopush.report.glossary import GROUPS, PER_CLASS, TERMS, Term
+from protopush.report.pieces import Bin, ClassRow, Confusion, Interval, Number, NumberGroup
 
 APART = {"n", "confusion", "per_class", "intervals"}  # shown elsewhere, at whatever depth
 LARGEST_TABLE = 30  # classes; a larger confusion matrix nobody reads

@@ -16,7 +16,7 @@ from protopush.data.images import read_image
 from protopush.data.transforms import Box
 from protopush.errors import InputError
 from protopush.explain.drawing import Rect, scaled
-from protopush.report.content import Frame, Picture
+from protopush.report.pieces import Frame, Picture
 
 QUALITY = 80
 SHARP = 1.5  # pixels of the file to one of the page, for finer screens

@@ -14,8 +14,8 @@ from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.prototypes import Anchor
 from protopush.push.certificate import PROBLEMS
 from protopush.report.cases import Training
-from protopush.report.content import Fact, Near, Picture, PrototypeCard, PrototypeClass
 from protopush.report.pictures import SHARP, Shelf, embed, framed, part
+from protopush.report.pieces import Fact, Near, Picture, PrototypeCard, PrototypeClass
 from protopush.training.run import Run
 
 PART, SOURCE, NEAR = 132, 176, 72

@@ -16,19 +16,18 @@ from protopush.data.audit import SMALL, Audit, Pair
 from protopush.data.files import read_json
 from protopush.push.certificate import AnchorCheck
 from protopush.report.content import (
-    Badge,
     Certificate,
     Command,
     ComparedRow,
     Comparison,
     DataAudit,
-    Fact,
     Fault,
     Finding,
     Reproduce,
     Ruling,
 )
 from protopush.report.glossary import GROUPS
+from protopush.report.pieces import Badge, Fact
 from protopush.report.prototypes import ident
 from protopush.review.decisions import Decision, load_decisions
 from protopush.training.run import Run
