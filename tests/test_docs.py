@@ -39,7 +39,8 @@ from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
-TRAINED = {"dermoscopy", "training"}  # where train commands are run; elsewhere they are read, and runs/mine is there
+# Where commands that take their time are run; elsewhere they are read, and what they make is there already.
+SLOW = {"train": {"dermoscopy", "training"}, "report": {"dermoscopy"}, "compare": {"dermoscopy"}, "demo": {"nowhere"}}
 
 every_page = pytest.mark.parametrize("name", PAGES)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,17 +124,15 @@ def test_commands_run(name, workshop, capsys):
     for command in commands(text_of(name)):
         words = command[command.index("protopush") + 1 :]
         parser_of(words, read=True)
-        if words[0] == "demo" or "torchrun" in command or "--trainer.devices" in words:
-            continue  # of their own: test_readme.py, test_training_ddp.py
+        if name not in SLOW.get(words[0], {name}) or "torchrun" in command or "--trainer.devices" in words:
+            continue  # test_readme.py runs the demo, test_training_ddp.py several processes
         if words[0] == "train":
-            if name not in TRAINED:
-                continue
             words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
-        words = ["ISIC_0024306.jpg" if word.endswith("ISIC_0024306.jpg") else word for word in words]
-        if words[0] == "push":
+        elif words[0] == "push":
             words += ["--overwrite", "true"]
-        quick = [["--faithfulness", "2"], ["--resamples", "20"]] if words[0] in ("report", "compare") else []
-        words += [word for option in quick if option[0] not in words for word in option]
+        elif words[0] in ("report", "compare"):
+            words += ["--faithfulness", "2", "--resamples", "20"]
+        words = ["ISIC_0024306.jpg" if word.endswith("ISIC_0024306.jpg") else word for word in words]
         assert main(words) == 0, command
     capsys.readouterr()
 
