@@ -65,7 +65,9 @@ def _is_told(action: Any) -> bool:
 
 
 def _row(action: Any) -> str:
-    names = [name for name in action.option_strings if not name.endswith("+") and "_" not in name.lstrip("-").split(".")[0]]
+    names = [
+        name for name in action.option_strings if not name.endswith("+") and "_" not in name.lstrip("-").split(".")[0]
+    ]
     name = (names or action.option_strings or [action.dest])[0]
     default = "required" if _is_required(action) else _value(action.default)
     about = " ".join(str(action.help).split())
