@@ -65,10 +65,7 @@ def _is_told(action: Any) -> bool:
 
 
 def _row(action: Any) -> str:
-    names = [
-        name for name in action.option_strings if not name.endswith("+") and "_" not in name.lstrip("-").split(".")[0]
-    ]
-    name = (names or action.option_strings or [action.dest])[0]
+    name = (action.option_strings or [action.dest])[0]
     default = "required" if _is_required(action) else _value(action.default)
     about = " ".join(str(action.help).split())
     return f"| `{name}` | {default} | {MEANS_SOMETHING.sub(lambda found: f'&#{ord(found[0])};', about)} |"
