@@ -41,5 +41,7 @@ if __name__ == "__main__":
     for anchor in sorted(anchors, key=lambda anchor: -contributions[anchor["prototype"]])[:3]:
         k = anchor["prototype"]
         row, column = divmod(int(cells[0, c, k]), about["grid"][1])
-        print(f"  {contributions[k]:+.2f}: row {row}, column {column} looks ({similarities[0, c, k]:.2f}) like", end=" ")
+        print(
+            f"  {contributions[k]:+.2f}: row {row}, column {column} looks ({similarities[0, c, k]:.2f}) like", end=" "
+        )
         print(f"prototype {k}, {anchor['file']} at {anchor['box']}")

@@ -12,7 +12,7 @@ import torch
 
 from protopush import __version__
 from protopush.data.files import atomic
-from protopush.errors import InputError
+from protopush.errors import InputError, listing
 from protopush.export.graph import INPUT, OUTPUTS, trace
 from protopush.export.metadata import metadata_of
 from protopush.model import ProtoModel
@@ -62,8 +62,8 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         tolerance: of the difference in logits and similarities. A best cell may be another one where it is as near.
 
     Raises:
-        InputError: the extra ``export`` is missing, the file can't be written, the model is too large for one file or
-            can't be traced.
+        InputError: the extra ``export`` is missing, the file can't be written, the model is too large for one file,
+            has NaN among its weights, or can't be traced.
         ParityError: the outputs differ by more than ``tolerance``; nothing is written.
 
     Example:
@@ -76,7 +76,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected the ONNX file to write")
-    _check_size(run.model)
+    _check_weights(run.model)
     with atomic(out) as draft:
         draft.touch()  # so that a folder which can't be written is told before the work
         model = trace(run.model.backbone, run.head)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         onnx.helper.set_model_props(model, metadata_of(run))
         onnx.save_model(model, str(draft))
         onnx.checker.check_model(str(draft), full_check=True)
-        difference = largest_difference(run.model, draft)
+        difference = largest_difference(run, draft)
         if not difference <= tolerance:  # NaN neither
             raise ParityError(
                 f"the exported graph differs from the model by {difference:.2g}, more than {tolerance:g}; nothing was "
@@ -105,17 +105,20 @@ def require_extra() -> None:
         raise InputError(f'exporting needs {", ".join(missing)}; run: pip install "protopush[export]"')
 
 
-def _check_size(model: ProtoModel) -> None:
+def _check_weights(model: ProtoModel) -> None:
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size > LARGEST:
         raise InputError(
             f"the model's weights take {size / 1e9:.1f} GB, and one ONNX file holds {LARGEST / 1e9:.0f} GB at most; "
             "choose a smaller backbone, or keep to protopush.load"
         )
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"the model holds NaN or infinity in {listing(broken, 3)}; expected numbers; train it again")
 
 
-def largest_difference(model: ProtoModel, file: Path, batches: Sequence[int] = BATCHES) -> float:
-    """How far an ONNX file is from a model on the CPU, over random batches; NaN where either gives NaN.
+def largest_difference(run: Run, file: Path, batches: Sequence[int] = BATCHES) -> float:
+    """How far an ONNX file is from a run's model on the CPU, over random batches; NaN where either gives NaN.
 
     A cell counts by how much less similar it is than the best one: among equals either may be named.
     """
@@ -125,15 +128,17 @@ def largest_difference(model: ProtoModel, file: Path, batches: Sequence[int] = B
     generator = torch.Generator().manual_seed(0)
     worst = torch.zeros(())
     for batch in batches:
-        images = torch.randn(batch, 3, *model.backbone.preprocessing.size, generator=generator)
+        images = torch.randn(batch, 3, *run.transform.preprocessing.size, generator=generator)
         try:
             found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
         except Exception as cause:  # onnxruntime has a type for each error, none of them public
-            raise ParityError(f"the exported graph fails on a batch of {batch} ({cause}); nothing was written") from cause
+            raise ParityError(
+                f"the exported graph fails on a batch of {batch} ({cause}); nothing was written"
+            ) from cause
         logits, similarities, cells = (torch.from_numpy(values) for values in found)
-        with untouched(model):
-            wanted = model(images)
+        with untouched(run.model):
+            wanted = run.model(images)
         near = wanted.maps.gather(-1, cells.unsqueeze(-1)).squeeze(-1)
-        pairs = ((logits, wanted.logits), (similarities, wanted.similarities), (near, wanted.similarities))
-        worst = torch.stack([worst, *((one - other).abs().max() for one, other in pairs)]).max()
+        for one, other in ((logits, wanted.logits), (similarities, wanted.similarities), (near, wanted.similarities)):
+            worst = torch.maximum(worst, (one - other).abs().max())
     return float(worst)

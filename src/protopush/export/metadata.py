@@ -42,7 +42,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "weights": head.weights().tolist(),
         "bias": head.bias.tolist(),
         "anchors": [
-            anchor_of(run.class_names, *divmod(row, manager.max_prototypes), manager.anchors[row])
+            anchor_of(run.class_names, divmod(row, manager.max_prototypes), manager.anchors[row])
             for row in manager.valid_mask.nonzero().flatten().tolist()
         ],
     }
@@ -65,16 +65,16 @@ def preprocessing_of(run: Run) -> dict[str, Any]:
     }
 
 
-def anchor_of(class_names: list[str], class_index: int, prototype: int, anchor: Anchor | None) -> dict[str, Any]:
-    """A prototype and the patch that it stands for; None in place of what isn't known.
+def anchor_of(class_names: list[str], slot: tuple[int, int], anchor: Anchor | None) -> dict[str, Any]:
+    """The prototype of a slot (class, number) and the patch that it stands for; None in place of what isn't known.
 
     ``file`` is relative to the folder of the training images; ``box`` is (x0, y0, x1, y1) in pixels of that upright
     picture; ``similarity`` is the cosine of prototype and patch. Who is on the picture (group, patient) is left out.
     """
     return {
-        "class_index": class_index,
-        "class": class_names[class_index],
-        "prototype": prototype,
+        "class_index": slot[0],
+        "class": class_names[slot[0]],
+        "prototype": slot[1],
         "file": anchor and anchor.file,
         "sha256": anchor and anchor.sha256,
         "cell": anchor and anchor.cell,
