@@ -180,6 +180,21 @@ def test_real_images(ham, tmp_path):
         )
 
 
+@pytest.mark.slow
+def test_the_benchmark(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import onnx_speed
+
+    words = ["--images", "3", "--repetitions", "1", "--out", str(tmp_path / "speed.json")]
+    assert onnx_speed.main([str(home / "run"), *words]) == 0
+    found = json.loads((tmp_path / "speed.json").read_text())
+    parity, *speeds = found["comparisons"]
+    assert all(len(values) == 3 for values in parity["timings"].values())
+    assert [result["reached"] for result in parity["results"]] == [True, True]
+    assert all(value > 0 for speed in speeds for values in speed["timings"].values() for value in values)
+    assert str(home) not in (tmp_path / "speed.json").read_text()
+
+
 # -- refusals
 
 
@@ -218,6 +233,8 @@ def test_wrong_words(home, tmp_path, capsys):
     assert "did you mean 'onnx'?" in refused(capsys, home / "run", "--format", "onxx")
     assert "no such run folder: gone" in refused(capsys, "gone")
     assert "is a folder; expected the ONNX file" in refused(capsys, home / "run", "--out", tmp_path)
+    assert "--tolerance -1.0; expected a number above 0" in refused(capsys, home / "run", "--tolerance", "-1")
+    assert "did you mean 'format'?" in refused(capsys, home / "run", "--fromat", "onnx")
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, home / "run", "--out", tmp_path / "file" / "model.onnx")
 

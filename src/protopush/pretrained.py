@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from protopush.errors import InputError, first_line
 
 # All that is ever downloaded of a repository: tensors, text and pictures, nothing that could be unpickled.
 FILES = ["config.json", "model.safetensors", "prototypes.json", "prototypes/*.jpg", "metrics.jsonl"]
+OUTDATED = ["prototypes/*", "prototypes.png", "metrics.jsonl"]  # of an earlier model, unless uploaded anew
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Origin:
     config: Mapping[str, Any]
 
 
-class PretrainedMixin(ModelHubMixin):  # type: ignore[misc]
+class PretrainedMixin(ModelHubMixin):
     """The three methods of ``ModelHubMixin``, on protopush's own run folders.
 
     Saving and loading need a room above the model, which is therefore opened when they are called.
@@ -121,6 +121,8 @@ class PretrainedMixin(ModelHubMixin):  # type: ignore[misc]
         """
         _hub().check(self)  # before a repository is made
         with _in_one_line(f"cannot upload to {repo_id} on the Hugging Face hub", "a repository that is yours"):
+            # What the repository shows of prototypes that the model no longer has, goes.
+            options = {"delete_patterns": OUTDATED, **options}
             return str(super().push_to_hub(repo_id, private=private, **options))
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
@@ -138,7 +140,7 @@ def _in_one_line(what: str, expected: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, HfHubHTTPError) as cause:  # HTTP, no network, no such repository, a name like no other
+    except Exception as cause:  # no network, no such repository, no such name: each has a type of its own
         raise InputError(
             f"{what} ({type(cause).__name__}: {first_line(cause)}); expected {expected}, and a network connection; "
             "correct the name (private or gated: run `hf auth login`)"

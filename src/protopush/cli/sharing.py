@@ -14,6 +14,9 @@ def export(words: list[str]) -> int:
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--format", type=str, default="onnx", help="onnx")
     parser.add_argument("--out", type=str | None, default=None, help="the file; by default RUN/model.onnx")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference to PyTorch; above it nothing is written"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON to stdout")
     options = parse(parser, words)
     log()

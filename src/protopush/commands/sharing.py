@@ -20,6 +20,8 @@ def export_run(options: Namespace) -> Exported:
         near = get_close_matches(options.format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(FORMATS)}"
         raise InputError(f"unknown format {options.format!r}; {hint}")
+    if not options.tolerance > 0:
+        raise InputError(f"--tolerance {options.tolerance}; expected a number above 0")
     require_extra()
     run = open_run(options.run)
-    return export_onnx(run, Path(options.out) if options.out else run.folder / "model.onnx")
+    return export_onnx(run, Path(options.out) if options.out else run.folder / "model.onnx", options.tolerance)

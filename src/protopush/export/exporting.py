@@ -88,7 +88,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         if not difference <= tolerance:  # NaN neither
             raise ParityError(
                 f"the exported graph differs from the model by {difference:.2g}, more than {tolerance:g}; nothing was "
-                "written; update torch, onnxscript and onnxruntime, or keep to protopush.load"
+                "written; update torch, onnxscript and onnxruntime, or allow more with --tolerance"
             )
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return Exported(out, out.stat().st_size / 1e6, opset, difference)

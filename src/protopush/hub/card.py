@@ -61,12 +61,12 @@ def _what_it_is(model: ProtoModel) -> str:
     height, width = backbone.preprocessing.size
     rows, columns = backbone.grid
     where = f"each of {rows} x {columns} parts of it" if head.match == "local" else "the picture as a whole"
+    count = int(manager.valid_mask.sum())
     return (
-        f"An image classifier made with protopush {__version__}. A picture ({width} x {height} pixels) is compared with "
-        f"{int(manager.valid_mask.sum())} prototypes, {where}; each prototype speaks for one class, and the logit of a "
-        "class is exactly the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for "
-        "a real patch of a real training image, told below.\n\n"
-        "**A research model, not a medical device.**"
+        f"An image classifier made with protopush {__version__}. It compares a picture ({width} x {height} pixels), "
+        f"{where}, with {count} prototypes; each prototype speaks for one class, and the logit of a class is exactly "
+        "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
+        "of a real training image, told below.\n\n**A research model, not a medical device.**"
     )
 
 
@@ -136,7 +136,8 @@ for match in found.classes[0].matches[:3]:
 LIMITS = """## Limits
 
 - A research model, not a medical device: it must not be used to diagnose or treat anybody.
-- It was measured on images like those that it was trained on, if at all; other cameras, clinics or populations are another matter.
-- A prototype shows what the model compares with, not that the comparison is right, nor what causes a class.
+- It was measured on images like those that it was trained on, if at all; other cameras, clinics or
+  populations are another matter.
+- A prototype shows what the model compares with, not that the comparison is right.
 - Probabilities are not calibrated for the share of classes where you use it.
 - The licence of the training images may restrict what may be done with the model and the pictures."""
