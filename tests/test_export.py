@@ -135,11 +135,10 @@ def test_the_file_says_what_the_run_says(home):
 
 BACKBONES = {
     "convnext, global": ("test_convnext", {}, {"match": "global"}),
-    "efficientnet, frozen": ("test_efficientnet", {}, {"max_prototypes": 4}),
     "swin": (
         "swin_tiny_patch4_window7_224",
         {"embed_dim": 12, "depths": (1, 2), "num_heads": (1, 2), "size": (112, 112)},
-        {},
+        {"max_prototypes": 4},
     ),
     "fusion": ("fusion:test_resnet+test_efficientnet", {"size": (64, 64)}, {}),
 }

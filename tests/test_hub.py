@@ -99,6 +99,8 @@ def test_nothing_tells_of_this_computer_and_verify_asks_for_the_images(home, sha
             assert str(home).encode() not in file.read_bytes(), file
     assert main(["verify", str(shared)]) == 2
     assert "expected the training images; say where they are with --root" in capsys.readouterr().err
+    assert main(["evaluate", str(shared)]) == 2
+    assert "(not shared)" in capsys.readouterr().err
     assert main(["verify", str(shared), "--root", str(home / "images")]) == 0
     assert main(["evaluate", str(shared), "--data.path", str(home / "images")]) == 0
 
@@ -343,6 +345,21 @@ def test_no_network_while_uploading_is_one_line(model, hub, monkeypatch):
     assert "Name or service not known" in str(error.value)
     with pytest.raises(InputError, match="cannot upload to a b c"):
         model.push_to_hub("a b c")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "fusion:test_resnet+test_resnet"])
+def test_a_folder_of_anybody_reads_no_other_file(tmp_path, name):
+    backbone = create_backbone(name, pretrained=False, size=(64, 64))
+    made = ProtoModel(backbone, HeadOptimal(backbone.channels, 2, embed_dim=8)).eval()
+    made.save_pretrained(tmp_path / "made")
+    torch.save({"conv1.weight": nn.Module}, tmp_path / "evil.pth")  # what unpickling would be needed for
+    file = tmp_path / "made" / "config.json"
+    config = json.loads(file.read_text())
+    recipe = config["backbone"]["recipe"]
+    for part in (recipe.get("parts") or [recipe])[:1]:
+        part["checkpoint_path"] = str(tmp_path / "evil.pth")
+    file.write_text(json.dumps(config))
+    assert_equal(made, ProtoModel.from_pretrained(tmp_path / "made"))
 
 
 def test_damaged_downloads_are_refused(shared):

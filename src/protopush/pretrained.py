@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
@@ -17,6 +17,8 @@ from protopush.errors import InputError, first_line
 # All that is ever downloaded of a repository: tensors, text and pictures, nothing that could be unpickled.
 FILES = ["config.json", "model.safetensors", "prototypes.json", "prototypes/*.jpg", "metrics.jsonl"]
 OUTDATED = ["prototypes/*", "prototypes.png", "metrics.jsonl"]  # of an earlier model, unless uploaded anew
+
+M = TypeVar("M", bound="PretrainedMixin")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class PretrainedMixin(ModelHubMixin):
         return self.push_to_hub(repository, **push_to_hub_kwargs) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(
-        cls,
+    def from_pretrained(  # type: ignore[override]
+        cls: type[M],
         pretrained_model_name_or_path: str | Path,
         *,
         force_download: bool = False,
@@ -78,8 +80,7 @@ class PretrainedMixin(ModelHubMixin):
         local_files_only: bool = False,
         revision: str | None = None,
         backbone: nn.Module | None = None,
-        **_: Any,
-    ) -> Any:
+    ) -> M:
         """The model of a folder or of a repository of the hub, in eval mode, with ``class_names``.
 
         Args:
@@ -105,7 +106,8 @@ class PretrainedMixin(ModelHubMixin):
                         allow_patterns=FILES,
                     )
                 )
-        return _hub().opened(folder, backbone)
+        model: M = _hub().opened(folder, backbone)
+        return model
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, **options: Any) -> str:
         """Upload what :meth:`save_pretrained` writes; returns the address of the commit.
@@ -131,6 +133,7 @@ class PretrainedMixin(ModelHubMixin):
 
 
 def _hub() -> Any:
+    """A room above the model's, opened only when it is called for: the model must not depend on it."""
     return import_module("protopush.hub")
 
 

@@ -60,11 +60,11 @@ def _what_it_is(model: ProtoModel) -> str:
     manager = head.proto_manager
     height, width = backbone.preprocessing.size
     rows, columns = backbone.grid
-    where = f"each of {rows} x {columns} parts of it" if head.match == "local" else "the picture as a whole"
+    parts = f"each of {rows} x {columns} parts of a picture" if head.match == "local" else "a picture as a whole"
     count = int(manager.valid_mask.sum())
     return (
-        f"An image classifier made with protopush {__version__}. It compares a picture ({width} x {height} pixels), "
-        f"{where}, with {count} prototypes; each prototype speaks for one class, and the logit of a class is exactly "
+        f"An image classifier made with protopush {__version__}. It compares {parts} ({width} x {height} pixels) with "
+        f"{count} prototypes; each prototype speaks for one class, and the logit of a class is exactly "
         "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
         "of a real training image, told below.\n\n**A research model, not a medical device.**"
     )

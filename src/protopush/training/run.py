@@ -187,7 +187,15 @@ def _rebuild(config: Mapping[str, Any], module: nn.Module | None) -> Backbone:
             f"the backbone {told['name']} of this run is a module of your own; expected that module; "
             "open the run with protopush.load(folder, backbone=module)"
         )
-    return create_backbone(pretrained=False, **recipe, **config["preprocessing"])
+    return create_backbone(pretrained=False, **_without_files(recipe), **config["preprocessing"])
+
+
+def _without_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that reads no other weights (timm's ``checkpoint_path``) than the run's: a folder may be anybody's."""
+    kept = {key: value for key, value in recipe.items() if key != "checkpoint_path"}
+    if "parts" in kept:
+        kept["parts"] = [_without_files(part) for part in kept["parts"]]
+    return kept
 
 
 def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
