@@ -30,12 +30,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
-CLASSES = ["bird", 'cat, "tame" <b>', "Hund"]
+CLASSES = ["Hund", "bird", 'cat, "tame" <b>']
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_of(folder: Path, backbone: nn.Module, crop_pct: float = 1.0, **head) -> Run:
-    """A run of a model that nobody trained; class "Hund" uses one of three slots, the others two and three."""
+    """A run of a model that nobody trained; the classes use two, three and one of three slots."""
     options = {"num_prototypes": [2, 3, 1], "embed_dim": 16, **head}
     model = ProtoModel(backbone, HeadOptimal(backbone.channels, 3, **options)).eval()
     with torch.no_grad():  # so that nothing has its neutral value
@@ -78,7 +78,7 @@ def assert_same(file: Path, model: ProtoModel, images: torch.Tensor, tolerance: 
 def home(tmp_path_factory) -> Path:
     """``run``: live anchors among small images, cropped; ``run/model.onnx``: its export by the command."""
     root = tmp_path_factory.mktemp("export")
-    make_images(root / "images", ["a", "b", "c"], 6, size=(90, 70))
+    make_images(root / "images", CLASSES, 6, size=(90, 70))
     torch.manual_seed(0)
     backbone = create_backbone("test_resnet", pretrained=False, size=(64, 96))
     run = run_of(root / "run", backbone, crop_pct=0.9, anchoring="live")
@@ -236,6 +236,15 @@ def test_wrong_words(home, tmp_path, capsys):
     assert "did you mean 'format'?" in refused(capsys, home / "run", "--fromat", "onnx")
     (tmp_path / "file").touch()
     assert "cannot write" in refused(capsys, home / "run", "--out", tmp_path / "file" / "model.onnx")
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from protopush.cli import main\n"
+        "try: main(['export', '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 class FixedBatch(nn.Module):
