@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,15 @@ def test_a_copy_of_a_copy_needs_no_images(home, shared, tmp_path):
     for name in WRITTEN - {"prototypes"}:
         assert (tmp_path / "third" / name).read_bytes() == (moved / name).read_bytes(), name
     assert len(list((tmp_path / "third" / "prototypes").iterdir())) == 6
+
+
+def test_groups_stay_here(model, tmp_path):
+    manager = model.head.proto_manager
+    manager.anchors = [replace(anchor, group=f"patient {row}") for row, anchor in enumerate(manager.anchors)]
+    model.save_pretrained(tmp_path / "shared")
+    assert not [file for file in (tmp_path / "shared").rglob("*") if file.is_file() and b"patient" in file.read_bytes()]
+    again = protopush.load(tmp_path / "shared").head.proto_manager.anchors
+    assert again == [replace(anchor, group=None) for anchor in manager.anchors]
 
 
 def test_after_another_push_pictures_and_numbers_are_not_those_of_before(home, model, shared):

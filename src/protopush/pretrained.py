@@ -52,9 +52,9 @@ class PretrainedMixin(ModelHubMixin):
     ) -> str | None:
         """Write the model as a folder that :func:`protopush.load` and :meth:`from_pretrained` open.
 
-        Unlike a run that training wrote, it doesn't tell where on this computer the images lie, and it has a model card
-        (``README.md``; one that you wrote yourself stays). Pictures of the prototypes' training images are in it where
-        they are known: look at them before you share the folder.
+        Unlike a run that training wrote, it tells neither where on this computer the images lie nor their groups
+        (patients), and it has a model card (``README.md``; one that you wrote yourself stays). The names of the
+        prototypes' training images are in it, and their pictures where they are known: look before you share.
 
         Args:
             save_directory: made where it isn't there; what it holds besides stays.

@@ -74,7 +74,9 @@ def _numbers(metrics: Path | None) -> Iterator[str]:
     measured = _last_validation(metrics) if metrics is not None else None
     if measured:
         rows = [
-            f"| {name} | {_number(measured[key])} |" for key, name in SHOWN.items() if measured.get(key) is not None
+            f"| {name} | {_number(measured[key])} |"
+            for key, name in SHOWN.items()
+            if isinstance(measured.get(key), (int, float))
         ]
         table = "\n".join(["| on the validation images | |", "| --- | --- |", *rows])
         yield f"## Numbers\n\n{table}\n\nThese images chose the best epoch: on others the model is likely to be worse."

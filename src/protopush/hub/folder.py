@@ -12,7 +12,7 @@ from torch import nn
 
 from protopush.backbones import Backbone
 from protopush.data.change import changing
-from protopush.data.files import read_json
+from protopush.data.files import read_json, write_json
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
 from protopush.head_optimal import HeadOptimal
@@ -40,6 +40,7 @@ def save(model: ProtoModel, folder: Path) -> None:
         save_pictures(run)
         _copy_pictures(model, run)
         save_run(replace(run, root=Path(NOT_SHARED)))
+        _forget_groups(stage / "prototypes.json")
         numbers = _copy_numbers(model, stage)
         readme = folder / "README.md"
         if not readme.is_file() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
@@ -112,6 +113,15 @@ def _known_pictures(model: ProtoModel) -> Iterator[tuple[str, Path]]:
         anchor = manager.anchors[slot[0] * manager.max_prototypes + slot[1]]
         if recorded and anchor and (anchor.file, anchor.sha256) == (recorded["file"], recorded["sha256"]):
             yield picture_name(*slot), model.origin.folder / "prototypes" / picture_name(*slot)
+
+
+def _forget_groups(certificate: Path) -> None:
+    """Groups are patients, as often as not."""
+    values = read_json(certificate)
+    for entry in values["prototypes"]:
+        if entry["anchor"] is not None:
+            entry["anchor"]["group"] = None
+    write_json(certificate, values)
 
 
 def _copy_numbers(model: ProtoModel, stage: Path) -> Path | None:
