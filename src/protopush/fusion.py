@@ -78,7 +78,7 @@ class FusedModel(nn.Module):
         parts = torch.stack(aligned, dim=2)  # (B, L, parts, width)
         gate = self.gate(parts.flatten(2)).unflatten(2, (len(aligned), -1)).softmax(dim=2)
         fused: Tensor = (gate * parts).sum(dim=2)
-        return fused.reshape(len(fused), *features[0].grid, -1)
+        return fused.reshape(fused.shape[0], *features[0].grid, -1)  # len() would fix the size of batches in an export
 
 
 def fused_model(

@@ -149,14 +149,25 @@ class HeadOptimal(nn.Module):
 
     def classify(self, embeddings: Tensor) -> HeadOutput:
         """Unit embeddings (B, L, D) to :class:`HeadOutput`."""
-        prototypes = self.prototypes()
-        every = embeddings @ prototypes.flatten(0, 1).T  # (B, L, num_classes * K)
-        best, cells = every.max(dim=1)
-        shape = (-1, *prototypes.shape[:2])
-        similarities = best.view(shape)
-        contributions = similarities * self.weights()
-        logits = contributions.sum(-1) + self.bias
-        return HeadOutput(logits, contributions, similarities, cells.view(shape), embeddings, prototypes)
+        return classify(embeddings, self.prototypes(), self.weights(), self.bias)
+
+
+def classify(embeddings: Tensor, prototypes: Tensor, weights: Tensor, bias: Tensor) -> HeadOutput:
+    """The formula of :class:`HeadOptimal` alone, for prototypes and weights that are known already.
+
+    Args:
+        embeddings: (B, L, D), unit norm.
+        prototypes: (num_classes, K, D), unit norm.
+        weights: (num_classes, K), what a similarity of 1 contributes; 0 in unused slots.
+        bias: (num_classes).
+    """
+    every = embeddings @ prototypes.flatten(0, 1).T  # (B, L, num_classes * K)
+    best, cells = every.max(dim=1)
+    shape = (-1, *prototypes.shape[:2])
+    similarities = best.view(shape)
+    contributions = similarities * weights
+    logits = contributions.sum(-1) + bias
+    return HeadOutput(logits, contributions, similarities, cells.view(shape), embeddings, prototypes)
 
 
 def _sync(head: HeadOptimal, *_: object) -> None:

@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from protopush.backbones import Features, create_backbone
 from protopush.head_optimal import HeadOptimal, HeadOutput
+from protopush.pretrained import PretrainedMixin
 from protopush.push import PushMixin
 
 
-class ProtoModel(PushMixin, nn.Module):
+class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
     """Images to logits that are sums of contributions of prototypes.
 
     Args:
         backbone: a module that returns :class:`protopush.backbones.Features`, as :func:`create_backbone` makes it.
         head: a :class:`HeadOptimal`, or a module with ``proj``, ``proto_manager`` and the same output.
 
-    ``push_prototypes`` and ``push_prototypes_local`` come from :class:`protopush.PushMixin`.
+    ``push_prototypes`` and ``push_prototypes_local`` come from :class:`protopush.PushMixin`; ``save_pretrained``,
+    ``from_pretrained`` and ``push_to_hub`` from :class:`protopush.pretrained.PretrainedMixin`.
 
     Example:
         >>> import torch

@@ -13,6 +13,7 @@ from protopush import __version__
 from protopush.cli.checking import data, forbid, verify
 from protopush.cli.looking import compare, evaluate, explain, report
 from protopush.cli.options import ABOUT
+from protopush.cli.sharing import export
 from protopush.cli.training import demo, push, train
 from protopush.errors import FailedElsewhere, InputError
 
@@ -67,4 +68,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "forbid": forbid,
     "data": data,
+    "export": export,
 }

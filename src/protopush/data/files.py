@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"cannot write {path} ({error.strerror or error}); make room or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # then the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -24,6 +24,7 @@ from protopush.errors import InputError, first_line
 from protopush.explain import draw_gallery
 from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
+from protopush.pretrained import Origin
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
 
 FORMAT = 1
@@ -83,7 +84,7 @@ def save_run(run: Run) -> None:
     weights = folder / "model.safetensors"
     write_atomic(weights, lambda temporary: save_file(state, temporary))
     digest = sha256_of(weights)
-    _save_pictures(run)
+    save_pictures(run)
     _save_gallery(run)
     write_json(folder / "prototypes.json", certificate(head.proto_manager, run.class_names, digest))
     manager = head.proto_manager
@@ -111,7 +112,8 @@ def save_run(run: Run) -> None:
     )
 
 
-def _save_pictures(run: Run) -> None:
+def save_pictures(run: Run) -> None:
+    """Write ``prototypes/*.jpg``, as far as the anchors' files are below the run's root."""
     manager = run.head.proto_manager
     for row, anchor in enumerate(manager.anchors):
         file = file_within(run.root, anchor.file) if anchor is not None and anchor.file is not None else None
@@ -169,6 +171,7 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     _load_weights(model, folder / "model.safetensors", digest if check_weights else None)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
     model.class_names = classes
+    model.origin = Origin(folder.absolute(), config)
     return Run(model.eval(), classes, transform, root, data, folder)
 
 
@@ -184,7 +187,15 @@ def _rebuild(config: Mapping[str, Any], module: nn.Module | None) -> Backbone:
             f"the backbone {told['name']} of this run is a module of your own; expected that module; "
             "open the run with protopush.load(folder, backbone=module)"
         )
-    return create_backbone(pretrained=False, **recipe, **config["preprocessing"])
+    return create_backbone(pretrained=False, **_without_files(recipe), **config["preprocessing"])
+
+
+def _without_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that reads no other weights (timm's ``checkpoint_path``) than the run's: a folder may be anybody's."""
+    kept = {key: value for key, value in recipe.items() if key != "checkpoint_path"}
+    if "parts" in kept:
+        kept["parts"] = [_without_files(part) for part in kept["parts"]]
+    return kept
 
 
 def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
