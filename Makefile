@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types layers unit slow clean
+.PHONY: setup demo test lint types layers unit slow docs clean
 
 setup: $(READY)
 
@@ -35,5 +35,9 @@ unit: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -q -m "slow"
 
+# The guide as a site, in site/index.html; a warning is an error. (The variable silences a notice about another program.)
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import SMALL, make_images
+from conftest import make_images
 from protopush.cli import main
 from protopush.cli.training import config_of, train_parser
 from test_report_browser import Visit, keep
+from told import ROOT, blocks, commands
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
-
-
-def commands(text: str) -> list[list[str]]:
-    lines = [line.split("  #")[0] for block in blocks("bash", text) for line in block.splitlines()]
-    return [shlex.split(line) for line in lines if "protopush " in line]
 
 
 def test_python_blocks_run(capsys):
     names: dict[str, object] = {}
-    for block in blocks("python"):
+    for block in blocks("python", README):
         exec(compile(block, "README.md", "exec"), names)
     out = capsys.readouterr().out
     assert "nearest patch" in out
@@ -64,25 +54,6 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert Path("explained/000.png").is_file()
     assert Path("explained/000-why-not.png").is_file()
     assert Path("runs/mine/report.html").is_file()
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
-def test_commands_of_the_docs_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
-    make_images(tmp_path / "images", ["bird", "cat"], 10)
-    rows = [f"images/{c}/{i:03d}.png,{c},train" for c in ("bird", "cat") for i in range(3)]
-    (tmp_path / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
-    for command in commands(page.read_text(encoding="utf-8")):
-        words = command[command.index("protopush") + 1 :]
-        if words[0] == "train":
-            words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
-        if "torchrun" in command or "--trainer.devices" in words:  # processes of their own: see test_training_ddp.py
-            parser = train_parser("train")
-            parser.add_argument("--out", type=str)
-            parser.parse_args(words[1:])
-        else:
-            assert main(words) == 0, command
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
