@@ -44,6 +44,8 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
         "forbid",
         "data",
         "report",
+        "predict",
+        "export",
     }
     for command in commands(README):
         if command[1] == "train" and command[-1] == "runs/mine" and Path("runs/mine").exists():
