@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from protopush.errors import InputError
 from protopush.predicting.outputs import DIGITS, Outputs
 from protopush.prototypes import Anchor
 from protopush.training.run import Run
@@ -33,15 +32,10 @@ class Columns:
 
     @classmethod
     def of(cls, run: Run, top: int, labelled: bool) -> Columns:
-        """Those for a run.
-
-        Raises:
-            InputError: more prototypes than a class has.
-        """
+        """Those for a run; where its classes have fewer prototypes than ``top``, all of them are told."""
         manager = run.head.proto_manager
-        if not 0 <= top <= manager.max_prototypes:
-            raise InputError(f"--top {top}; expected 0 to {manager.max_prototypes}, the prototypes that a class has")
-        return cls(tuple(run.class_names), tuple(manager.anchors), manager.max_prototypes, top, labelled)
+        slots = manager.max_prototypes
+        return cls(tuple(run.class_names), tuple(manager.anchors), slots, min(top, slots), labelled)
 
     @property
     def header(self) -> list[str]:

@@ -95,6 +95,8 @@ class Growing:
     def _begun(self, side: Path) -> Begun:
         try:
             values = read_json(side)
+            if values["format"] != FORMAT:
+                raise ValueError(values["format"])
             before, begun = values["belongs"], Begun(dict(values["kept"]), "merged" in values)
         except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"damaged file: {side}; add --overwrite to begin {self.out} anew") from error

@@ -72,12 +72,12 @@ def predict(
     Raises:
         InputError: bad input, in one line, before any work; or a full disk.
     """
-    _check(threshold, share, num_workers)
+    _check(top, threshold, share, num_workers)
     out = Path(out)
     inputs = from_first(lambda: _inputs(paths, out))
     columns = Columns.of(run, top, inputs.labels is not None)
     size = inference_batch_size(torch.device(device))
-    belongs = from_first(lambda: _belongs(run, inputs, top, threshold, share, data, size, device))
+    belongs = from_first(lambda: _belongs(run, inputs, columns, threshold, share, data, size, device))
     growing = Growing(out, columns.header, inputs.names, size, belongs)
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(alone(out)) if rank_and_size()[0] == 0 else None)
@@ -95,7 +95,9 @@ def predict(
         return from_first(lambda: summary_of(out, run.class_names, limit)) | told
 
 
-def _check(threshold: float | None, share: float, num_workers: int) -> None:
+def _check(top: int, threshold: float | None, share: float, num_workers: int) -> None:
+    if top < 0:
+        raise InputError(f"--top {top}; expected 0 or more prototypes")
     if threshold is not None and not math.isfinite(threshold):
         raise InputError(f"--threshold {threshold}; expected a cosine, such as 0.6")
     if not 0 <= share < 1:
@@ -113,7 +115,7 @@ def _inputs(paths: Sequence[str], out: Path) -> Inputs:
 def _belongs(
     run: Run,
     inputs: Inputs,
-    top: int,
+    columns: Columns,
     threshold: float | None,
     share: float,
     data: DataConfig | None,
@@ -127,7 +129,7 @@ def _belongs(
         "weights": read_json(run.folder / "config.json")["weights_sha256"][:16],
         "prototypes": sha256_of(run.folder / "prototypes.json")[:16],
         "images": f"{len(inputs.names)}, SHA-256 of their names {inputs.names.sha256()[:12]}, of their labels {labels}",
-        "options": f"--top {top}, threshold {_in_words(threshold, share, path)}",
+        "options": f"--top {columns.top}, threshold {_in_words(threshold, share, path)}",
         "surroundings": f"protopush {__version__}, {torch.device(device).type}, batches of {size}",
     }
 
