@@ -25,7 +25,7 @@ from protopush.data.features import inference_batch_size
 from protopush.errors import InputError
 from protopush.predicting.inputs import list_inputs
 from protopush.predicting.predict import predict
-from protopush.predicting.reading import Batches, Pictures, loader_over
+from protopush.predicting.reading import Batches, Pictures, read
 from protopush.training.launch import make_fabric
 from protopush.training.run import Run, open_run
 from protopush.untouched import untouched
@@ -65,9 +65,8 @@ def comparison(run: Run, files: Sequence[str], device: torch.device, workers: in
     batches = Batches(0, -(-len(files) // size), size, len(files))
 
     def forward() -> None:
-        loader = loader_over(Pictures(list_inputs(files).names, run.transform), batches, workers)
         with untouched(run.model):
-            for images, _ in loader:
+            for images, _ in read(Pictures(list_inputs(files).names, run.transform), batches, workers):
                 run.model.backbone(images.to(device)).patches.sum().item()  # .item() waits for a GPU
 
     def predictions() -> None:

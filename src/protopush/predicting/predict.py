@@ -22,7 +22,7 @@ from protopush.predicting.columns import Columns
 from protopush.predicting.growing import Growing, Span, alone
 from protopush.predicting.inputs import Inputs, list_inputs
 from protopush.predicting.outputs import DIGITS, look
-from protopush.predicting.reading import Batches, Pictures, loader_over
+from protopush.predicting.reading import Batches, Pictures, read
 from protopush.predicting.summary import summary_of
 from protopush.predicting.threshold import Threshold, calibrate
 from protopush.training.config import DataConfig
@@ -80,18 +80,17 @@ def predict(
     belongs = from_first(lambda: _belongs(run, inputs, columns, threshold, share, data, size, device))
     growing = Growing(out, columns.header, inputs.names, size, belongs)
     with ExitStack() as stack:
-        from_first(lambda: stack.enter_context(alone(out)) if rank_and_size()[0] == 0 else None)
+        from_first(lambda: stack.enter_context(alone(out)))
         begun = from_first(lambda: growing.open(overwrite))
         if begun is None:
             limit = _threshold(run, threshold, share, data, device, num_workers)
             from_first(lambda: growing.begin(limit.to_dict()))
         else:
             limit = Threshold.from_dict(begun.kept)
+        told = {"resumed_from": len(inputs.names), "seconds": 0.0, "images_per_second": None}
         if begun is None or not begun.whole:
             told = _grow(run, inputs, columns, growing, limit, device, num_workers)
             from_first(lambda: growing.finish(limit.to_dict()))
-        else:
-            told = {}
         return from_first(lambda: summary_of(out, run.class_names, limit)) | told
 
 
@@ -177,9 +176,8 @@ def _grow(
             for span in shares[rank]:
                 batches = Batches(span.first, span.last, growing.size, len(inputs.names))
                 with growing.appending(span) as append:
-                    for indices, (images, problems) in zip(
-                        batches, loader_over(pictures, batches, num_workers), strict=True
-                    ):
+                    read_here = zip(batches, read(pictures, batches, num_workers), strict=True)
+                    for indices, (images, problems) in read_here:
                         outputs = look(run.model, images.to(device), columns.top)
                         names = [inputs.names[i] for i in indices]
                         labels = None if inputs.labels is None else [inputs.labels[i] for i in indices]

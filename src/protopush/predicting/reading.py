@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.images import read_image, why_unreadable
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError
+from protopush.errors import InputError, first_line
 from protopush.predicting.inputs import Strings
 
 # Pixels that a picture may have when it is resized to cover the model's input: a line of 1 x 100,000 has billions.
@@ -72,6 +72,19 @@ class Batches:
             yield range(batch * self.size, min((batch + 1) * self.size, self.images))
 
 
-def loader_over(pictures: Pictures, batches: Batches, num_workers: int) -> DataLoader[Any]:
-    """Batches of (images (B, 3, H, W), B reasons), in order."""
-    return DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
+def read(pictures: Pictures, batches: Batches, num_workers: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of (images (B, 3, H, W), B reasons), in order.
+
+    Raises:
+        InputError: a process that reads images has died, mostly for want of memory.
+    """
+    loader: DataLoader[Any] = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that reads images died ({first_line(error)}); expected memory for {num_workers} of them; start "
+            "the same again with fewer --data.num_workers: it goes on where it stopped"
+        ) from error
