@@ -73,6 +73,8 @@ def comparison(run: Run, files: Sequence[str], device: torch.device, workers: in
         with tempfile.TemporaryDirectory() as folder:
             predict(run, files, Path(folder, "p.csv"), threshold=0.5, device=device, num_workers=workers)
 
+    with untouched(run.model):  # what a first batch costs more, is neither side's
+        run.model.backbone(torch.zeros(size, 3, *run.transform.preprocessing.size, device=device))
     sides = {
         "bare forward": timed(forward, per=len(files) / 1000),
         "predict": timed(predictions, per=len(files) / 1000),

@@ -322,7 +322,7 @@ def test_interrupted_and_started_again(home, tmp_path, monkeypatch, capsys, batc
         cut_after(patch, batches)
         start = ["predict", str(home / "run"), str(home / "images"), *map(str, words), "--data.num_workers", "0"]
         assert main(start) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "goes on where it stopped" in capsys.readouterr().err
     assert left(tmp_path) - {"whole.csv"} <= {".o.csv.belongs.json", ".o.csv.part-0"}
     with (tmp_path / ".o.csv.part-0").open("ab") as file:
         file.write(b"/half/a/ro")
@@ -418,9 +418,16 @@ def test_other_words_are_refused_and_overwrite_begins_anew(home, tmp_path, monke
     assert part.read_bytes() == before
     side = tmp_path / ".o.csv.belongs.json"
     text = side.read_text()
-    for damage in ("", "{}", "[]", text[:-20], text.replace('"format": 1', '"format": 2')):
+    for damage in (
+        "",
+        "{}",
+        "[]",
+        text[:-20],
+        text.replace('"format": 1', '"format": 2'),
+        text.replace('"share"', '"sheer"'),
+    ):
         side.write_text(damage)
-        assert "damaged file" in refused(capsys, *words)
+        assert "damaged" in refused(capsys, *words)
     side.unlink()
     assert "is gone" in refused(capsys, *words)
     found = told(capsys, *words, "--overwrite")

@@ -37,7 +37,9 @@ def predict(words: list[str]) -> int:
     try:
         found = predict_files(options)
     except KeyboardInterrupt:
-        print("protopush: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(
+            "protopush: interrupted; the same command, without --overwrite, goes on where it stopped", file=sys.stderr
+        )
         return 130
     if is_first():
         print_json(found) if options.json else print(in_words(found))

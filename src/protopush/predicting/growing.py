@@ -78,7 +78,7 @@ class Growing:
         side = self._beside("belongs.json")
         if overwrite:
             with writing(self.out):
-                for file in (*self._parts().values(), self._beside("whole"), side):
+                for file in (side, *self._parts().values(), self._beside("whole")):
                     file.unlink(missing_ok=True)
             return None
         if side.is_file():
@@ -97,7 +97,7 @@ class Growing:
             values = read_json(side)
             if values["format"] != FORMAT:
                 raise ValueError(values["format"])
-            before, begun = values["belongs"], Begun(dict(values["kept"]), "merged" in values)
+            before, begun = dict(values["belongs"]), Begun(dict(values["kept"]), "merged" in values)
         except (InputError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"damaged file: {side}; add --overwrite to begin {self.out} anew") from error
         for what, value in self.belongs.items():

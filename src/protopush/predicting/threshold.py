@@ -64,13 +64,20 @@ class Threshold:
         return self.measured_flagged / self.measured_images if self.measured_images else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``Threshold(**values)`` without ``false_alarms`` is the inverse."""
+        """Plain values for JSON."""
         return asdict(self) | {"false_alarms": self.false_alarms}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Threshold:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{key: value for key, value in values.items() if key != "false_alarms"})
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: it is another's.
+        """
+        try:
+            return cls(**{key: value for key, value in values.items() if key != "false_alarms"})
+        except TypeError as error:
+            raise InputError(f"damaged record of a threshold ({error}); add --overwrite to begin anew") from error
 
 
 def largest_threshold(similarities: Sequence[float], share: float) -> float:
