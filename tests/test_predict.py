@@ -646,11 +646,14 @@ def test_the_benchmark_runs(home, tmp_path, monkeypatch, capsys):
     assert predict_speed.main([*words, "--device", "cpu", "--out", str(tmp_path / "speed.json")]) == 0
     found = json.loads((tmp_path / "speed.json").read_text())
     assert found["images"] == 9
-    (comparison,) = found["comparisons"]
-    bare, ours = (comparison["timings"][side] for side in ("bare forward", "predict"))
-    ratio = comparison["results"][-1]
-    assert ratio["values"] == [b / o for b, o in zip(bare, ours, strict=True)]
-    assert ratio["goal"] == ">= 0.9"
+    assert len(found["comparisons"]) == 2  # by the clock, and by the processors' time
+    for comparison in found["comparisons"]:
+        bare, ours = (comparison["timings"][side] for side in ("bare forward", "predict"))
+        assert len(bare) == 2
+        assert min(bare + ours) > 0
+        ratio = comparison["results"][-1]
+        assert ratio["values"] == [b / o for b, o in zip(bare, ours, strict=True)]
+        assert ratio["goal"] == ">= 0.9"
     assert "9 images" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         predict_speed.main([str(home / "run"), str(tmp_path / "nothing")])
