@@ -13,6 +13,7 @@ from protopush import __version__
 from protopush.cli.checking import data, forbid, verify
 from protopush.cli.looking import compare, evaluate, explain, report
 from protopush.cli.options import ABOUT
+from protopush.cli.predicting import predict
 from protopush.cli.sharing import export
 from protopush.cli.training import demo, push, train
 from protopush.errors import FailedElsewhere, InputError
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "push": push,
     "evaluate": evaluate,
+    "predict": predict,
     "explain": explain,
     "report": report,
     "compare": compare,

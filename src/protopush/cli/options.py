@@ -15,6 +15,7 @@ ABOUT = {
     "train": "train a prototype classifier and push it onto real patches",
     "push": "push a run's prototypes once more, into a new run",
     "evaluate": "accuracy, balanced accuracy, F1 and AUROC on a split",
+    "predict": "a CSV of predictions for folders and manifests of any size, with what each image looks like",
     "explain": "show which patches of which training images an image looks like",
     "report": "one page (HTML) that shows what a run is and what it is worth",
     "compare": "runs side by side: accuracy, diversity, localisation, faithfulness",

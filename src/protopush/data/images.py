@@ -92,13 +92,20 @@ def _check(path: Path) -> tuple[str, str]:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
             image.load()
-    except FileNotFoundError:
-        return "", "missing"
     except _UNREADABLE as error:
-        return "", "empty file" if path.exists() and path.stat().st_size == 0 else _reason(error)
+        return "", why_unreadable(path, error)
     return hashlib.sha256(data).hexdigest(), ""
 
 
-def _reason(error: BaseException) -> str:
+def why_unreadable(path: str | Path, error: BaseException) -> str:
+    """A few words for what reading an image raised, the same each time."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "empty file"
     text = str(error)
-    return "not an image" if "cannot identify" in text else text.splitlines()[0] if text else type(error).__name__
+    if "cannot identify" in text:
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return text.splitlines()[0] if text else type(error).__name__

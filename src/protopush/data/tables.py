@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,8 +21,14 @@ def read_table(path: Path, required: Sequence[str], expected: str) -> list[dict[
     Raises:
         InputError: the file is missing, no table, empty, or lacks a column.
     """
+    return list(rows_of(path, required, expected))
+
+
+def rows_of(path: Path, required: Sequence[str], expected: str) -> Iterator[dict[str, str]]:
+    """The same row by row, for tables of any length; what is wrong is raised where it is met."""
     if not path.is_file():
         raise InputError(f"no such file: {path}; expected {expected}")
+    row = None
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             separator = "\t" if "\t" in file.readline() else ","
@@ -30,13 +36,13 @@ def read_table(path: Path, required: Sequence[str], expected: str) -> list[dict[
             reader = csv.DictReader(file, delimiter=separator)
             columns = [column.strip() for column in reader.fieldnames or []]
             reader.fieldnames = columns
-            rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+            require_columns(path, columns, required)
+            for row in reader:
+                yield {key: (value or "").strip() for key, value in row.items() if key}
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"not a CSV file: {path} ({error}); expected {expected}, in UTF-8") from error
-    require_columns(path, columns, required)
-    if not rows:
+    if row is None:
         raise InputError(f"{path} has no rows; expected one line per image")
-    return rows
 
 
 def require_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
