@@ -68,9 +68,7 @@ def undo(
     refuse_other_images(run, catalog.root, [])
     val = validation_of(run, config, catalog)
     named = {name: getattr(undone, name) for name in ("class_name", "prototype", "file", "sha256")}
-    decision = Decision(
-        len(past) + 1, now(), who.strip() or login(), "undo", reason.strip(), undoes=undone.id, **named
-    )
+    decision = Decision(len(past) + 1, now(), who.strip() or login(), "undo", reason.strip(), undoes=undone.id, **named)
     old_head = copy.deepcopy(run.head)
     replaced = _go_back(run, [*past, decision], undone, catalog, device)
     before, *after = scores(run, val, [old_head, run.head] if replaced else [old_head], device, num_workers)
