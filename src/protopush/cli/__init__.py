@@ -13,6 +13,7 @@ from protopush import __version__
 from protopush.cli.checking import data, forbid, verify
 from protopush.cli.looking import compare, evaluate, explain, report
 from protopush.cli.options import ABOUT
+from protopush.cli.reviewing import app
 from protopush.cli.training import demo, push, train
 from protopush.errors import FailedElsewhere, InputError
 
@@ -66,5 +67,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "verify": verify,
     "forbid": forbid,
+    "app": app,
     "data": data,
 }
