@@ -38,7 +38,7 @@ class Desk:
 
     folder: Path
     data: dict[str, Any] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_workers: int = 0
     idle: threading.Event = field(default_factory=threading.Event)
 

@@ -53,8 +53,8 @@ class Looked:
 def explain_tab(desk: Desk, limits: Limits) -> None:
     """Build the tab."""
     about = (
-        f"Choose one image ({KINDS}; at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels). It stays on "
-        "the computer that this app runs on, and is deleted when the app ends."
+        f"Choose one image ({KINDS}; at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels). It stays "
+        "on the computer that this app runs on, and is deleted when the app ends."
     )
     width = gr.Number(visible=False)
     kept = gr.State(None, time_to_live=3600)

@@ -1,4 +1,4 @@
-"""What prototypes are like and how often they count: worked out in the background, since it takes a pass over the data."""
+"""What prototypes are like and how often they count: worked out in the background, in one pass over the data."""
 
 from __future__ import annotations
 

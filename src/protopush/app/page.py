@@ -22,16 +22,14 @@ def build_page(desk: Desk, limits: Limits) -> gr.Blocks:
     """The page for a run."""
     run, lookout = desk.run(), Lookout(desk)
     title = f"Review of {run.folder.resolve().name}"
+    page: gr.Blocks
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=OLD, fill_width=True) as page:
         gr.HTML(Markup('<h1 class="pp-title">{}</h1>').format(title))
         with gr.Tabs():
             with gr.Tab("Explain", id="explain"):
                 explain_tab(desk, limits)
             with gr.Tab("Prototypes", id="prototypes"):
-                who = gr.Textbox(
-                    label="Your name (needed)", max_length=200, max_lines=1, elem_id="pp-who", render=False
-                )
-                prototypes_tab(desk, lookout, who)
+                prototypes_tab(desk, lookout, page)
             with gr.Tab("Decisions", id="decisions") as tab:
                 decisions_tab(desk, tab)
     return page

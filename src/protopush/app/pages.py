@@ -66,7 +66,8 @@ def contributions(evidence: ClassEvidence, most: int = 10) -> str:
         rows.append(_bar(f"{len(rest)} others", f"{sum(m.contribution for m in rest):+.2f}", 0))
     return Markup(
         "<h3>What adds up to the score of {}</h3>"
-        "<p>Each line is a prototype: a part of a training image. The more this image looks like it, the more it adds.</p>"
+        "<p>Each line is a prototype: a part of a training image. The more this image looks like it, the more it "
+        "adds.</p>"
         '<div class="pp-bars" role="table" aria-label="Contribution of each prototype">{}</div>'
         "<p>Sum of the prototypes {} + starting value of the class {} = score {}</p>"
     ).format(

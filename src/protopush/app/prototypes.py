@@ -21,8 +21,8 @@ INTRO = (
 AGAIN = 3.0  # seconds between looks at what is worked out in the background
 
 
-def prototypes_tab(desk: Desk, lookout: Lookout, who: gr.Textbox) -> None:
-    """Build the tab; ``who`` is where the person's name is."""
+def prototypes_tab(desk: Desk, lookout: Lookout, page: gr.Blocks) -> None:
+    """Build the tab on a page."""
     run = desk.run()
     chosen = gr.State(None)
     gr.HTML(message(INTRO, "plain"))
@@ -38,7 +38,7 @@ def prototypes_tab(desk: Desk, lookout: Lookout, who: gr.Textbox) -> None:
     again = gr.Timer(AGAIN, active=False)
     with gr.Column(visible=False, elem_id="pp-decide") as form:
         gr.HTML("<h3>Keep it, or forbid it?</h3>")
-        who.render()
+        who = gr.Textbox(label="Your name (needed)", max_length=200, max_lines=1, elem_id="pp-who")
         reason = gr.Textbox(label="Reason (needed)", max_lines=4, lines=2, max_length=2000, elem_id="pp-reason")
         with gr.Row():
             keep = gr.Button("Keep", elem_id="pp-keep", min_width=120)
@@ -99,7 +99,7 @@ def prototypes_tab(desk: Desk, lookout: Lookout, who: gr.Textbox) -> None:
     quiet: dict[str, Any] = {"api_visibility": "private"}
     every = [pictures, chosen, told, form, again]
     kind.input(show_class, kind, every, **quiet).then(lambda: "", None, result, **quiet)
-    gr.on([gr.context.Context.root_block.load], show_class, kind, every, **quiet)  # type: ignore[union-attr]
+    page.load(show_class, kind, every, **quiet)
     pictures.select(choose, kind, [chosen, told, again, form, result], **quiet)
     again.tick(describe, chosen, [told, again], show_progress="hidden", **quiet)
     forbid.click(forbid_it, [chosen, reason, who], [result, pictures, told, again, reason], **quiet)

@@ -88,7 +88,7 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
     def details() -> Response:
         return Response(as_json(desk.decisions()), media_type="application/json", headers=_saved_as("json"))
 
-    return gradio.mount_gradio_app(
+    page: FastAPI = gradio.mount_gradio_app(
         app,
         build_page(desk, limits),
         path="/",
@@ -106,6 +106,7 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         theme=theme(),
         css_paths=STYLE,
     )
+    return page
 
 
 def is_local(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""An image that somebody has dropped on the page: looked at from outside first, then read, or refused in plain words."""
+"""An image that somebody has dropped on the page: looked at from outside, then read, or refused in plain words."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def _look(path: Path, limits: Limits) -> str:
 def _refuse_many(name: str, pixels: int, limits: Limits) -> None:
     if pixels > limits.megapixels * 1e6:
         raise InputError(
-            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {limits.megapixels:g} are allowed. Make it smaller first."
+            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {limits.megapixels:g} are allowed. Make it "
+            "smaller first."
         )
 
 
