@@ -63,7 +63,7 @@ def explain_tab(desk: Desk, limits: Limits) -> None:
     said = gr.HTML(elem_id="pp-said")
     panel = gr.Image(
         visible=False, interactive=False, format="png", elem_id="pp-panel", buttons=["download", "fullscreen"],
-        label="This part of the image looks like that part of a training image",
+        label="Panel: this part of the image looks like that part of a training image", show_label=False,
     )  # fmt: skip
     sums = gr.HTML(elem_id="pp-sums")
     with gr.Column(visible=False) as question:
@@ -72,7 +72,7 @@ def explain_tab(desk: Desk, limits: Limits) -> None:
         answer = gr.HTML()
         beside = gr.Image(
             visible=False, interactive=False, format="png", elem_id="pp-why", buttons=["download", "fullscreen"],
-            label="Why this class and not that one",
+            label="Why this class and not that one", show_label=False,
         )  # fmt: skip
     shown = [kept, said, panel, sums, question, other, beside, answer]
 

@@ -10,10 +10,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 EXACT = {
-    "/", "/config", "/config/", "/theme.css", "/favicon.ico", "/robots.txt", "/login_check", "/decisions.csv",
-    "/decisions.json", "/gradio_api/theme.css", "/gradio_api/app_id", "/gradio_api/startup-events",
-    "/gradio_api/upload", "/gradio_api/upload_progress", "/gradio_api/reset", "/gradio_api/reset/",
-    "/gradio_api/cancel", "/gradio_api/info",
+    "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/decisions.csv", "/decisions.json",
+    "/gradio_api/startup-events", "/gradio_api/upload", "/gradio_api/upload_progress", "/gradio_api/reset",
+    "/gradio_api/cancel",
 }  # fmt: skip
 BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=/", "/gradio_api/queue/", "/gradio_api/heartbeat/")
 POLICY = (

@@ -40,4 +40,12 @@ def theme() -> gr.themes.Base:
     own = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
     sizes = {"text_size": "lg", "spacing_size": "lg", "radius_size": "md"}
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=own, font_mono=mono, **sizes)
+    made = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=own, font_mono=mono, **sizes)
+    return made.set(  # text and buttons with enough contrast (WCAG 2.2)
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_800",
+    )

@@ -42,7 +42,7 @@ def prototypes_tab(desk: Desk, lookout: Lookout, page: gr.Blocks) -> None:
         reason = gr.Textbox(label="Reason (needed)", max_lines=4, lines=2, max_length=2000, elem_id="pp-reason")
         with gr.Row():
             keep = gr.Button("Keep", elem_id="pp-keep", min_width=120)
-            forbid = gr.Button("Forbid and replace", variant="stop", elem_id="pp-forbid", min_width=120)
+            forbid = gr.Button("Forbid and replace", variant="primary", elem_id="pp-forbid", min_width=120)
     result = gr.HTML(elem_id="pp-result")
 
     def show_class(c: int) -> list[Any]:

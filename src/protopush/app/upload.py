@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from protopush.data.images import read_image
 from protopush.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "MPO")  # by content; the name is never looked at
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content; the name is never looked at
 KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
 
 
@@ -85,6 +85,8 @@ def _look(path: Path, limits: Limits) -> str:
             with Image.open(path, formats=FORMATS) as image:
                 _refuse_many(path.name, image.width * image.height, limits)
                 return _note(image)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         found = re.search(r"\d{4,}", str(error))
         _refuse_many(
@@ -107,7 +109,7 @@ def _refuse_many(name: str, pixels: int, limits: Limits) -> None:
 
 def _note(image: Image.Image) -> str:
     notes = []
-    if getattr(image, "is_animated", False):
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo with its preview
         what = "several pages" if image.format == "TIFF" else "several pictures (it is animated)"
         notes.append(f"The file holds {what}; only the first is shown and explained.")
     if image.mode.startswith(("I", "F")):
