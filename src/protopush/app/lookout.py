@@ -76,6 +76,7 @@ class Lookout:
             if failed is not None and failed[0] == run.head.proto_manager.anchors:
                 return None, None, failed[1]
             if self._thread is None:
+                self._done, self._total = 0, 1
                 self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
                 self._thread.start()
             return None, None, f"Still looking through the images ({100 * self._done // self._total}% done)."
