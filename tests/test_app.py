@@ -255,6 +255,19 @@ def test_neighbours_and_use_are_those_of_a_slow_look(run):
     assert lookout.of(desk.run(), 0)[0] == expected[0][0]
 
 
+def test_what_works_in_the_background_stops_with_the_app(run):
+    desk = Desk(run)
+    lookout, opened = Lookout(desk), desk.run()
+    desk.idle.clear()  # as if somebody was deciding
+    assert lookout.of(opened, 0)[2].startswith("Still")
+    (thread,) = desk.background
+    assert thread.is_alive()
+    assert not desk.close()  # the decision is not at its end
+    assert not thread.is_alive()
+    assert desk.close()
+    assert lookout.of(opened, 0) == (None, None, "The app is ending.")
+
+
 # The server.
 
 

@@ -34,6 +34,8 @@ class Desk:
 
     Attributes:
         idle: set while nobody here is working out a decision; what can wait, waits for it.
+        closing: set when the app ends; what works in the background stops then.
+        background: threads that do so.
     """
 
     folder: Path
@@ -41,6 +43,8 @@ class Desk:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_workers: int = 0
     idle: threading.Event = field(default_factory=threading.Event)
+    closing: threading.Event = field(default_factory=threading.Event)
+    background: list[threading.Thread] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._opening = threading.Lock()
@@ -60,6 +64,15 @@ class Desk:
             if self._run is None or state != self._state:
                 self._run, self._state = self._open(), state
             return self._run
+
+    def close(self, patience: float = 10.0) -> bool:
+        """Stop what works in the background; whether nothing is at work any more, decisions neither."""
+        self.closing.set()
+        decided = self.idle.is_set()
+        self.idle.set()
+        for thread in self.background:
+            thread.join(patience)
+        return decided and not any(thread.is_alive() for thread in self.background)
 
     def decisions(self) -> list[Decision]:
         """All of them, the first first."""

@@ -78,6 +78,7 @@ class Lookout:
             if self._thread is None:
                 self._done, self._total = 0, 1
                 self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+                self.desk.background[:] = [self._thread]
                 self._thread.start()
             return None, None, f"Still looking through the images ({100 * self._done // self._total}% done)."
 
@@ -124,3 +125,5 @@ class Lookout:
     def _advance(self, images: int) -> None:
         self._done += images
         self.desk.idle.wait()  # a decision is not slowed down
+        if self.desk.closing.is_set():
+            raise InputError("The app is ending.")

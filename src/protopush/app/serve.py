@@ -62,7 +62,10 @@ def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860)
             pass
         finally:
             signal.signal(signal.SIGTERM, before)
+            still = not desk.close()
     print("Review app ended; every decision is in the run.", flush=True)
+    if still:  # a decision that is being worked out has changed nothing yet, and would keep the process for minutes
+        os._exit(0)
 
 
 def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
