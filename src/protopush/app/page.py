@@ -15,6 +15,8 @@ from protopush.app.prototypes import prototypes_tab
 from protopush.app.upload import Limits
 
 STYLE = Path(__file__).with_name("style.css")
+# Of the framework's outermost box, which its own way of adding styles doesn't reach.
+HEAD = "<style>@media (max-width: 640px) { .gradio-container > .main { padding: 8px !important; } }</style>"
 OLD = (600, 3600)  # every so many seconds, files that nobody has touched for so long are deleted
 
 

@@ -78,7 +78,7 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
     except ImportError as error:
         raise InputError(f"the review app needs gradio ({error}); pip install protopush[app]") from error
     from protopush.app.guard import Guard
-    from protopush.app.page import STYLE, build_page, theme
+    from protopush.app.page import HEAD, STYLE, build_page, theme
 
     guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
@@ -108,6 +108,7 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         enable_monitoring=False,
         theme=theme(),
         css_paths=STYLE,
+        head=HEAD,
     )
     return page
 
