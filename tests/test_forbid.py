@@ -76,7 +76,8 @@ def refused(capsys, *words: object) -> str:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def anchors(run: Path) -> dict[tuple[str, int], dict]:
@@ -403,6 +404,7 @@ def test_what_was_cut_off_while_files_took_their_places_is_finished_by_whoever_o
 
 def test_a_run_that_another_process_changes_meanwhile_is_left_to_it(run, home, capsys, monkeypatch):
     from protopush.review import forbid as module
+    from protopush.review import writing
 
     real = module.replace_anchors
 
@@ -411,7 +413,7 @@ def test_a_run_that_another_process_changes_meanwhile_is_left_to_it(run, home, c
         return real(*arguments)
 
     monkeypatch.setattr(module, "replace_anchors", slow)
-    monkeypatch.setattr(module, "add_decision", lambda *_: None)
+    monkeypatch.setattr(writing, "add_decision", lambda *_: None)
     line = refused(capsys, "forbid", run, "--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0")
     assert "was changed by another process meanwhile" in line
     assert (run / "model.safetensors").read_bytes() == (home / "run" / "model.safetensors").read_bytes()

@@ -61,22 +61,29 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
 
 
 def decision_table(decision: Decision, run: str) -> str:
-    """What was forbidden, which anchors took the places, what that cost, and what to do next."""
-    free = f" ({decision.unmasked} training images have no mask: unrestricted)" if decision.unmasked else ""
-    subject = {
-        "prototype": f"{decision.file} cell {decision.cell} (was {decision.class_name}:{decision.prototype})",
-        "image": f"every patch of {decision.file}",
-        "mask": f"patches with less than {decision.min_share} of their box inside the image's mask{free}",
-    }[decision.kind]
-    lines = [f"Decision {decision.id} by {decision.who} forbids {subject}: {decision.reason}"]
+    """What was decided, which anchors took the places, what that cost, and what to do next."""
+    lines = [f"Decision {decision.id} by {decision.who} {_verdict(decision)}: {decision.reason}"]
     table = Table("prototype", "stood for", "stands for", "similarity", box=None)
     for one in decision.replaced:
         places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
         table.add_row(f"{one.class_name}:{one.prototype}", *places, _number(one.new.similarity))
-    lines.append(_text(table) if decision.replaced else "No anchor was there: every prototype stays as it is.")
+    lines.append(_text(table) if decision.replaced else "No anchor changes: every prototype stays as it is.")
     if decision.val_before and decision.val_after:
         lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
     return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
+
+
+def _verdict(decision: Decision) -> str:
+    free = f" ({decision.unmasked} training images have no mask: unrestricted)" if decision.unmasked else ""
+    place = f"{decision.file} cell {decision.cell}"
+    name = f"{decision.class_name}:{decision.prototype}"
+    return {
+        "prototype": f"forbids {place} (was {name})",
+        "image": f"forbids every patch of {decision.file}",
+        "mask": f"forbids patches with less than {decision.min_share} of their box inside the image's mask{free}",
+        "keep": f"keeps {place} ({name})",
+        "undo": f"undoes decision {decision.undoes}",
+    }[decision.kind]
 
 
 def audit_table(found: Audit) -> str:

@@ -14,6 +14,7 @@ from protopush.cli.checking import data, forbid, verify
 from protopush.cli.looking import compare, evaluate, explain, report
 from protopush.cli.options import ABOUT
 from protopush.cli.predicting import predict
+from protopush.cli.reviewing import app
 from protopush.cli.sharing import export
 from protopush.cli.training import demo, push, train
 from protopush.errors import FailedElsewhere, InputError
@@ -69,6 +70,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "verify": verify,
     "forbid": forbid,
+    "app": app,
     "data": data,
     "export": export,
 }

@@ -39,6 +39,7 @@ def forbid(words: list[str]) -> int:
         "--mask-column", "--mask_column", action="store_true", help="whatever lies outside the manifest's masks"
     )
     parser.add_argument("--min_share", type=float, default=0.5, help="share of a patch that must lie inside its mask")
+    parser.add_argument("--undo", type=int | None, default=None, help="a decision's number: it holds no more")
     parser.add_argument("--reason", type=str, required=True, help="why, for those who read the log later")
     parser.add_argument("--who", type=str | None, default=None, help="who decides; by default your login name")
     add_data(parser)

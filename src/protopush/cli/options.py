@@ -21,6 +21,7 @@ ABOUT = {
     "compare": "runs side by side: accuracy, diversity, localisation, faithfulness",
     "verify": "embed every anchor's file again and see whether it still holds",
     "forbid": "forbid a patch, an image or a region; the next best anchor takes its place",
+    "app": "a page on this computer to look at predictions and prototypes, and to decide about these",
     "data audit": "find leaks between splits, duplicates and damaged files in a data set",
     "export": "write a run as an ONNX file that needs neither PyTorch nor protopush",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -15,10 +16,14 @@ from protopush.push.guard import check_guard
 from protopush.review.allowed import allow_of
 from protopush.review.decisions import FILE, Decision, load_decisions
 from protopush.review.forbid import Wish, forbid
+from protopush.review.undo import undo
+from protopush.review.writing import alone
 from protopush.training.config import DataConfig
 from protopush.training.finish import push_row
 from protopush.training.prepare import open_split
 from protopush.training.run import append_metrics, clear_folder, fresh_folder, save_run
+
+logger = logging.getLogger("protopush.training")
 
 
 def push_run(options: Namespace) -> PushReport:
@@ -58,10 +63,17 @@ def push_run(options: Namespace) -> PushReport:
 
 
 def forbid_run(options: Namespace) -> Decision:
-    """Forbid a patch, an image or a region, and replace the anchors there in the run itself."""
+    """Forbid a patch, an image or a region, or undo that, and replace the anchors there in the run itself."""
     wish = Wish(
         options.prototype, options.image, options.mask_column, options.min_share, options.reason, options.who or ""
     )
-    wish.kind()  # a wish that says nothing is refused before the run is opened
-    run, device = open_with(options)
-    return forbid(run, wish, data_of(run, options), device, options.data.num_workers)
+    if options.undo is None:
+        wish.kind()  # a wish that says nothing is refused before the run is opened
+    elif wish.prototype is not None or wish.image is not None or wish.masks:
+        raise InputError("--undo takes back one decision; expected no --prototype, --image or --mask-column beside it")
+    with alone(Path(options.run), lambda: logger.info("Somebody else is deciding about %s; waiting", options.run)):
+        run, device = open_with(options)
+        data, workers = data_of(run, options), options.data.num_workers
+        if options.undo is not None:
+            return undo(run, options.undo, data, device, wish.reason, wish.who, workers)
+        return forbid(run, wish, data, device, workers)

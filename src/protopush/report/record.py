@@ -96,6 +96,8 @@ def _ruling(decision: Decision) -> Ruling:
         "prototype": f"{decision.file}, cell {decision.cell} (was {decision.class_name}:{decision.prototype})",
         "image": f"every part of {decision.file}",
         "mask": f"parts with less than {decision.min_share} of them inside the image's mask",
+        "keep": f"nothing: {decision.class_name}:{decision.prototype} is kept ({decision.file}, cell {decision.cell})",
+        "undo": f"nothing: decision {decision.undoes} was undone",
     }[decision.kind]
     effect = [f"{len(decision.replaced)} prototypes got another anchor"]
     before, after = decision.val_before or {}, decision.val_after or {}

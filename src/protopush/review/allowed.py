@@ -17,7 +17,7 @@ from protopush.data.masks import check_masks, read_mask
 from protopush.data.transforms import EvalTransform
 from protopush.prototypes import Anchor
 from protopush.push.search import Allow
-from protopush.review.decisions import Decision
+from protopush.review.decisions import Decision, in_force
 
 logger = logging.getLogger("protopush.training")
 
@@ -60,19 +60,20 @@ class Allowed:
     """What a list of decisions lets a push choose among some images.
 
     Args:
-        decisions: all of them.
+        decisions: all of them; those that were undone count no more.
         transform: what the model's images go through: it says where in the picture a patch lies.
     """
 
     def __init__(self, decisions: Sequence[Decision], transform: EvalTransform) -> None:
         self.transform = transform
         self.barred = Barred()
-        for made in decisions:
+        holding = in_force(decisions)
+        for made in holding:
             if made.kind == "image":
                 self.barred.add_image(made.file, made.sha256)
             if made.kind == "prototype" and made.grid is not None and made.cell is not None:
                 self.barred.add_patch(made.grid, made.cell, made.file, made.sha256)
-        self.min_share = max((made.min_share or 0.0 for made in decisions if made.kind == "mask"), default=0.0)
+        self.min_share = max((made.min_share or 0.0 for made in holding if made.kind == "mask"), default=0.0)
         self._digest = lru_cache(maxsize=None)(lambda sample: sha256_of(sample.image))
 
     def rule(self, samples: Sequence[Sample], more: Barred | None = None) -> Allow:
@@ -106,11 +107,12 @@ def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | No
     Raises:
         InputError: a decision speaks of masks, and the images have none, or bad ones.
     """
-    if not decisions:
+    holding = in_force(decisions)
+    if not holding:
         return None
-    if any(made.kind == "mask" for made in decisions):
+    if any(made.kind == "mask" for made in holding):
         logger.info("Decisions keep anchors inside masks; %d images have none", check_masks(dataset.samples))
-    return Allowed(decisions, dataset.eval_transform).rule(dataset.samples)
+    return Allowed(holding, dataset.eval_transform).rule(dataset.samples)
 
 
 def inside(sample: Sample, transform: EvalTransform, grid: Grid, min_share: float) -> Tensor:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
+from protopush.data.manifest import Catalog
 from protopush.head_optimal import HeadOptimal
 from protopush.metrics.classification import classification_metrics
 from protopush.model import ProtoModel
+from protopush.training.config import DataConfig
+from protopush.training.prepare import open_split
 from protopush.training.progress import bar
+from protopush.training.run import Run
 from protopush.untouched import untouched
 
 
@@ -42,3 +48,22 @@ def compare_heads(
             labels.append(target)
             advance(1)
     return [classification_metrics(torch.cat(found), torch.cat(labels), class_names) for found in probabilities]
+
+
+def validation_of(run: Run, config: DataConfig, catalog: Catalog) -> ImageDataset | None:
+    """The validation images, each checked; None where there are none."""
+    if not any(sample.split == "val" for sample in catalog.samples):
+        return None
+    return open_split(config, "val", run.class_names, run.transform)[0]
+
+
+def scores(
+    run: Run, val: ImageDataset | None, heads: Sequence[HeadOptimal], device: torch.device, num_workers: int
+) -> list[dict[str, Any] | None]:
+    """What a decision keeps of the metrics of each head; None without validation images."""
+    if val is None:
+        return [None for _ in heads]
+    size = inference_batch_size(device)
+    loader: DataLoader[Any] = DataLoader(val, batch_size=size, num_workers=num_workers)
+    found = compare_heads(run.model, heads, loader, device, run.class_names)
+    return [{name: metrics[name] for name in ("n", "balanced_accuracy", "auroc")} for metrics in found]

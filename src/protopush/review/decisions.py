@@ -1,9 +1,9 @@
-"""``decisions.jsonl``: what people have forbidden a run's prototypes to stand for, one decision a line."""
+"""``decisions.jsonl``: what people have decided about a run's prototypes, one decision a line, none ever taken out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from protopush.errors import InputError
 from protopush.prototypes import Anchor
 
 FILE = "decisions.jsonl"
-KINDS = ("prototype", "image", "mask")
+FORBIDDING = ("prototype", "image", "mask")
+KINDS = (*FORBIDDING, "keep", "undo")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Replacement:
         old, new: what it stood for and what it stands for.
         old_vector: where it was, base64 of D float32 (little-endian): after a push with momentum, the old anchor alone
             could not bring it back.
+        old_features: where it had a live anchor, that anchor's features, base64 of C float32; they make the prototype.
+        old_index: the live anchor's place in the training data.
     """
 
     class_index: int
@@ -32,6 +35,8 @@ class Replacement:
     old: Anchor
     new: Anchor
     old_vector: str
+    old_features: str | None = None
+    old_index: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the names of ``prototypes.json``."""
@@ -42,15 +47,17 @@ class Replacement:
             "old": self.old.to_dict(),
             "new": self.new.to_dict(),
             "old_vector": self.old_vector,
+            "old_features": self.old_features,
+            "old_index": self.old_index,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Replacement:
         """The inverse of :meth:`to_dict`."""
         old, new = (Anchor.from_dict(values[name]) for name in ("old", "new"))
-        return cls(
-            values["class_index"], values["class"], values["prototype"], old, new, old_vector=values["old_vector"]
-        )
+        live = values.get("old_features"), values.get("old_index")
+        place = values["class_index"], values["class"], values["prototype"]
+        return cls(*place, old, new, values["old_vector"], *live)
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,13 @@ class Decision:
         time: UTC, ISO 8601.
         who, reason: the person's name and words.
         kind: one of :data:`KINDS`.
-        class_name, prototype: for a prototype, which one; for an image, its class.
+        class_name, prototype: for a prototype, which one; for an image, its class; for an undo, as in what it undoes.
         file: the image, relative to the data's root.
         sha256: of that file.
         cell, grid, box: the patch, as in :class:`protopush.prototypes.Anchor`.
         min_share: for masks: the share of a patch's box that must lie inside.
         unmasked: for masks: how many of the training images have none, and are not restricted.
+        undoes: for an undo: the number of the decision that no longer holds.
         replaced: the prototypes that got another anchor by it.
         val_before, val_after: ``n``, ``balanced_accuracy`` and ``auroc`` on the validation images, if there are any.
     """
@@ -86,6 +94,7 @@ class Decision:
     box: tuple[int, int, int, int] | None = None
     min_share: float | None = None
     unmasked: int | None = None
+    undoes: int | None = None
     replaced: tuple[Replacement, ...] = ()
     val_before: dict[str, Any] | None = None
     val_after: dict[str, Any] | None = None
@@ -118,6 +127,12 @@ def load_decisions(folder: Path) -> list[Decision]:
         InputError: the file is damaged, or tells of a kind that this version can't honour.
     """
     return [_read(line, f"{folder / FILE}, line {number}") for number, line in enumerate(_lines(folder), start=1)]
+
+
+def in_force(decisions: Sequence[Decision]) -> list[Decision]:
+    """Those that forbid something and were not undone."""
+    undone = {made.undoes for made in decisions}
+    return [made for made in decisions if made.kind in FORBIDDING and made.id not in undone]
 
 
 def _read(line: str, where: str) -> Decision:

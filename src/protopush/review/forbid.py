@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import copy
-import getpass
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from protopush.data.change import changing
-from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog
 from protopush.data.masks import check_masks
 from protopush.errors import InputError, listing
-from protopush.head_optimal import HeadOptimal
+from protopush.push.certificate import file_within
 from protopush.review.allowed import Allowed
-from protopush.review.compare import compare_heads
-from protopush.review.decisions import FILE, Decision, add_decision, load_decisions
+from protopush.review.compare import scores, validation_of
+from protopush.review.decisions import Decision, in_force, load_decisions
 from protopush.review.named import named_image, named_prototype
 from protopush.review.reanchor import Bench, replace_anchors
+from protopush.review.writing import login, now, state_of, write_decision
 from protopush.training.config import DataConfig
 from protopush.training.prepare import open_split
-from protopush.training.run import Run, save_run
+from protopush.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,8 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
     Everything is computed first; then the run's files change together, or not at all.
 
     Args:
-        run: as opened; its model is on ``device`` and is changed.
+        run: as opened, with :func:`protopush.review.writing.alone` held since before; its model is on ``device`` and
+            is changed.
         wish: what and why.
         data: where the training images are, as :attr:`Run.data`.
         device: of the model.
@@ -88,27 +83,29 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
         InputError: what is named isn't there, is forbidden already, or leaves a class without a patch; the run is as
             it was.
     """
-    kind, state = wish.kind(), _state(run.folder)
+    kind, state = wish.kind(), state_of(run.folder)
     past = load_decisions(run.folder)
+    holding = in_force(past)
     named = named_prototype(run, wish.prototype) if wish.prototype is not None else {}
     config = DataConfig(**data, num_workers=num_workers)
     train, catalog = open_split(config, "train", run.class_names, run.transform)
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)
-    if wish.masks or any(made.kind == "mask" for made in past):
+    if wish.masks or any(made.kind == "mask" for made in holding):
         unmasked = check_masks(train.samples)
         named = named or {"min_share": wish.min_share, "unmasked": unmasked}
-    decision = Decision(len(past) + 1, _now(), wish.who or _login(), kind, wish.reason.strip(), **named)
-    allowed = Allowed([*past, decision], run.transform)
+    decision = Decision(len(past) + 1, now(), wish.who or login(), kind, wish.reason.strip(), **named)
+    allowed = Allowed([*holding, decision], run.transform)
     rows = _forbidden_rows(run, allowed, catalog)
-    _refuse_again(decision, past, rows)
-    _refuse_other_images(run, catalog.root, rows)
-    val = _validation(run, config, catalog)
+    _refuse_again(decision, holding, rows)
+    refuse_other_images(run, catalog.root, rows)
+    val = validation_of(run, config, catalog)
     bench, old_head = Bench(run, train, allowed, device, num_workers), copy.deepcopy(run.head)
     replaced = replace_anchors(bench, rows)
-    before, *after = _scores(bench, val, [old_head, run.head] if replaced else [old_head])
+    heads = [old_head, run.head] if replaced else [old_head]
+    before, *after = scores(run, val, heads, device, num_workers)
     decision = replace(decision, replaced=tuple(replaced), val_before=before, val_after=after[0] if after else before)
-    _write(replace(run, root=catalog.root.resolve(), data=data), decision, state)
+    write_decision(replace(run, root=catalog.root.resolve(), data=data), decision, state)
     return decision
 
 
@@ -123,9 +120,9 @@ def _forbidden_rows(run: Run, allowed: Allowed, catalog: Catalog) -> list[int]:
     ]
 
 
-def _refuse_again(decision: Decision, past: Sequence[Decision], rows: list[int]) -> None:
+def _refuse_again(decision: Decision, holding: Sequence[Decision], rows: list[int]) -> None:
     """What is forbidden already is refused, unless there is an anchor to be replaced all the same."""
-    for made in past:
+    for made in holding:
         same = made.kind == decision.kind and (
             (made.kind == "image" and (made.file == decision.file))
             or (made.kind == "mask" and (made.min_share or 0) >= (decision.min_share or 0))
@@ -138,13 +135,13 @@ def _refuse_again(decision: Decision, past: Sequence[Decision], rows: list[int])
             )
 
 
-def _refuse_other_images(run: Run, root: Path, rows: list[int]) -> None:
+def refuse_other_images(run: Run, root: Path, rows: Sequence[int]) -> None:
     """Images from a new place must be those that the anchors that stay were taken from."""
     if root.resolve() == run.root.resolve():
         return
     manager = run.head.proto_manager
     stay = {anchor for row, anchor in enumerate(manager.anchors) if anchor is not None and row not in rows}
-    wrong = sorted({a.file for a in stay if a.file and not _holds(root / a.file, a.sha256)})
+    wrong = sorted({a.file for a in stay if a.file and not holds(root, a.file, a.sha256)})
     if wrong:
         raise InputError(
             f"{len(wrong)} anchors' files are missing or changed below {root}: {listing(wrong, 3)}; expected the "
@@ -152,49 +149,7 @@ def _refuse_other_images(run: Run, root: Path, rows: list[int]) -> None:
         )
 
 
-def _holds(file: Path, digest: str | None) -> bool:
-    return file.is_file() and digest in (None, sha256_of(file))
-
-
-def _validation(run: Run, config: DataConfig, catalog: Catalog) -> ImageDataset | None:
-    if not any(sample.split == "val" for sample in catalog.samples):
-        return None
-    return open_split(config, "val", run.class_names, run.transform)[0]
-
-
-def _scores(bench: Bench, val: ImageDataset | None, heads: Sequence[HeadOptimal]) -> list[dict[str, Any] | None]:
-    """What a decision keeps of the metrics of each head; None without validation images."""
-    if val is None:
-        return [None for _ in heads]
-    run, size = bench.run, inference_batch_size(bench.device)
-    loader: DataLoader[Any] = DataLoader(val, batch_size=size, num_workers=bench.num_workers)
-    found = compare_heads(run.model, heads, loader, bench.device, run.class_names)
-    return [{name: metrics[name] for name in ("n", "balanced_accuracy", "auroc")} for metrics in found]
-
-
-def _write(run: Run, decision: Decision, state: list[bytes]) -> None:
-    with changing(run.folder) as stage:
-        if decision.replaced:
-            if (run.folder / "prototypes").is_dir():  # pictures of images that are gone stay
-                shutil.copytree(run.folder / "prototypes", stage / "prototypes")
-            save_run(replace(run, folder=stage))
-        add_decision(run.folder, stage, decision)
-        if _state(run.folder) != state:
-            raise InputError(f"{run.folder} was changed by another process meanwhile; it is as that left it; try again")
-
-
-def _state(folder: Path) -> list[bytes]:
-    """What every change of a run changes."""
-    files = (folder / name for name in ("config.json", FILE))
-    return [file.read_bytes() if file.is_file() else b"" for file in files]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
-        return "unknown"
+def holds(root: Path, name: str, digest: str | None) -> bool:
+    """Whether an anchor's file is below the root, and the same as it was."""
+    file = file_within(root, name)
+    return file is not None and file.is_file() and digest in (None, sha256_of(file))

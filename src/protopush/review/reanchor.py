@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.errors import InputError, listing
-from protopush.prototypes import PrototypeManager
+from protopush.prototypes import Anchor, PrototypeManager
 from protopush.push import push_prototypes
 from protopush.review.allowed import Allowed, Barred
 from protopush.review.decisions import Replacement
+from protopush.review.places import Place
 from protopush.training.run import Run
 
 LEVELS = ("group", "image", "patch")  # of what no two prototypes of a class share one, most to least
@@ -85,11 +85,10 @@ def replace_anchors(bench: Bench, rows: Sequence[int]) -> list[Replacement]:
     """
     run, manager = bench.run, bench.run.head.proto_manager
     run.head.sync_prototypes()
-    old = {row: anchor for row in rows if (anchor := manager.anchors[row]) is not None}
-    vectors = {row: _text_of(manager.prototypes[row]) for row in rows}
+    old = {row: Place.of(manager, row) for row in rows}
     for use_local in (True, False):
-        missing = [row for row in rows if (old[row].grid != (1, 1)) == use_local]
-        for level in LEVELS[LEVELS.index(_level(run.folder)) :]:
+        missing = [row for row in rows if (old[row].anchor.grid != (1, 1)) == use_local]
+        for level in LEVELS[LEVELS.index(level_of(run.folder)) :]:
             missing = bench.push(missing, use_local, level) if missing else []
         if missing:
             names = [f"{run.class_names[c]}:{k}" for c, k in _places(manager, missing)]
@@ -97,28 +96,30 @@ def replace_anchors(bench: Bench, rows: Sequence[int]) -> list[Replacement]:
                 f"no allowed patch is left for {listing(names)}; add training images or forbid less; "
                 "nothing was changed"
             )
-    return [
-        Replacement(c, run.class_names[c], k, old[row], new, vectors[row])
-        for row, (c, k) in zip(rows, _places(manager, rows), strict=True)
-        if (new := manager.anchors[row]) is not None
-    ]
+    return [old[row].replacement(run.class_names[row // manager.max_prototypes], manager, row) for row in rows]
 
 
 def _taken(manager: PrototypeManager, rows: Sequence[int], classes: set[int], level: str) -> Barred:
     """What the other prototypes of these classes stand for."""
-    taken = Barred()
-    for row, anchor in enumerate(manager.anchors):
-        if anchor is None or row in rows or row // manager.max_prototypes not in classes:
+    others = enumerate(manager.anchors)
+    return taken([a for row, a in others if row not in rows and row // manager.max_prototypes in classes], level)
+
+
+def taken(anchors: Sequence[Anchor | None], level: str) -> Barred:
+    """Where nobody else of the class may stand beside these anchors; ``level`` is one of :data:`LEVELS`."""
+    barred = Barred()
+    for anchor in anchors:
+        if anchor is None:
             continue
-        taken.add_patch(anchor.grid, anchor.cell, anchor.file, anchor.sha256)
+        barred.add_patch(anchor.grid, anchor.cell, anchor.file, anchor.sha256)
         if level != "patch":
-            taken.add_image(anchor.file, anchor.sha256)
+            barred.add_image(anchor.file, anchor.sha256)
         if level == "group" and anchor.group is not None:
-            taken.groups.add(anchor.group)
-    return taken
+            barred.groups.add(anchor.group)
+    return barred
 
 
-def _level(folder: Path) -> str:
+def level_of(folder: Path) -> str:
     """Of what no two prototypes of a class share one, as the run was trained; at least ``patch``."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -130,9 +131,3 @@ def _level(folder: Path) -> str:
 
 def _places(manager: PrototypeManager, rows: Sequence[int]) -> list[tuple[int, int]]:
     return [divmod(row, manager.max_prototypes) for row in rows]
-
-
-def _text_of(vector: torch.Tensor) -> str:
-    """base64 of little-endian float32."""
-    values = vector.detach().float().cpu().numpy().astype("<f4")
-    return base64.b64encode(values.tobytes()).decode()

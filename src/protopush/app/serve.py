@@ -1,0 +1,158 @@
+"""Start the page and end it: one address, one folder for what is uploaded, nothing left behind."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protopush.app.desk import Desk
+from protopush.app.history import as_csv, as_json
+from protopush.app.upload import Limits
+from protopush.errors import InputError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("protopush.training")
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+SETTINGS = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_ALLOWED_PATHS": "",
+}
+
+
+def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Show a run until somebody presses Ctrl-C.
+
+    Args:
+        desk: the run.
+        limits: of uploads.
+        host: the address to listen on; the page has no passwords.
+        port: 0 for any that is free.
+
+    Raises:
+        InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
+    """
+    limits.check()
+    desk.run()
+    with _uploads() as folder, listening(host, port) as door:
+        app = build_app(desk, limits, host, folder)
+        import uvicorn
+
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
+        if not is_local(host):
+            logger.warning("Everybody who reaches %s may look and decide; there are no passwords", host)
+        address = f"[{host}]" if ":" in host else host
+        print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            uvicorn.Server(config).run(sockets=[door])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            still = not desk.close()
+    print("Review app ended; every decision is in the run.", flush=True)
+    if still:  # a decision that is being worked out has changed nothing yet, and would keep the process for minutes
+        os._exit(0)
+
+
+def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
+    """The application; uploads go to ``folder``."""
+    os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(folder))  # gradio reads them when it is imported, and later
+    try:
+        import gradio
+        from fastapi import FastAPI, Response
+        from starlette.middleware import Middleware
+    except ImportError as error:
+        raise InputError(f"the review app needs gradio ({error}); pip install protopush[app]") from error
+    from protopush.app.guard import Guard
+    from protopush.app.page import HEAD, STYLE, build_page, theme
+
+    guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
+
+    @app.get("/decisions.csv")
+    def table() -> Response:
+        return Response(as_csv(desk.decisions()), media_type="text/csv; charset=utf-8", headers=_saved_as("csv"))
+
+    @app.get("/decisions.json")
+    def details() -> Response:
+        return Response(as_json(desk.decisions()), media_type="application/json", headers=_saved_as("json"))
+
+    page: FastAPI = gradio.mount_gradio_app(
+        app,
+        build_page(desk, limits),
+        path="/",
+        server_name=host,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        blocked_paths=[],
+        show_error=False,
+        max_file_size=int(limits.megabytes * 1e6),
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme(),
+        css_paths=STYLE,
+        head=HEAD,
+    )
+    return page
+
+
+def is_local(host: str) -> bool:
+    """Whether only programs of this computer reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound and heard already, so that what is wrong with the address is known first.
+
+    Raises:
+        InputError: it is taken, or none of this computer's.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}; expected 0 to 65535 (0: any that is free)")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        door = socket.socket(family)
+        with suppress(OSError):
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind((host, port))
+        door.listen(128)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise InputError(f"cannot listen on {host} port {port} ({why}); choose another --port or --host") from error
+    with door:
+        yield door
+
+
+@contextmanager
+def _uploads() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _saved_as(kind: str) -> dict[str, str]:
+    return {"Content-Disposition": f'attachment; filename="decisions.{kind}"', "Cache-Control": "no-store"}
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,119 @@
+"""An image that somebody has dropped on the page: looked at from outside, then read, or refused in plain words."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from protopush.data.images import read_image
+from protopush.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content; the name is never looked at
+KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an upload may be at most.
+
+    Attributes:
+        megabytes: of the file, in units of 1,000,000 bytes.
+        megapixels: of the picture, in units of 1,000,000; it is refused before it is decoded.
+    """
+
+    megabytes: float = 20.0
+    megapixels: float = 50.0
+
+    def check(self) -> None:
+        """Refuse limits that let nothing through.
+
+        Raises:
+            InputError: one of them is not above 0.
+        """
+        if not (self.megabytes > 0 and self.megapixels > 0):
+            raise InputError(
+                f"--max_megabytes {self.megabytes:g}, --max_megapixels {self.megapixels:g}; expected numbers above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A picture to be explained.
+
+    Attributes:
+        name: of the file, without folders.
+        image: upright, RGB.
+        note: what the person should know about how it was read; empty where there is nothing to say.
+    """
+
+    name: str
+    image: Image.Image
+    note: str = ""
+
+
+def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
+    """The picture in an uploaded file.
+
+    Raises:
+        InputError: it is empty, too large, no image, has too many pixels, or is damaged; the message is for the person
+            who chose the file.
+    """
+    path = Path(path)
+    name, size = path.name, path.stat().st_size
+    if not size:
+        raise InputError(f"{name} is empty (0 bytes). Choose another file.")
+    if size > limits.megabytes * 1e6:
+        raise InputError(
+            f"{name} has {size / 1e6:.1f} MB; at most {limits.megabytes:g} MB are allowed. Choose a smaller file."
+        )
+    note = _look(path, limits)
+    try:
+        return Upload(name, read_image(path), note)
+    except (InputError, MemoryError) as error:
+        raise InputError(f"{name} is damaged or cut off and can't be read. Choose a whole file.") from error
+
+
+def _look(path: Path, limits: Limits) -> str:
+    """What the header says: refuse what should not be decoded; returns what to tell about the rest."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is a lower one, or meant
+            with Image.open(path, formats=FORMATS) as image:
+                _refuse_many(path.name, image.width * image.height, limits)
+                return _note(image)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d{4,}", str(error))
+        _refuse_many(
+            path.name, int(found[0]) if found else 10**9, Limits(limits.megabytes, min(limits.megapixels, 178))
+        )
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path.name} is not an image. Choose a {KINDS} file.") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"{path.name} is damaged or cut off and can't be read. Choose a whole file.") from error
+
+
+def _refuse_many(name: str, pixels: int, limits: Limits) -> None:
+    if pixels > limits.megapixels * 1e6:
+        raise InputError(
+            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {limits.megapixels:g} are allowed. Make it "
+            "smaller first."
+        )
+
+
+def _note(image: Image.Image) -> str:
+    notes = []
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo with its preview
+        what = "several pages" if image.format == "TIFF" else "several pictures (it is animated)"
+        notes.append(f"The file holds {what}; only the first is shown and explained.")
+    if image.mode.startswith(("I", "F")):
+        notes.append("The file has more than 8 bits a pixel; it was scaled to 8.")
+    if image.mode == "CMYK":
+        notes.append("The file is in CMYK, made for print; its colours were converted and may differ a little.")
+    return " ".join(notes)
