@@ -19,12 +19,8 @@ from protopush import InputError, PushSchedule, push_prototypes
 from protopush._compat import ensure_torchvision
 
 ensure_torchvision()
-pytest.importorskip("lightning")
-
-import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
-
-from protopush.integrations.lightning import PushCallback
+lightning = pytest.importorskip("lightning.pytorch")
+PushCallback = importlib.import_module("protopush.integrations.lightning").PushCallback
 
 CLASSES, EPOCHS = 3, 6
 
@@ -150,10 +146,8 @@ def test_sanity_checking_is_left_alone_and_the_final_push_is_hard(tmp_path):
 
 
 def test_a_logger_sees_each_push(tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
     callback = PushCallback(PushSchedule(2, 2), find="net", final="hard")
-    trainer(tmp_path, callback, logger=CSVLogger(tmp_path), max_epochs=4).fit(Lit(), train_loader())
+    trainer(tmp_path, callback, logger=lightning.loggers.CSVLogger(tmp_path), max_epochs=4).fit(Lit(), train_loader())
     header, *rows = (next(tmp_path.rglob("metrics.csv"))).read_text().splitlines()
     place = header.split(",").index("push/min_dist")
     told = [float(row.split(",")[place]) for row in rows if row.split(",")[place]]
@@ -177,7 +171,9 @@ def test_precisions(tmp_path, precision):
 
 def test_resumed_is_as_if_never_interrupted(tmp_path):
     whole, callback = Lit(), PushCallback(PushSchedule(1, 2), find="net")
-    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    save = lightning.callbacks.ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
     trainer(tmp_path, save, callback, enable_checkpointing=True).fit(whole, train_loader())
     plain = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)  # nothing is ever unpickled
     assert plain["callbacks"]["PushCallback"]["schedule"] == {"peaks": [0.1]}

@@ -1,6 +1,6 @@
 """Pushes in a run of Lightning's Trainer: :class:`PushCallback`.
 
-Importing this needs Lightning: ``pip install "protopush[lightning]"``; the older package ``pytorch_lightning`` does as well.
+Importing this needs Lightning: ``pip install "protopush[lightning]"``. The package ``pytorch_lightning`` does as well.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ OWN = ("model", "dataloader", "device", "optimizer")  # arguments of a push that
 def _lightning() -> Any:
     """The package that the program uses already, else the first one that is there."""
     ensure_torchvision()
-    problems = []
-    for name in sorted(PACKAGES, key=lambda name: name not in sys.modules):
+    first, second = sorted(PACKAGES, key=lambda name: name not in sys.modules)
+    try:
+        return importlib.import_module(first)
+    except ImportError:
         try:
-            return importlib.import_module(name)
+            return importlib.import_module(second)
         except ImportError as cause:
-            problems.append(first_line(cause))
-    raise ImportError(
-        f"PushCallback needs Lightning, which is not there ({problems[0]}); run: pip install protopush[lightning]"
-    )
+            raise ImportError(
+                f"PushCallback needs Lightning, which is not there ({first_line(cause)}); "
+                "run: pip install protopush[lightning]"
+            ) from cause
 
 
 if TYPE_CHECKING:
@@ -145,7 +147,9 @@ class PushCallback(Callback):
         prototypes = unwrap(model).head.proto_manager.prototypes
         default = torch.get_default_dtype()
         with trainer.precision_plugin.forward_context():
-            torch.set_default_dtype(default)  # a push compares in its own precision; the context puts back what it found
+            torch.set_default_dtype(
+                default
+            )  # a push compares in its own precision; the context puts back what it found
             report = push_prototypes(
                 _Converted(model, trainer.precision_plugin.convert_input),
                 self._loader(trainer),
@@ -182,8 +186,8 @@ class PushCallback(Callback):
         loader = trainer.train_dataloader if self.loader is None else self.loader
         if not isinstance(loader, DataLoader):
             raise InputError(
-                f"the trainer's training data is a {type(loader).__name__}; expected one DataLoader of (images, labels) "
-                "or (images, labels, ids); give PushCallback(loader=...) such a one"
+                f"the trainer's training data is a {type(loader).__name__}; expected one DataLoader of (images, "
+                "labels) or (images, labels, ids); give PushCallback(loader=...) such a one"
             )
         return loader
 
