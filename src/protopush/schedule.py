@@ -91,7 +91,8 @@ class PushSchedule:
 
         Args:
             epoch: the one that has ended, counted from 0.
-            optimizer: read for the learning rate: in the final decay are all of its groups or none. Several: as one.
+            optimizer: read for the learning rate, which is in its final decay where that of every parameter group is;
+                several optimizers count as one.
             lr: the learning rate itself, instead.
             peak_lr: its peak; without, the highest ``lr`` so far.
 

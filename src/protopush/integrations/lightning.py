@@ -56,7 +56,8 @@ class PushCallback(Callback):
 
     The push reads the trainer's own training data (unaugmented, where the dataset has an ``eval_view()``; each sample
     once, whatever sampler Lightning has put there), on the module's device and in the trainer's precision. Under DDP
-    every rank takes part, and all end with the same prototypes. ``push/min_dist``, ``push/mean_dist`` (before) and
+    every rank takes part, and all end with the same prototypes (strategies that shard parameters, FSDP or DeepSpeed's
+    stage 3, are not supported). ``push/min_dist``, ``push/mean_dist`` (before) and
     ``push/mean_dist_after`` are logged with ``LightningModule.log``.
 
     A push comes after the epoch's validation, so that a ``ModelCheckpoint`` that monitors a validation metric has saved
