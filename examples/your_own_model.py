@@ -75,7 +75,7 @@ def loader_of(catalog, split, classes, per_class, model):
 
 
 def main(args):
-    schedule = protopush.PushSchedule(start=3, interval=3, total_epochs=args.epochs)
+    schedule = protopush.PushSchedule(start=8, interval=4, total_epochs=args.epochs)
     catalog = load_catalog(args.data)
     classes = args.classes or list(catalog.classes)
     if not set(classes) <= set(catalog.classes) or args.per_class < 1:
@@ -84,7 +84,7 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SwinConvNeXt(len(classes), args.pretrained).to(device)
     train_loader, val_loader = (loader_of(catalog, name, classes, args.per_class, model) for name in ("train", "val"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(train_loader))
     print(f"{len(train_loader.dataset)} training, {len(val_loader.dataset)} validation images: {', '.join(classes)}")
     print("epoch   min_dist      after  mean_dist      after   accuracy      after")
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--pretrained", action="store_true", help="published weights and widths")
     parser.add_argument("--classes", nargs="+", help="only these")
     parser.add_argument("--per-class", type=int, default=10_000, help="at most so many images of each, in each split")
-    parser.add_argument("--epochs", type=int, default=18, help="passes over the images (18)")
+    parser.add_argument("--epochs", type=int, default=24, help="passes over the images (24)")
     try:
         main(parser.parse_args())
     except protopush.InputError as error:

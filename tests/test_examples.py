@@ -37,14 +37,14 @@ def test_examples_are_short_and_tell_how_to_run_them(script):
 
 
 def test_your_own_model_prints_what_each_push_did(images):
-    words = ["--epochs", "8", "--classes", "cat", "bird", "--per-class", "7"]
+    words = ["--epochs", "16", "--classes", "cat", "bird", "--per-class", "7"]
     done = run(EXAMPLES / "your_own_model.py", images, *words)
     assert done.returncode == 0, done.stderr
     told, header, *rows = done.stdout.splitlines()
     assert told == "14 training, 2 validation images: cat, bird"
     assert header.split() == ["epoch", "min_dist", "after", "mean_dist", "after", "accuracy", "after"]
     values = [[float(word) for word in row.split()] for row in rows]
-    assert [row[0] for row in values] == [3, 6]
+    assert [row[0] for row in values] == [8, 12]
     for _, least, least_after, mean, mean_after, *accuracies in values:
         assert 0 < least_after < least <= mean <= 2
         assert mean_after < mean
