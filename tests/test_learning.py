@@ -29,7 +29,6 @@ from protopush.training.loop import phases, train
 from protopush.training.optimizer import make_optimizer, set_rate
 from protopush.training.order import Order
 from protopush.training.prepare import prepare
-from protopush.training.schedule import push_due
 from protopush.training.stages import Frozen, Joint
 
 
@@ -198,12 +197,6 @@ def test_each_part_has_its_rate_and_each_layer_its_share():
     assert len(plain.param_groups) == 4  # backbone and head, with and without decay: few groups are fast
     model.backbone.freeze()
     assert len(make_optimizer(model, TrainConfig()).param_groups) == 2
-
-
-def test_no_push_in_the_final_decay_unless_asked():
-    assert not push_due(14, rate=0.05, final_decay=0.1)
-    assert push_due(14, rate=0.05, final_decay=0.0)
-    assert push_due(14, rate=0.2, final_decay=0.1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from protopush.model import ProtoModel
     from protopush.prototypes import Anchor, PrototypeManager
     from protopush.push import PushMixin, PushReport, push_prototypes, refresh_anchors
+    from protopush.schedule import PushSchedule
     from protopush.training.run import load
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOME = {
     "PruningReport": "protopush.growth",
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
+    "PushSchedule": "protopush.schedule",
     "create_backbone": "protopush.backbones",
     "grow_prototypes": "protopush.growth",
     "load": "protopush.training.run",
@@ -50,6 +52,7 @@ __all__ = [
     "PruningReport",
     "PushMixin",
     "PushReport",
+    "PushSchedule",
     "create_backbone",
     "grow_prototypes",
     "load",

@@ -86,6 +86,16 @@ class Anchor:
         return cls(**plain)
 
 
+def plain_anchors(anchors: list[Anchor | None]) -> list[dict[str, Any] | None]:
+    """Anchors as plain values."""
+    return [None if anchor is None else anchor.to_dict() for anchor in anchors]
+
+
+def anchors_from(plain: list[dict[str, Any] | None]) -> list[Anchor | None]:
+    """The inverse."""
+    return [None if values is None else Anchor.from_dict(values) for values in plain]
+
+
 class PrototypeManager(nn.Module):
     """Unit vectors, each owned by one class.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from protopush.prototypes import Anchor, PrototypeManager
+from protopush.prototypes import Anchor, PrototypeManager, anchors_from, plain_anchors
 from protopush.training.evaluate import score_of
 
 
@@ -67,13 +67,3 @@ class Best:
         self.score, self.metrics, self.where = state["score"], state["metrics"], state["where"]
         self.stale = state["stale"]
         self.state, self.anchors = dict(state["state"]), anchors_from(state["anchors"])
-
-
-def plain_anchors(anchors: list[Anchor | None]) -> list[dict[str, Any] | None]:
-    """Anchors as plain values."""
-    return [None if anchor is None else anchor.to_dict() for anchor in anchors]
-
-
-def anchors_from(plain: list[dict[str, Any] | None]) -> list[Anchor | None]:
-    """The inverse."""
-    return [None if values is None else Anchor.from_dict(values) for values in plain]

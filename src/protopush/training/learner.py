@@ -13,8 +13,9 @@ from torch import Tensor
 from protopush.distributed import gather_rows, rank_and_size, together
 from protopush.errors import InputError, listing
 from protopush.head_optimal import HeadOutput
+from protopush.prototypes import anchors_from, plain_anchors
 from protopush.push.tally import NonFinite
-from protopush.training.best import Best, anchors_from, plain_anchors
+from protopush.training.best import Best
 from protopush.training.ema import Ema
 from protopush.training.finish import push_between
 from protopush.training.optimizer import make_optimizer, set_rate

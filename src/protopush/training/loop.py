@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from protopush.distributed import from_first
+from protopush.schedule import PushSchedule
 from protopush.training.checkpoint import load_checkpoint, refuse_other_options
 from protopush.training.config import RunConfig
 from protopush.training.evaluate import in_short
@@ -18,7 +19,6 @@ from protopush.training.learner import Learner
 from protopush.training.limits import check_numbers
 from protopush.training.prepare import Job, prepare
 from protopush.training.run import Run, fresh_folder, open_run, save_run
-from protopush.training.schedule import push_due
 from protopush.training.stages import Frozen, Joint, Stage
 from protopush.training.tracking import check_trackers
 
@@ -130,6 +130,7 @@ def fit_phase(learner: Learner, phase: Phase, journal: Journal, start: int) -> N
     """The epochs of one phase, from ``start`` on."""
     config = learner.job.config
     last = phase.end == config.train.epochs
+    schedule = PushSchedule(config.push.start_epoch, config.push.interval, final_decay=config.push.final_decay)
     first = learner.push(0, None) if start == 0 and config.push.start_epoch == 0 else None
     for epoch in range(start, phase.end):
         if last and config.train.patience and learner.best.stale >= config.train.patience:
@@ -145,7 +146,7 @@ def fit_phase(learner: Learner, phase: Phase, journal: Journal, start: int) -> N
         journal.write(row)
         _say_epoch(row, config.train.epochs)
         rate = learner.rate_after(epoch) if last else 1.0  # only the last phase's decay is final
-        if push_due(epoch, config.push.start_epoch, config.push.interval, rate, config.push.final_decay):
+        if schedule.due(epoch, lr=rate, peak_lr=1.0):
             journal.write(learner.push(epoch + 1, row["val"]))
         journal.checkpoint(epoch + 1, learner.state_dict())
 
