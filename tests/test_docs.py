@@ -41,7 +41,10 @@ from told import ROOT, blocks, commands
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
 # Where commands that take their time are run; elsewhere they are read, and what they make is there already.
-SLOW = {"train": {"dermoscopy", "training"}, "report": {"dermoscopy"}, "compare": {"dermoscopy"}, "demo": {"nowhere"}}
+SLOW = {
+    "train": {"dermoscopy", "training"}, "report": {"dermoscopy"}, "compare": {"dermoscopy"}, "demo": {"nowhere"},
+    "app": {"nowhere"},
+}  # fmt: skip
 
 every_page = pytest.mark.parametrize("name", PAGES)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +129,7 @@ def test_commands_run(name, workshop, capsys):
         words = command[command.index("protopush") + 1 :]
         parser_of(words, read=True)
         if name not in SLOW.get(words[0], {name}) or "torchrun" in command or "--trainer.devices" in words:
-            continue  # test_readme.py runs the demo, test_training_ddp.py several processes
+            continue  # they run in test_readme.py, test_app_browser.py, test_training_ddp.py
         if words[0] == "train":
             words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
         elif words[0] == "push":
