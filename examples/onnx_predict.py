@@ -1,4 +1,4 @@
-"""A prediction and its reasons, without PyTorch: ``python onnx_predict.py model.onnx photo.jpg``.
+"""A prediction and its reasons, without PyTorch: ``python examples/onnx_predict.py model.onnx photo.jpg``.
 
 Needs onnxruntime, numpy and Pillow. The file says itself how pictures become its input, and what its prototypes are.
 """

@@ -20,7 +20,6 @@ from protopush.cli import main
 from protopush.review.decisions import load_decisions
 from test_app import BOMB, bytes_of, photo
 from test_forbid import anchors, make_data
-from test_report_browser import browser  # noqa: F401
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
 
@@ -59,7 +58,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 class Visit:
     """The page, open, and all that it said and asked for."""
 
-    def __init__(self, browser, server: Server, width: int) -> None:  # noqa: F811
+    def __init__(self, browser, server: Server, width: int) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900})
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
@@ -103,7 +102,7 @@ class Visit:
         self.context.close()
 
 
-def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):  # noqa: F811
+def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     old, visit = anchors(server.run), Visit(browser, server, 1400)
     page = visit.page
     visit.upload("../../a <b>cat</b>.png", bytes_of(photo(), "PNG"))
@@ -158,7 +157,7 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):  # noq
     assert main(["verify", str(server.run)]) == 0
 
 
-def test_on_a_phone_and_with_files_that_are_none(browser, server):  # noqa: F811
+def test_on_a_phone_and_with_files_that_are_none(browser, server):
     visit = Visit(browser, server, 400)
     for name, data, message in (
         ("empty.png", b"", "is empty (0 bytes)"),

@@ -22,7 +22,7 @@ from protopush.predicting.columns import Columns
 from protopush.predicting.growing import Growing, Span, alone
 from protopush.predicting.inputs import Inputs, list_inputs
 from protopush.predicting.outputs import DIGITS, look
-from protopush.predicting.reading import Batches, Pictures, read
+from protopush.predicting.reading import Batches, Pictures, read, readers
 from protopush.predicting.summary import summary_of
 from protopush.predicting.threshold import Threshold, calibrate
 from protopush.training.config import DataConfig
@@ -172,7 +172,7 @@ def _grow(
 
     def here() -> None:
         pictures = Pictures(inputs.names, run.transform)
-        with untouched(run.model), _progress(counts[rank], rank) as advance:
+        with readers(num_workers), untouched(run.model), _progress(counts[rank], rank) as advance:
             for span in shares[rank]:
                 batches = Batches(span.first, span.last, growing.size, len(inputs.names))
                 with growing.appending(span) as append:

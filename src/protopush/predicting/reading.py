@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +74,20 @@ class Batches:
 
 
 def read(pictures: Pictures, batches: Batches, num_workers: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of (images (B, 3, H, W), B reasons), in order.
+    """Batches of (images (B, 3, H, W), B reasons), in order; to be used within :func:`readers`."""
+    loader: DataLoader[Any] = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
+    yield from loader
+
+
+@contextmanager
+def readers(num_workers: int) -> Iterator[None]:
+    """Around all that is done while other processes read: torch tells of one's death wherever we are just then.
 
     Raises:
         InputError: a process that reads images has died, mostly for want of memory.
     """
-    loader: DataLoader[Any] = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -22,7 +22,7 @@ from protopush.distributed import from_first, gather_objects, rank_and_size, tog
 from protopush.errors import InputError, first_line
 from protopush.predicting.inputs import Strings
 from protopush.predicting.outputs import DIGITS, look
-from protopush.predicting.reading import Batches, Pictures, read
+from protopush.predicting.reading import Batches, Pictures, read, readers
 from protopush.training.config import DataConfig
 from protopush.training.progress import bar
 from protopush.training.run import Run
@@ -196,7 +196,8 @@ def _best(run: Run, files: Sequence[str], device: torch.device | str, num_worker
 
     def here() -> list[float | None]:
         found: list[float | None] = []
-        with untouched(run.model), bar("Similarity of validation images", len(batches)) as advance:
+        count = len(batches)
+        with readers(num_workers), untouched(run.model), bar("Similarity of validation images", count) as advance:
             for images, problems in read(Pictures(names, run.transform), batches, num_workers):
                 outputs = look(run.model, images.to(device), top=0)
                 good = [not problem and bool(finite) for problem, finite in zip(problems, outputs.finite, strict=True)]

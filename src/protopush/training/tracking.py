@@ -140,6 +140,7 @@ class WandB(Tracker):
         import wandb
 
         known = folder / "wandb_id"
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it would advise to trace language models
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "protopush"),
             name=os.environ.get("WANDB_NAME", folder.resolve().name),
