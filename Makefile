@@ -29,8 +29,9 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 # One thread a process, a process a core: torch's own threads would only get in each other's way.
+# The tests of a file stay together: they share a run, a server or a browser.
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 slow: $(READY)
 	$(BIN)/pytest -q -m "slow"

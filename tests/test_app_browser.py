@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -183,6 +184,8 @@ def test_on_a_phone_and_with_files_that_are_none(browser, server):
 
 
 def test_ctrl_c_ends_it_with_one_line_and_takes_the_uploads_away(server):
+    with urlopen(server.url, timeout=60) as answer:  # it is up, not just listening
+        assert answer.status == 200
     (uploads,) = server.temporary.glob("protopush-app-*")
     known = {file.name for file in server.temporary.rglob("*") if file.is_file()}
     server.process.send_signal(signal.SIGINT)
