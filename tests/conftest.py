@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,16 @@ def ham() -> Path:
     if not (HAM / "manifest.csv").is_file():
         pytest.skip(f"the dermoscopy images are not at {HAM}")
     return HAM
+
+
+@pytest.fixture(autouse=True)
+def _log_left_alone() -> Iterator[None]:
+    """A test's ``logging.basicConfig`` ends with it: its stream is closed by then."""
+    before, level = list(logging.root.handlers), logging.root.level
+    yield
+    for handler in [one for one in logging.root.handlers if type(one) is logging.StreamHandler and one not in before]:
+        logging.root.removeHandler(handler)
+    logging.root.setLevel(level)
 
 
 class ToyNet(PushMixin, nn.Module):
