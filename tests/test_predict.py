@@ -297,9 +297,10 @@ def test_a_reader_that_dies_is_one_line(home, tmp_path, monkeypatch, capsys):
     words = (home / "run", home / "images", "--threshold", "0.5", "--out", tmp_path / "o.csv")
     with monkeypatch.context() as patch:
         read = Pictures.__getitem__
-        patch.setattr(Pictures, "__getitem__", lambda self, i: os._exit(1) if i == 20 else read(self, i))
+        patch.setattr(Pictures, "__getitem__", lambda self, i: os._exit(1) if i == 28 else read(self, i))
         assert "a process that reads images died" in refused(capsys, *words, "--data.num_workers", "1")
-    assert told(capsys, *words)["resumed_from"] <= 16
+    # Its batch, the fourth, is asked for when the second is here, so that the first has been written.
+    assert 0 < told(capsys, *words)["resumed_from"] <= 24
 
 
 def cut_after(monkeypatch, batches: int, module=predicting) -> None:

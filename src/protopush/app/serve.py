@@ -54,9 +54,9 @@ def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860)
         if not is_local(host):
             logger.warning("Everybody who reaches %s may look and decide; there are no passwords", host)
         address = f"[{host}]" if ":" in host else host
-        print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
+            print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
             uvicorn.Server(config).run(sockets=[door])
         except KeyboardInterrupt:
             pass
