@@ -41,13 +41,11 @@ def ham() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _log_left_alone() -> Iterator[None]:
-    """A test's ``logging.basicConfig`` ends with it: its stream is closed by then."""
-    before, level = list(logging.root.handlers), logging.root.level
-    yield
-    for handler in [one for one in logging.root.handlers if type(one) is logging.StreamHandler and one not in before]:
-        logging.root.removeHandler(handler)
-    logging.root.setLevel(level)
+def _log_as_imported() -> None:
+    """Commands write the log to the stderr of their time; that of an earlier test is closed."""
+    log = logging.getLogger("protopush")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 class ToyNet(PushMixin, nn.Module):
