@@ -10,8 +10,8 @@ these operators. After such a failure, and only then, :func:`ensure_torchvision`
 missed, by name and without arguments, and imports torchvision again. All of it that is plain Python then works;
 the operators themselves (``torchvision.ops.nms``) still say that they could not be loaded.
 
-Why here and not in the message of an error: ``pip install protopush`` beside a CPU-only torch is the ordinary install of
-a laptop, and nothing that protopush does is missing from it.
+Why a mend and not an error: ``pip install protopush`` beside a CPU-only torch is the ordinary install of a laptop, and
+nothing that protopush does is missing from it.
 """
 
 from __future__ import annotations
@@ -46,26 +46,27 @@ def ensure_torchvision() -> None:
         >>> ensure_torchvision()
         >>> import torchvision
     """
-    missing: set[str] = set()
-    while True:
-        try:
-            import_module("torchvision")
-            return
-        except ModuleNotFoundError:
-            return
-        except RuntimeError as error:
-            found = re.match(r"operator torchvision::(\w+) does not exist", str(error))
-            if found is None or found[1] in missing:
-                raise InputError(
-                    f"torchvision {version('torchvision')} cannot be imported beside torch {torch.__version__} "
-                    f"({first_line(error)}); expected two of the same build; install both as "
-                    "https://pytorch.org/get-started says"
-                ) from error
-            missing.add(found[1])
-            _declare(found[1])
-            # Those of its modules that were imported before the failure would not be imported again.
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
+    _import_torchvision(frozenset())
+
+
+def _import_torchvision(declared: frozenset[str]) -> None:
+    try:
+        import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError as error:
+        missing = re.match(r"operator torchvision::(\w+) does not exist", str(error))
+        if missing is None or missing[1] in declared:
+            raise InputError(
+                f"torchvision {version('torchvision')} cannot be imported beside torch {torch.__version__} "
+                f"({first_line(error)}); expected two of the same build; install both as "
+                "https://pytorch.org/get-started says"
+            ) from error
+        _declare(missing[1])
+        # Modules that were imported before the failure hold no reference to a whole torchvision: import them again.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _import_torchvision(declared | {missing[1]})
 
 
 def _declare(operator: str) -> None:

@@ -59,6 +59,22 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         state = {key.removeprefix("model."): value for key, value in state.items()}  # the state dict of a Backbone
     for layer in _classifiers(model):
         state = {key: value for key, value in state.items() if key in own or not key.startswith(f"{layer}.")}
+    found = misfit(own, state)
+    if found:
+        raise InputError(
+            f"the weights in {path} do not fit {name} ({found}); expected a state dict of this very model; "
+            "give the model that they were saved from, or other weights"
+        )
+    model.load_state_dict(state)
+
+
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Names and shapes in which a state dict differs from a model's own; empty where it fits.
+
+    Example:
+        >>> misfit({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3), "c": torch.zeros(1)})
+        'missing: b; unexpected: c; ill-shaped: a (3,) instead of (2,)'
+    """
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -68,13 +84,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             if key in state and state[key].shape != value.shape
         ],
     }
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {listing(keys, limit=5)}" for what, keys in problems.items() if keys)
-        raise InputError(
-            f"the weights in {path} do not fit {name} ({found}); expected a state dict of this very model; "
-            "give the model that they were saved from, or other weights"
-        )
-    model.load_state_dict(state)
+    return "; ".join(f"{what}: {listing(keys, limit=5)}" for what, keys in problems.items() if keys)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

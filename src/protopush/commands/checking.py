@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from protopush.commands.opening import open_with
 from protopush.data.audit import Audit, audit, check_threshold
+from protopush.data.files import read_json
 from protopush.data.manifest import Catalog
 from protopush.data.similar import THRESHOLD
 from protopush.data.sources import load_catalog
@@ -16,6 +18,9 @@ from protopush.errors import InputError
 from protopush.push.certificate import AnchorCheck, verify_anchors
 from protopush.training.progress import bar
 from protopush.training.run import Run, same_weights
+from protopush.training.versions import recorded_versions, version_change
+
+logger = logging.getLogger("protopush.training")
 
 
 def verify_run(options: Namespace) -> list[AnchorCheck]:
@@ -24,7 +29,11 @@ def verify_run(options: Namespace) -> list[AnchorCheck]:
     root = Path(options.root) if options.root else run.root
     if not root.is_dir():
         raise InputError(f"no such folder: {root}; expected the training images; say where they are with --root")
-    return checks_of(run, root, device)
+    checks = checks_of(run, root, device)
+    change = version_change(recorded_versions(read_json(run.folder / "config.json")))
+    if change and any(check.fault == "similarity_off" for check in checks):
+        logger.warning("Other versions may read images and weights otherwise: the run was %s", change)
+    return checks
 
 
 def checks_of(run: Run, root: Path, device: torch.device | str) -> list[AnchorCheck]:

@@ -31,6 +31,7 @@ from protopush.report.pieces import Badge, Fact
 from protopush.report.prototypes import ident
 from protopush.review.decisions import Decision, load_decisions
 from protopush.training.run import Run
+from protopush.training.versions import recorded_versions
 
 EXAMPLES = 5
 NOT_MEASURED = {
@@ -193,7 +194,7 @@ def reproduce_of(run: Run, split: str) -> Reproduce:
         commands.insert(1, Command("train it again", _words(*again)))
     stored = read_json(run.folder / "config.json")
     facts = [
-        Fact("trained with", f"protopush {stored['protopush']}"),
+        Fact("trained with", ", ".join(f"{name} {found}" for name, found in recorded_versions(stored).items())),
         Fact("seed", _seed(text)),
         Fact("data", run.data.get("path") or f"source {run.data.get('source', '')}"),
         Fact("weights (SHA-256)", stored["weights_sha256"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from protopush.data.files import write_atomic
 from protopush.errors import InputError, first_line, listing
 from protopush.push.certificate import refuse_newer
 from protopush.training.config import RunConfig
+from protopush.training.versions import current_versions, version_change
 
 FORMAT = 1
 FILE = Path("checkpoints") / "last.pt"
@@ -27,7 +30,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         InputError: there is no room; the last good one is still there.
     """
-    write_atomic(folder / FILE, lambda temporary: _write({"format": FORMAT, **state}, temporary))
+    write_atomic(
+        folder / FILE, lambda temporary: _write({"format": FORMAT, "versions": current_versions(), **state}, temporary)
+    )
 
 
 def _write(state: dict[str, Any], file: Path) -> None:
@@ -56,6 +61,23 @@ def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
         ) from error
     refuse_newer(state, FORMAT, str(file))
     return state
+
+
+@contextmanager
+def restoring(saved: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Restore the state of a checkpoint; where it does not fit, the versions between which it changed are named.
+
+    Raises:
+        InputError: it doesn't fit.
+    """
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        change = version_change(saved.get("versions", {})) or "take it from a copy"
+        raise InputError(
+            f"{folder / FILE} does not fit the model and optimizer of this run ({' '.join(str(error).split())[:300]}); "
+            f"{change}, or train again with --overwrite true"
+        ) from error
 
 
 def refuse_other_options(folder: Path, config: RunConfig) -> None:

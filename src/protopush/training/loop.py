@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from protopush.distributed import from_first
 from protopush.schedule import PushSchedule
-from protopush.training.checkpoint import load_checkpoint, refuse_other_options
+from protopush.training.checkpoint import load_checkpoint, refuse_other_options, restoring
 from protopush.training.config import RunConfig
 from protopush.training.evaluate import in_short
 from protopush.training.finish import final_push
@@ -114,7 +114,8 @@ def fit(job: Job, journal: Journal, saved: dict[str, Any] | None = None) -> Stag
         job.fabric.seed_everything(job.config.train.seed, verbose=False)
         learner = Learner(job, stage, phase.start, phase.end)
         if saved and phase.start < done:
-            learner.load_state_dict(saved)
+            with restoring(saved, journal.folder):
+                learner.load_state_dict(saved)
             journal.go_on(saved)
         elif best is not None:  # what the head alone reached is to be beaten
             learner.best.see(best, "the head alone")

@@ -43,7 +43,7 @@ def _backbone_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     backbone: Any = getattr(model, "backbone", nn.Identity())
     backbone = getattr(backbone, "model", backbone)
     ensure_torchvision()
-    from timm.optim._param_groups import param_groups_layer_decay
+    from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
     groups, grouped = [], set[nn.Parameter]()
     for part in _layered(backbone):

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from protopush import __version__
 from protopush.backbones import Backbone, create_backbone
 from protopush.data.change import finish_change
 from protopush.data.files import read_json, write_atomic, write_json
@@ -26,6 +25,8 @@ from protopush.head_optimal import HeadOptimal
 from protopush.model import ProtoModel
 from protopush.pretrained import Origin
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
+from protopush.training.versions import current_versions, recorded_versions, version_change
+from protopush.weights import misfit
 
 FORMAT = 1
 PICTURE_SIDE = 640  # longest side of the anchors' pictures that a run keeps
@@ -92,7 +93,7 @@ def save_run(run: Run) -> None:
         folder / "config.json",
         {
             "format": FORMAT,
-            "protopush": __version__,
+            "versions": current_versions(),
             "weights_sha256": digest,
             "backbone": {"name": backbone.name, "channels": backbone.channels, "recipe": backbone.recipe},
             "preprocessing": backbone.preprocessing.to_dict(),
@@ -168,7 +169,8 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
         raise InputError(
             f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run"
         ) from error
-    _load_weights(model, folder / "model.safetensors", digest if check_weights else None)
+    change = version_change(recorded_versions(config))
+    _load_weights(model, folder / "model.safetensors", digest if check_weights else None, change)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))  # type: ignore[arg-type]
     model.class_names = classes
     model.origin = Origin(folder.absolute(), config)
@@ -187,7 +189,11 @@ def _rebuild(config: Mapping[str, Any], module: nn.Module | None) -> Backbone:
             f"the backbone {told['name']} of this run is a module of your own; expected that module; "
             "open the run with protopush.load(folder, backbone=module)"
         )
-    return create_backbone(pretrained=False, **_without_files(recipe), **config["preprocessing"])
+    try:
+        return create_backbone(pretrained=False, **_without_files(recipe), **config["preprocessing"])
+    except InputError as error:  # a library may have dropped the model, or an option of it
+        change = version_change(recorded_versions(config))
+        raise InputError(f"{error}; the run was {change}" if change else str(error)) from error
 
 
 def _without_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +204,8 @@ def _without_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
+def _load_weights(model: nn.Module, file: Path, digest: str | None, change: str) -> None:
+    """Load a run's weights; where whole ones do not fit, say which ``change`` of versions lies between."""
     if not file.is_file():
         raise InputError(f"no such file: {file}; the run is incomplete: train it again or take a copy")
     if digest is not None and sha256_of(file) != digest:
@@ -207,9 +214,13 @@ def _load_weights(model: nn.Module, file: Path, digest: str | None) -> None:
             "saved; take them from a copy of the run"
         )
     try:
-        model.load_state_dict(load_file(file))
-    except Exception as error:  # safetensors raises its own type, torch RuntimeError
+        state = load_file(file)
+    except Exception as error:  # safetensors raises its own type
         raise InputError(f"damaged file: {file} ({first_line(error)}); take it from a copy of the run") from error
+    if found := misfit(model.state_dict(), state):
+        advice = change or "take the run's files from one copy"
+        raise InputError(f"the weights in {file} do not fit the model that config.json describes ({found}); {advice}")
+    model.load_state_dict(state)
 
 
 def same_weights(folder: Path) -> bool:
