@@ -50,10 +50,15 @@ def version_change(recorded: Mapping[str, str]) -> str:
         'saved with timm 0.0.1, read with timm ...; pip install timm==0.0.1 reads it as it was saved'
     """
     here = current_versions()
-    other = [package for package, saved in recorded.items() if here.get(package) != saved]
+    other = {name: saved for name, saved in recorded.items() if _release(here.get(name, "")) != _release(saved)}
     if not other:
         return ""
-    saved = ", ".join(f"{package} {recorded[package]}" for package in other)
-    read = ", ".join(f"{package} {here[package]}" if package in here else f"no {package}" for package in other)
-    pins = " ".join(f"{package}=={recorded[package]}" for package in other)
+    saved = ", ".join(f"{name} {release}" for name, release in other.items())
+    read = ", ".join(f"{name} {here[name]}" if name in here else f"no {name}" for name in other)
+    pins = " ".join(f"{name}=={_release(release)}" for name, release in other.items())
     return f"saved with {saved}, read with {read}; pip install {pins} reads it as it was saved"
+
+
+def _release(version: str) -> str:
+    """A version without the name of its build: 2.13.0+cpu is 2.13.0, and only that can be installed by its name."""
+    return version.partition("+")[0]
