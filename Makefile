@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types layers unit slow docs clean
+.PHONY: setup demo test lint types layers unit slow docs dist compat clean
 
 setup: $(READY)
 
@@ -40,5 +40,15 @@ slow: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The sdist and the wheel, in dist/, as a release uploads them.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in clean environments outside the tree, with the lowest and the newest versions of all that it needs.
+compat: dist
+	$(BIN)/python tests/scripts/environments.py dist/protopush-*.whl
+
 clean:
-	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv dist runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
