@@ -2,7 +2,7 @@
 
 import sys
 
-from protopush.cli import main
+from protopush.cli.program import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

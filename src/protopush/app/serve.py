@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_RUN_HISTORY": "False",  # older versions have neither it nor an argument for it
     "GRADIO_ALLOWED_PATHS": "",
 }
 
@@ -54,14 +53,12 @@ def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860)
         if not is_local(host):
             logger.warning("Everybody who reaches %s may look and decide; there are no passwords", host)
         address = f"[{host}]" if ":" in host else host
-        before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
             uvicorn.Server(config).run(sockets=[door])
         except KeyboardInterrupt:
             pass
         finally:
-            signal.signal(signal.SIGTERM, before)
             still = not desk.close()
     print("Review app ended; every decision is in the run.", flush=True)
     if still:  # a decision that is being worked out has changed nothing yet, and would keep the process for minutes
@@ -97,7 +94,6 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         path="/",
         server_name=host,
         footer_links=[],
-        run_history=False,
         allowed_paths=[],
         blocked_paths=[],
         show_error=False,
@@ -152,7 +148,3 @@ def _uploads() -> Iterator[Path]:
 
 def _saved_as(kind: str) -> dict[str, str]:
     return {"Content-Disposition": f'attachment; filename="decisions.{kind}"', "Cache-Control": "no-store"}
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from protopush.cli.options import is_first, log, new_parser, print_json
 from protopush.parsing import add_data, add_json, parse
 
@@ -36,11 +34,8 @@ def predict(words: list[str]) -> int:
 
     try:
         found = predict_files(options)
-    except KeyboardInterrupt:
-        print(
-            "protopush: interrupted; the same command, without --overwrite, goes on where it stopped", file=sys.stderr
-        )
-        return 130
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command, without --overwrite, goes on where it stopped") from None
     if is_first():
         print_json(found) if options.json else print(in_words(found))
     return 0

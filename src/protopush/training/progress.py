@@ -19,7 +19,7 @@ console = Console(stderr=True)
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar from 0 to ``total``; the block gets a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not _can_draw()) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.update(task, advance=steps)
 
@@ -27,10 +27,15 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def log_to_stderr(level: int) -> None:
     """The log as plain lines; above a progress bar where there is one."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if console.is_terminal:
+    if _can_draw():
         handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("protopush")
     log.handlers = [handler]
     log.setLevel(level)
     log.propagate = False
+
+
+def _can_draw() -> bool:
+    """Whether stderr is a terminal that can move its cursor (TERM=dumb cannot; NO_COLOR is rich's own matter)."""
+    return console.is_terminal and not console.is_dumb_terminal
