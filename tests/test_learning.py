@@ -148,7 +148,7 @@ def test_logit_adjustment_finds_the_balanced_rule():
 
         optimizer.step(step)
         weight, bias = layer.weight[1] - layer.weight[0], layer.bias[1] - layer.bias[0]
-        borders[strength] = float(-bias / weight)
+        borders[strength] = float((-bias / weight).detach())
     assert borders[1.0] == pytest.approx(1.0, abs=0.07)  # half-way
     assert borders[0.0] == pytest.approx(1.0 + np.log(9) / 2, abs=0.07)
 
