@@ -55,6 +55,14 @@ def test_a_wrong_workflow_is_refused(tmp_path):
         run("check_jsonschema", "--builtin-schema", "vendor.github-workflows", tmp_path / "bad.yml")
 
 
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_questions_of_a_form_have_ids_and_labels_of_their_own(name):
+    """GitHub refuses a form with two equal ids or labels; its schema can't say so."""
+    questions = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())["body"]
+    for answers in ([one["id"] for one in questions], [one["attributes"]["label"] for one in questions]):
+        assert len(set(answers)) == len(answers) > 1
+
+
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
 def test_workflows_may_no_more_than_they_need(name):
     assert WORKFLOWS[name]["permissions"] == {"contents": "read"}

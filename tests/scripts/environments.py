@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -82,56 +83,69 @@ class Environments:
         self.wheel, self.folder, self.rows = wheel, folder, list[Row]()
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PIP_CONSTRAINT", "PYTHONPATH")}
 
-    def make(self, level: str, python: str, extras: Sequence[str], base: Path | None, name: str) -> Path:
-        """An environment; with ``base``, what that holds is there as well. Runs what it is for, and adds a row."""
-        row, place = Row(f"{level}: {name}"), self.folder / f"{level}-{name}"
+    def make(self, level: str, name: str, python: str, extras: Sequence[str], base: Path | None = None) -> Path:
+        """An environment, in which what it is for is tried; adds a row and returns its interpreter.
+
+        Args:
+            level: lowest or newest.
+            name: of the row.
+            python: the interpreter to make it with.
+            extras: of the wheel; none: the commands that need none.
+            base: the interpreter of another environment, whose packages are there as well.
+        """
+        row, place, work = Row(f"{level}: {name}"), self.folder / f"{level}-{name}", self.folder / f"{level}-core-work"
+        own = place / "bin" / "python"
         self.rows.append(row)
-        started = time.perf_counter()
         try:
-            self.run(python, "-m", "venv", str(place))
-            own = place / "bin" / "python"
-            if base is not None:
-                paths = [self.run(str(p), "-c", "import site; print(site.getsitepackages()[0])") for p in (own, base)]
-                (Path(paths[0].strip()) / "base.pth").write_text(paths[1])
-            self.run(str(own), "-m", "pip", "install", "--quiet", *self.wheel.words(extras, level == "lowest"))
-            self.run(str(own), "-m", "pip", "check")
-            row.installed = time.perf_counter() - started
+            with timed(row, "installed"):
+                self.run(python, "-m", "venv", place)
+                if base is not None:
+                    (self.site(own) / "base.pth").write_text(f"{self.site(base)}\n")
+                self.run(own, "-m", "pip", "install", "--quiet", *self.wheel.words(extras, level == "lowest"))
+                self.run(own, "-m", "pip", "check")
             self.describe(row, own)
-            started = time.perf_counter()
-            work = str(self.folder / f"{level}-work")
-            if base is None or len(extras) > 1:
-                self.run(str(own), str(SMOKE), work if base is None else f"{work}-{name}")
-            if extras:
-                self.run(str(own), str(SMOKE), work if len(extras) == 1 else f"{work}-{name}", *extras)
-            row.ran = time.perf_counter() - started
+            with timed(row, "ran"):
+                if len(extras) != 1:
+                    work = self.folder / f"{level}-{name}-work"
+                    self.run(own, SMOKE, work)
+                if extras:
+                    self.run(own, SMOKE, work, *extras)
         except subprocess.CalledProcessError as error:
             row.failure = f"{error.stdout}\n{error.stderr}".strip()
         self.report(row)
-        return place / "bin" / "python"
+        return own
 
-    def run(self, *words: str) -> str:
+    def site(self, python: Path) -> Path:
+        """Where an interpreter's packages are."""
+        return Path(self.run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+
+    def run(self, *words: str | Path) -> str:
         """What a command prints; it runs in the folder."""
         return subprocess.run(
-            words, check=True, capture_output=True, text=True, cwd=self.folder, env=self.environment
+            [str(word) for word in words],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
         ).stdout
 
     def describe(self, row: Row, python: Path) -> None:
         """The versions that the environment has."""
         code = "import sys, importlib.metadata as m; print(sys.version.split()[0], *map(m.version, sys.argv[1:]))"
-        row.python, *versions = self.run(str(python), "-c", code, *SHOWN).split()
+        row.python, *versions = self.run(python, "-c", code, *SHOWN).split()
         row.versions = dict(zip(SHOWN, versions, strict=True))
 
     def cross(self, name: str, python: Path, run: Path) -> None:
-        """A run that the other side has saved is verified, or refused with both versions named."""
+        """A run that the other side has saved is verified."""
         row = Row(name)
         self.rows.append(row)
-        started = time.perf_counter()
         try:
             self.describe(row, python)
-            self.run(str(python), "-m", "protopush", "verify", str(run), "--root", str(run.parent / "images"))
+            with timed(row, "ran"):
+                self.run(python, "-m", "protopush", "verify", run, "--root", run.parent / "images")
         except subprocess.CalledProcessError as error:
             row.failure = f"{error.stdout}\n{error.stderr}".strip()
-        row.ran = time.perf_counter() - started
         self.report(row)
 
     def report(self, row: Row) -> None:
@@ -146,6 +160,16 @@ class Environments:
             result = "FAILED" if row.failure else "passed"
             table.add_row(row.name, row.python, *versions, result, f"{row.installed:.0f} s", f"{row.ran:.0f} s")
         return table
+
+
+@contextmanager
+def timed(row: Row, what: str) -> Iterator[None]:
+    """The seconds that the block takes, also where it fails, as the row's attribute."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(row, what, time.perf_counter() - started)
 
 
 def pythons(lowest: Version) -> Iterator[str]:
@@ -172,13 +196,13 @@ def main() -> int:
         bases = {}
         for level in options.levels:
             python = found[0 if level == "lowest" else -1]
-            base = bases[level] = environments.make(level, python, [], None, "core")
+            base = bases[level] = environments.make(level, "core", python, [])
             for extra in wheel.extras:
-                environments.make(level, python, [extra], base, extra)
-            environments.make(level, python, wheel.extras, base, "together")
+                environments.make(level, extra, python, [extra], base)
+            environments.make(level, "together", python, wheel.extras, base)
         for level, base in bases.items():
             for other in bases.keys() - {level}:
-                environments.cross(f"{level} verifies {other}", base, folder / f"{other}-work" / "run")
+                environments.cross(f"{level} verifies {other}", base, folder / f"{other}-core-work" / "run")
         Console(width=140).print(environments.table())
     return any(row.failure for row in environments.rows)
 
