@@ -430,3 +430,19 @@ def test_changes_come_all_or_none(tmp_path):
         (stage / "b" / "c").write_text("more")
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")} == {"a", "b", "b/c"}
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_change_moves_nothing_through_a_link(run, tmp_path, capsys):
+    """A run from somebody else may hold links: opening it neither empties a folder of this computer nor fills one."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    (run / change.READY).symlink_to(elsewhere)
+    assert "is a link" in refused(capsys, "verify", run)
+    (run / change.READY).unlink()
+    (run / "deeper").symlink_to(elsewhere)
+    (run / change.READY / "deeper" / "new").mkdir(parents=True)
+    for name in ("mine.txt", "new/other.txt"):
+        (run / change.READY / "deeper" / name).write_text("theirs")
+        assert "leads out of" in refused(capsys, "verify", run)
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["mine"]

@@ -386,3 +386,12 @@ def test_models_are_imported_when_they_are_needed() -> None:
     code = "import sys, protopush.backbones; print({'timm', 'torchvision', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_recipe_names_no_kernel_of_the_hub(key):
+    """transformers would fetch and run it where the package kernels is installed."""
+    config = {"model_type": "vit", **VIT, key: "somebody/kernel"}
+    backbone = create_backbone("hf:vit", pretrained=False, config=config, size=(64, 64))
+    assert backbone(torch.zeros(1, 3, 64, 64)).grid == (4, 4)
+    assert "kernel" not in json.dumps(backbone.recipe)

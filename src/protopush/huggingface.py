@@ -34,8 +34,12 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "regi
 # Tokens in front that no parameter tells of: DINOv3's ConvNeXt puts the pooled feature there.
 MORE_PREFIX_TOKENS = {"dinov3_convnext": 1}
 NEW_NORMS = "hidden_states_norms"  # a backbone class adds one to each stage: it starts at 1 and 0, always the same
-# Left out of a recipe: the labels of a dropped classifier, and where the checkpoint lay.
-NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version")
+# Left out of a recipe: the labels of a dropped classifier, where the checkpoint lay, and the kernel of its attention,
+# which may be the name of code in the hub.
+NOT_ARCHITECTURE = (
+    "id2label", "label2id", "_name_or_path", "transformers_version", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal",
+)  # fmt: skip
 REFUSED = {
     "vit_mae": "it shuffles its cells at random; load its weights into a ViT of timm: vit_base_patch16_224.mae",
     "timm_wrapper": "it is one of timm's; give hf-hub:<model> instead of hf:<model>",
@@ -177,7 +181,8 @@ def _config(name: str, told: Mapping[str, Any] | None, folder: Path | None) -> A
 
     try:
         if told is not None:
-            config: Any = AutoConfig.for_model(**told)
+            kept = {key: value for key, value in told.items() if key not in NOT_ARCHITECTURE}
+            config: Any = AutoConfig.for_model(**kept)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as cause:

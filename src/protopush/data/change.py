@@ -49,14 +49,19 @@ def finish_change(folder: Path) -> None:
     """Put files into their places that a process had ready when it was cut off; most often there are none.
 
     Raises:
-        InputError: the folder can't be written.
+        InputError: the folder can't be written, or a link in it leads to another one, from which or to which nothing is
+            moved: the folder may be anybody's.
     """
     ready = folder / READY
     if not ready.is_dir():
         return
+    if ready.is_symlink():
+        raise InputError(f"{ready} is a link; expected a folder that protopush wrote; remove it")
     try:
         for file in sorted(path for path in ready.rglob("*") if path.is_file()):
             target = folder / file.relative_to(ready)
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{target.parent} leads out of {folder}; expected a folder; remove the link")
             target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # another process finishes it, too
                 file.replace(target)
