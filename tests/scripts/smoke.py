@@ -108,9 +108,13 @@ def app() -> None:
     command = [sys.executable, "-m", "protopush", "app", "run", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            address = re.search(r"http://\S+", process.stdout.readline() if process.stdout else "")
+            lines = iter(process.stdout or ())
+            found = (
+                re.search(r"Review app: (http://\S+)", line) for line in lines
+            )  # gradio 6.0 prints a line of its own
+            address = next(filter(None, found), None)
             expect(address, "the app says where it is")
-            with urlopen(address[0], timeout=60) as answer:  # type: ignore[index]
+            with urlopen(address[1], timeout=60) as answer:  # type: ignore[index]
                 expect(answer.status == 200 and b"gradio" in answer.read(), "the app's page")
         finally:
             process.terminate()
