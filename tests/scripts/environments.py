@@ -93,7 +93,7 @@ class Environments:
             extras: of the wheel; none: the commands that need none.
             base: the interpreter of another environment, whose packages are there as well.
         """
-        row, place, work = Row(f"{level}: {name}"), self.folder / f"{level}-{name}", self.folder / f"{level}-core-work"
+        row, place = Row(f"{level}: {name}"), self.folder / f"{level}-{name}"
         own = place / "bin" / "python"
         self.rows.append(row)
         try:
@@ -105,11 +105,7 @@ class Environments:
                 self.run(own, "-m", "pip", "check")
             self.describe(row, own)
             with timed(row, "ran"):
-                if len(extras) != 1:
-                    work = self.folder / f"{level}-{name}-work"
-                    self.run(own, SMOKE, work)
-                if extras:
-                    self.run(own, SMOKE, work, *extras)
+                self.run(own, SMOKE, self.folder / f"{level}-work", *extras)
         except subprocess.CalledProcessError as error:
             row.failure = f"{error.stdout}\n{error.stderr}".strip()
         self.report(row)
@@ -202,7 +198,7 @@ def main() -> int:
             environments.make(level, "together", python, wheel.extras, base)
         for level, base in bases.items():
             for other in bases.keys() - {level}:
-                environments.cross(f"{level} verifies {other}", base, folder / f"{other}-core-work" / "run")
+                environments.cross(f"{level} verifies {other}", base, folder / f"{other}-work" / "run")
         Console(width=140).print(environments.table())
     return any(row.failure for row in environments.rows)
 

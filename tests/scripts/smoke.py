@@ -165,7 +165,7 @@ def lightning() -> None:
 def track() -> None:
     """Numbers for TensorBoard and, offline, for W&B."""
     os.environ["WANDB_MODE"] = "offline"
-    protopush("train", *MODEL, "--out", "tracked", "--trainer.track", '["tensorboard","wandb"]')
+    protopush("train", *MODEL, "--out", "tracked", "--overwrite", "true", "--trainer.track", '["tensorboard","wandb"]')
     expect(list(Path("tracked").rglob("events.out.tfevents.*")), "events of TensorBoard")
 
 
