@@ -27,15 +27,16 @@ from black_box import without_prototypes
 from measuring import save, spread
 
 from protopush.data.dataset import ImageDataset
+from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.training.config import DataConfig, ModelConfig, PushConfig, RunConfig, TrainConfig
-from protopush.training.evaluate import evaluate, score_of
-from protopush.training.finish import final_push
-from protopush.training.journal import Journal
-from protopush.training.learner import Learner
+from protopush.evaluation.outputs import evaluate, score_of
+from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
+from protopush.training.final_push import final_push
 from protopush.training.loop import fit
-from protopush.training.prepare import Job, prepare
-from protopush.training.stages import Frozen, Joint, Stage
+from protopush.training.phases import Frozen, Joint, Stage
+from protopush.training.run_writer import Journal
+from protopush.training.setup import Job, prepare
+from protopush.training.trainer import Learner
 
 NEVER = PushConfig(start_epoch=10**6)
 HARD = replace(NEVER, unique="image")

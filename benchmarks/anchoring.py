@@ -24,16 +24,17 @@ from typing import Any
 from measuring import save, spread
 
 from protopush.data.dataset import ImageDataset
+from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
+from protopush.evaluation.outputs import evaluate
+from protopush.models.model_folder import Run, save_run
 from protopush.push.certificate import verify_anchors
-from protopush.training.config import DataConfig, ModelConfig, PushConfig, RunConfig, TrainConfig
-from protopush.training.evaluate import evaluate
-from protopush.training.finish import embed_anchors, fit_to_prototypes, push_now
-from protopush.training.journal import Journal
+from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
+from protopush.training.final_push import embed_anchors, fit_to_prototypes, push_now
 from protopush.training.loop import fit
-from protopush.training.prepare import Job, prepare
-from protopush.training.run import Run, save_run
-from protopush.training.stages import Frozen
+from protopush.training.phases import Frozen
+from protopush.training.run_writer import Journal
+from protopush.training.setup import Job, prepare
 
 NEVER = 10**6  # an epoch that doesn't come
 

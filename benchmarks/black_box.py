@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from protopush.backbones import Features
-from protopush.head_optimal import HeadOutput
-from protopush.prototypes import PrototypeManager
-from protopush.training.prepare import Job
+from protopush.backbones.create import Features
+from protopush.nn.head import HeadOutput
+from protopush.nn.prototypes import PrototypeManager
+from protopush.training.setup import Job
 
 
 class LinearHead(nn.Module):

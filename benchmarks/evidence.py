@@ -20,12 +20,12 @@ from typing import Any
 from measuring import save, spread
 
 from protopush.cli import main as protopush
+from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.report.compare import compare
-from protopush.report.measure import measure
-from protopush.training.config import DataConfig
-from protopush.training.prepare import open_split
-from protopush.training.run import open_run
+from protopush.evaluation.compare import compare
+from protopush.evaluation.measure import measure
+from protopush.runs.run import open_run
+from protopush.runs.splits import open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {"local": "ham10000-live", "global": "ham10000-global"}

@@ -22,8 +22,8 @@ from showing import Parser, count, surroundings, table
 
 from protopush.data.transforms import EvalTransform
 from protopush.explain import explain_batch
-from protopush.explain.region import checked_regions
-from protopush.model import ProtoModel
+from protopush.explain.checked_region import checked_regions
+from protopush.models.model import ProtoModel
 
 GOAL = Goal(1.5)
 SIZES = {"backbone": "tf_efficientnet_lite0", "classes": 7, "prototypes": 10}

@@ -22,11 +22,12 @@ from rich.console import Console
 from showing import Parser, count, surroundings, table
 from torch import Tensor
 
+from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.export import export_onnx
-from protopush.training.config import DataConfig
-from protopush.training.prepare import open_split
-from protopush.training.run import Run, open_run
+from protopush.models.model_folder import Run
+from protopush.runs.onnx_export import export_onnx
+from protopush.runs.run import open_run
+from protopush.runs.splits import open_split
 
 GOAL = Goal(1e-4)
 BATCHES = (1, 32)

@@ -25,12 +25,12 @@ from showing import Parser, count, surroundings, table
 
 from protopush.data.features import inference_batch_size
 from protopush.errors import InputError
-from protopush.predicting.inputs import list_inputs
-from protopush.predicting.predict import predict
-from protopush.predicting.reading import Batches, Pictures, read
-from protopush.training.launch import make_fabric
-from protopush.training.run import Run, open_run
-from protopush.untouched import untouched
+from protopush.models.model_folder import Run
+from protopush.predict.inputs import Batches, Pictures, list_inputs, read
+from protopush.predict.prediction import predict
+from protopush.preserve_state import preserve_state
+from protopush.runs.fabric import make_fabric
+from protopush.runs.run import open_run
 
 GOAL = Goal(0.9, at_least=True)
 
@@ -69,7 +69,7 @@ def comparisons(
     batches = Batches(0, -(-len(files) // size), size, len(files))
 
     def forward() -> None:
-        with untouched(run.model):
+        with preserve_state(run.model):
             for images, _ in read(Pictures(list_inputs(files).names, run.transform), batches, workers):
                 run.model.backbone(images.to(device)).patches.sum().item()  # .item() waits for a GPU
 
@@ -77,7 +77,7 @@ def comparisons(
         with tempfile.TemporaryDirectory() as folder:
             predict(run, files, Path(folder, "p.csv"), threshold=0.5, device=device, num_workers=workers)
 
-    with untouched(run.model):  # what a first batch costs more, is neither side's
+    with preserve_state(run.model):  # what a first batch costs more, is neither side's
         run.model.backbone(torch.zeros(size, 3, *run.transform.preprocessing.size, device=device))
     busy: dict[str, list[float]] = {"bare forward": [], "predict": []}
     sides = {name: _side(work, len(files), busy[name]) for name, work in zip(busy, (forward, predictions), strict=True)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from protopush.prototypes import PrototypeManager
+from protopush.nn.prototypes import PrototypeManager
 
 BATCH = 32
 

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import protopush
 from protopush.data.dataset import ImageDataset
-from protopush.data.preprocessing import Preprocessing
 from protopush.data.sources import load_catalog
-from protopush.data.transforms import EvalTransform
+from protopush.data.transforms import EvalTransform, Preprocessing
 
 
 def start() -> torch.device:

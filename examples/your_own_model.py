@@ -20,7 +20,7 @@ import protopush
 from protopush.data.dataset import ImageDataset
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
-from protopush.losses import cluster_loss, grounding_loss
+from protopush.nn.losses import cluster_loss, grounding_loss
 
 NARROW_SWIN = {"size": (96, 96), "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
 NARROW_CONVNEXT = {"size": (96, 96), "dims": (32, 64, 128, 256), "depths": (1, 1, 2, 1)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from protopush import ProtoModel, PushMixin
 from protopush._compat import ensure_torchvision
 from protopush.cli import main
-from protopush.prototypes import PrototypeManager
+from protopush.nn.prototypes import PrototypeManager
 
 ensure_torchvision()  # also for the process that hands out the tests: it imports what a warning comes from
 

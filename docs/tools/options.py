@@ -11,7 +11,7 @@ from unittest.mock import patch
 from jsonargparse import ArgumentParser
 
 from protopush.cli import main
-from protopush.cli.options import ABOUT
+from protopush.cli.parser import ABOUT
 
 MARK = re.compile(r"^<!-- options: (?P<command>[\w ]+?) -->$", flags=re.M)
 MEANS_SOMETHING = re.compile(r"[&<>|\[\]*_`]")  # to Markdown

@@ -9,34 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from protopush.backbones import Features, create_backbone
+    from protopush.backbones.create import Features, create_backbone
     from protopush.errors import InputError
-    from protopush.growth import GrowthReport, PruningReport, grow_prototypes, prune_prototypes
-    from protopush.head_optimal import HeadOptimal
-    from protopush.model import ProtoModel
-    from protopush.prototypes import Anchor, PrototypeManager
+    from protopush.models.model import ProtoModel
+    from protopush.nn.head import HeadOptimal
+    from protopush.nn.prototypes import Anchor, PrototypeManager
     from protopush.push import PushMixin, PushReport, push_prototypes, refresh_anchors
-    from protopush.schedule import PushSchedule
-    from protopush.training.run import load
+    from protopush.push.resize import GrowthReport, PruningReport, grow_prototypes, prune_prototypes
+    from protopush.push.schedule import PushSchedule
+    from protopush.runs.run import load
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Anchor": "protopush.prototypes",
-    "Features": "protopush.backbones",
-    "GrowthReport": "protopush.growth",
-    "HeadOptimal": "protopush.head_optimal",
+    "Anchor": "protopush.nn.prototypes",
+    "Features": "protopush.backbones.create",
+    "GrowthReport": "protopush.push.resize",
+    "HeadOptimal": "protopush.nn.head",
     "InputError": "protopush.errors",
-    "ProtoModel": "protopush.model",
-    "PrototypeManager": "protopush.prototypes",
-    "PruningReport": "protopush.growth",
+    "ProtoModel": "protopush.models.model",
+    "PrototypeManager": "protopush.nn.prototypes",
+    "PruningReport": "protopush.push.resize",
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
-    "PushSchedule": "protopush.schedule",
-    "create_backbone": "protopush.backbones",
-    "grow_prototypes": "protopush.growth",
-    "load": "protopush.training.run",
-    "prune_prototypes": "protopush.growth",
+    "PushSchedule": "protopush.push.schedule",
+    "create_backbone": "protopush.backbones.create",
+    "grow_prototypes": "protopush.push.resize",
+    "load": "protopush.runs.run",
+    "prune_prototypes": "protopush.push.resize",
     "push_prototypes": "protopush.push",
     "refresh_anchors": "protopush.push",
 }

@@ -20,7 +20,7 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather_objects(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """The value of every rank, in the order of the ranks."""
     _, size = rank_and_size()
     if size == 1:
@@ -30,7 +30,7 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
-def gather(tensor: Tensor) -> list[Tensor]:
+def all_gather(tensor: Tensor) -> list[Tensor]:
     """The tensor of every rank, all of one shape, in the order of the ranks."""
     _, size = rank_and_size()
     if size == 1:
@@ -41,7 +41,7 @@ def gather(tensor: Tensor) -> list[Tensor]:
     return [other.to(tensor.device) for other in found]
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over the ranks."""
     _, size = rank_and_size()
     if size == 1:
@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.rows = len(tensor)
-        return torch.cat(gather(tensor))
+        return torch.cat(all_gather(tensor))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class _Gather(torch.autograd.Function):
         return gradients[0][rank * ctx.rows : (rank + 1) * ctx.rows] * size
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
+def all_gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all ranks, as many on each, below one another; gradients reach this rank's own rows.
 
     For a loss that is no mean over samples: every rank computes the loss of the whole batch, and as
@@ -73,7 +73,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     share. What they end with is the gradient of one process with the whole batch.
 
     Example:
-        >>> gather_rows(torch.eye(2)).shape
+        >>> all_gather_rows(torch.eye(2)).shape
         torch.Size([2, 2])
     """
     if rank_and_size()[1] == 1:
@@ -82,14 +82,14 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return rows
 
 
-def together(work: Callable[[], T]) -> T:
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """Do this rank's part of the work; if it fails on one rank it fails on all, rather than have them wait for it."""
     try:
         done, problem = work(), None
     except Exception as error:
         done, problem = None, error
     if rank_and_size()[1] > 1:
-        told = gather_objects(None if problem is None else first_line(problem))
+        told = all_gather_objects(None if problem is None else first_line(problem))
         failed = next((number for number, line in enumerate(told) if line is not None), None)
         if failed is not None and problem is None:
             raise FailedElsewhere(f"rank {failed}: {told[failed]}")
@@ -98,10 +98,10 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, done)
 
 
-def from_first(work: Callable[[], T]) -> T:
+def broadcast_from_rank_zero(work: Callable[[], T]) -> T:
     """What the work gives on rank 0, which does it alone while the others wait; if it fails, it fails on all."""
     rank, size = rank_and_size()
-    found = [together(lambda: work() if rank == 0 else None)]
+    found = [raise_on_all_ranks(lambda: work() if rank == 0 else None)]
     if size > 1:
         distributed.broadcast_object_list(found, src=0)
     return cast(T, found[0])

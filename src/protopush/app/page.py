@@ -7,12 +7,12 @@ from pathlib import Path
 import gradio as gr
 from markupsafe import Markup
 
-from protopush.app.decisions import decisions_tab
-from protopush.app.desk import Desk
-from protopush.app.explaining import explain_tab
-from protopush.app.lookout import Lookout
-from protopush.app.prototypes import prototypes_tab
+from protopush.app.decisions_tab import decisions_tab
+from protopush.app.explain_tab import explain_tab
+from protopush.app.prototypes_tab import prototypes_tab
+from protopush.app.run_store import Desk
 from protopush.app.upload import Limits
+from protopush.app.usage_worker import Lookout
 
 STYLE = Path(__file__).with_name("style.css")
 # Of the framework's outermost box, which its own way of adding styles doesn't reach.

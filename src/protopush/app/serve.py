@@ -1,4 +1,7 @@
-"""Start the page and end it: one address, one folder for what is uploaded, nothing left behind."""
+"""What the server answers at all: the page and what it needs; nothing for other sites, nothing from other places.
+
+Start the page and end it: one address, one folder for what is uploaded, nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,85 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
-from protopush.app.desk import Desk
-from protopush.app.history import as_csv, as_json
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protopush.app.decisions_tab import as_csv, as_json
+from protopush.app.run_store import Desk
 from protopush.app.upload import Limits
 from protopush.errors import InputError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+EXACT = {
+    "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/decisions.csv", "/decisions.json",
+    "/gradio_api/startup-events", "/gradio_api/upload", "/gradio_api/upload_progress", "/gradio_api/reset",
+    "/gradio_api/cancel",
+}  # fmt: skip
+BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=/", "/gradio_api/queue/", "/gradio_api/heartbeat/")
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+class Guard:
+    """Refuses what the page doesn't need: other routes of the framework, proxies, remote files, calls of other sites.
+
+    Args:
+        app: what answers the rest.
+        hosts: names that the server is known by; empty where it may be any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
+        self.app, self.hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http" or not self._lets(scope):
+            await PlainTextResponse("Not here.", status_code=403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, lambda message: send(_with_policy(message)))
+
+    def _lets(self, scope: Scope) -> bool:
+        path, headers = unquote(scope["path"]), Headers(scope=scope)
+        if path not in EXACT and not path.startswith(BELOW):
+            return False
+        if "\\" in path or ".." in path.split("/"):
+            return False
+        host = headers.get("host", "")
+        if self.hosts and _name(f"//{host}") not in self.hosts:
+            return False  # a page of another site that has its name point here
+        origin = headers.get("origin")
+        return origin is None or urlsplit(origin).netloc == host
+
+
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _with_policy(message: Message) -> Message:
+    if message["type"] == "http.response.start":
+        headers = MutableHeaders(scope=message)
+        headers["Content-Security-Policy"] = POLICY
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Referrer-Policy"] = "no-referrer"
+    return message
+
 
 logger = logging.getLogger("protopush.training")
 
@@ -74,8 +144,8 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         from starlette.middleware import Middleware
     except ImportError as error:
         raise InputError(f"the review app needs gradio ({error}); pip install protopush[app]") from error
-    from protopush.app.guard import Guard
     from protopush.app.page import HEAD, STYLE, build_page, theme
+    from protopush.app.serve import Guard
 
     guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])

@@ -11,13 +11,22 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from protopush import __version__
-from protopush.cli.checking import data, forbid, verify
-from protopush.cli.looking import compare, evaluate, explain, report
-from protopush.cli.options import ABOUT
-from protopush.cli.predicting import predict
-from protopush.cli.reviewing import app
-from protopush.cli.sharing import export
-from protopush.cli.training import demo, push, train
+from protopush.cli.commands import (
+    app,
+    compare,
+    data,
+    demo,
+    evaluate,
+    explain,
+    export,
+    forbid,
+    predict,
+    push,
+    report,
+    train,
+    verify,
+)
+from protopush.cli.parser import ABOUT
 from protopush.errors import FailedElsewhere, InputError
 
 INTERRUPTED = 130  # 128 + SIGINT, 128 + SIGTERM, as shells report them

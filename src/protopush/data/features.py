@@ -1,4 +1,7 @@
-"""Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean)."""
+"""Fingerprints: one short string that changes when weights change.
+
+Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +18,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from protopush.data.dataset import ImageDataset
+from protopush.data.dataset import ImageDataset, Provenance
 from protopush.data.files import atomic, write_json
-from protopush.data.provenance import Provenance
 from protopush.errors import InputError, listing
-from protopush.fingerprint import weights_fingerprint
-from protopush.untouched import untouched
+from protopush.preserve_state import preserve_state
+
+
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names.
+
+    Example:
+        >>> weights_fingerprint({"w": torch.zeros(2)}) == weights_fingerprint({"w": torch.zeros(2)})
+        True
+        >>> weights_fingerprint({"w": torch.zeros(2)}) == weights_fingerprint({"w": torch.ones(2)})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
 
 FORMAT = 1
 MANY_BAD = 20  # samples with NaN after which no more are looked for
@@ -146,7 +165,7 @@ def _compute(
 ) -> tuple[int, int]:
     loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
     grid, done, bad = (0, 0), 0, list[str]()
-    with untouched(backbone), atomic(file) as temporary:
+    with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
         for images, _, ids in loader:
             features: HasPatches = backbone(images.to(device))

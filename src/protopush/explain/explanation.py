@@ -8,7 +8,7 @@ from typing import Any
 
 from protopush.data.transforms import Box, View
 from protopush.errors import InputError, listing
-from protopush.prototypes import Anchor
+from protopush.nn.prototypes import Anchor
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,28 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from protopush.errors import InputError
-from protopush.explain.blocks import NARROW, WIDE, Look, above, beside, framed, page, rule, space, words
-from protopush.explain.drawing import COLOURS, INK, MUTED, empty_tile, fit_text, part_tile, text_width
+from protopush.explain.drawing import (
+    COLOURS,
+    INK,
+    MUTED,
+    NARROW,
+    WIDE,
+    Look,
+    above,
+    beside,
+    empty_tile,
+    fit_text,
+    framed,
+    page,
+    part_tile,
+    rule,
+    space,
+    text_width,
+    words,
+)
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.explain.rows import SourceOf, decimal, file_name, part_and_whole
-from protopush.prototypes import Anchor
+from protopush.nn.prototypes import Anchor
 
 NeighboursOf = Callable[[int, int], Neighbours | None]
 PictureOf = Callable[[Neighbour], Image.Image | None]

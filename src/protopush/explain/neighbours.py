@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from protopush.backbones import Features
+from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
 from protopush.data.transforms import Box
-from protopush.head_optimal import HeadOptimal, HeadOutput
-from protopush.model import ProtoModel
-from protopush.untouched import untouched
+from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.preserve_state import preserve_state
+
+if TYPE_CHECKING:
+    from protopush.models.model import ProtoModel
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def find_neighbours(
     best = _Best(shape, own), _Best(shape, others)
     grid = (1, 1)
     loader: DataLoader[Any] = DataLoader(view, batch_size=inference_batch_size(device), num_workers=num_workers)
-    with untouched(model):
+    with preserve_state(model):
         for images, labels, ids in loader:
             features: Features = model.backbone(images.to(device))
             output: HeadOutput = head(features)

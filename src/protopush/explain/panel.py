@@ -11,12 +11,24 @@ from pathlib import PurePath
 from PIL import Image
 
 from protopush.errors import InputError
-from protopush.explain.blocks import NARROW, WIDE, Look, above, beside, page, rule, words
-from protopush.explain.drawing import MUTED, TILE, fit_text, resized, tile
+from protopush.explain.checked_region import Region
+from protopush.explain.drawing import (
+    MUTED,
+    NARROW,
+    TILE,
+    WIDE,
+    Look,
+    above,
+    beside,
+    fit_text,
+    page,
+    resized,
+    rule,
+    tile,
+    words,
+)
 from protopush.explain.explanation import ClassEvidence, Explanation, Match
-from protopush.explain.numbered import numbered
-from protopush.explain.overlay import colour_bar, extent, unseen_share, with_map, with_outline, with_unseen
-from protopush.explain.region import Region
+from protopush.explain.overlay import colour_bar, extent, numbered, unseen_share, with_map, with_outline, with_unseen
 from protopush.explain.rows import Rows, SourceOf, decimal, percent, strongest
 
 LEFT = 380  # the picture's column where there are two

@@ -8,25 +8,28 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from protopush.explain.blocks import Look, above, space, words
+from protopush.explain.checked_region import Region
 from protopush.explain.drawing import (
     INK,
     MUTED,
     PAPER,
     Colour,
+    Look,
+    above,
     draw_box,
     empty_tile,
     fit_text,
     part_tile,
     resized,
     scaled,
+    space,
     tile,
+    words,
     write,
 )
 from protopush.explain.explanation import ClassEvidence, Explanation, Match
-from protopush.explain.numbered import colour, draw_badge
-from protopush.explain.region import Region
-from protopush.prototypes import Anchor
+from protopush.explain.overlay import colour, draw_badge
+from protopush.nn.prototypes import Anchor
 
 SourceOf = Callable[[int, int], Image.Image | None]
 

@@ -8,10 +8,9 @@ from pathlib import PurePath
 from PIL import Image
 
 from protopush.errors import InputError
-from protopush.explain.blocks import NARROW, WIDE, Look, above, beside, page, rule, words
-from protopush.explain.drawing import INK, MUTED, Colour, fit_text
+from protopush.explain.drawing import INK, MUTED, NARROW, WIDE, Colour, Look, above, beside, fit_text, page, rule, words
 from protopush.explain.explanation import ClassEvidence, Explanation, Match, WhyNot
-from protopush.explain.numbered import numbered
+from protopush.explain.overlay import numbered
 from protopush.explain.panel import class_bar
 from protopush.explain.rows import Rows, SourceOf, decimal, percent, strongest
 

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 from protopush._compat import ensure_torchvision
 from protopush.errors import InputError, first_line, listing
-from protopush.prototypes import anchors_from, plain_anchors
+from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push import PushReport, check_momentum, push_prototypes
-from protopush.push.assign import check_unique
-from protopush.push.contract import unwrap
 from protopush.push.guard import check_guard
-from protopush.schedule import PushSchedule
+from protopush.push.protocol import unwrap
+from protopush.push.schedule import PushSchedule
+from protopush.push.selection import check_unique
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 FINAL = ("hard", "none")

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
-from protopush.prototypes import Anchor, PrototypeManager
-from protopush.push.contract import Pushable, exact_dtype
-from protopush.untouched import untouched
+from protopush.nn.prototypes import Anchor, PrototypeManager
+from protopush.preserve_state import preserve_state
+from protopush.push.protocol import Pushable, exact_dtype
 
 FORMAT = 1
 TOLERANCE = 1e-4
@@ -202,7 +202,7 @@ def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor
         picture = read_image(file)
     except InputError:
         return _Embedded(None, "file_unreadable")
-    with untouched(model):  # type: ignore[arg-type]
+    with preserve_state(model):  # type: ignore[arg-type]
         pooled, patches = model.extract_features(transform(picture).unsqueeze(0).to(device))
         projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
     return _Embedded(F.normalize(projected.to(exact_dtype(projected.device)), dim=-1))

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protopush.distributed import gather_objects, together
+from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
-from protopush.push.contract import Pushable
-from protopush.push.source import check_labels, read_through
+from protopush.push.protocol import Pushable
+from protopush.push.reader import check_labels, read_through
 
 GUARDS = ("off", "report", "rollback", "budget")
 
@@ -146,12 +146,14 @@ class Validation:
         self.source = read_through(loader)
         self.embeddings: list[tuple[Tensor, Tensor]] | None = None
         if hasattr(self.head, "embed_features") and hasattr(self.head, "classify"):
-            self.embeddings = together(lambda: [(self._embed(images), labels) for images, labels in self._batches()])
+            self.embeddings = raise_on_all_ranks(
+                lambda: [(self._embed(images), labels) for images, labels in self._batches()]
+            )
 
     def score(self) -> Score:
         """Balanced accuracy, AUROC and expected calibration error of the model as it is."""
-        here = together(lambda: [(self._probabilities(logits), labels) for logits, labels in self._logits()])
-        told = [part for parts in gather_objects(here) for part in parts]
+        here = raise_on_all_ranks(lambda: [(self._probabilities(logits), labels) for logits, labels in self._logits()])
+        told = [part for parts in all_gather_objects(here) for part in parts]
         if not told:
             raise InputError("the val_loader yields no batch; expected validation images; nothing was changed")
         probabilities, labels = (torch.cat(parts) for parts in zip(*told, strict=True))

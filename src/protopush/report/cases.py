@@ -15,9 +15,9 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
 from protopush.explain import ClassEvidence, Explanation, explain_image
 from protopush.explain.drawing import COLOURS, Rect
-from protopush.report.pictures import embed, framed, heat, part
-from protopush.report.pieces import Case, Look, Picture, Score
-from protopush.training.run import Run
+from protopush.models.model_folder import Run
+from protopush.report.context import Case, Look, Picture, Score
+from protopush.report.inline_pictures import embed, framed, heat, part
 
 EACH = 3  # cases of a kind
 ROWS = 5  # prototypes in a panel

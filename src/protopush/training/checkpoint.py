@@ -13,9 +13,9 @@ import yaml
 
 from protopush.data.files import write_atomic
 from protopush.errors import InputError, first_line, listing
+from protopush.models.versions import current_versions, version_change
 from protopush.push.certificate import refuse_newer
 from protopush.training.config import RunConfig
-from protopush.training.versions import current_versions, version_change
 
 FORMAT = 1
 FILE = Path("checkpoints") / "last.pt"

@@ -9,33 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass
-class DataConfig:
-    """Which images, and how they are seen.
-
-    Args:
-        path: a folder of class folders or a manifest (CSV image,label[,split][,group][,mask]).
-        source: auto, folder, manifest, imagefolder, isic2018, ham10000, medmnist or elpv (docs/data.md).
-        crop_pct: share of the resized short side that the centre crop keeps.
-        augment: random crops, flips and colour, where the backbone is trained.
-        auto_augment: a policy of timm's on top of crops and flips, such as rand-m9-mstd0.5-inc1 or augmix-m3-w3; it
-            takes the place of our own colour changes.
-        random_erasing: the share of images of which a random rectangle is erased.
-        flip_vertical: whether upside down is as good.
-        num_workers: processes that read images.
-        split_seed: decides held-out images where the source has no splits.
-    """
-
-    path: str = ""
-    source: str = "auto"
-    crop_pct: float = 1.0
-    augment: bool = True
-    auto_augment: str = ""
-    random_erasing: float = 0.0
-    flip_vertical: bool = True
-    num_workers: int = 2
-    split_seed: int = 0
+from protopush.data.manifest import DataConfig
 
 
 @dataclass

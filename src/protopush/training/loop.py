@@ -7,20 +7,21 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from protopush.distributed import from_first
-from protopush.schedule import PushSchedule
+from protopush.distributed import broadcast_from_rank_zero
+from protopush.evaluation.outputs import in_short
+from protopush.models.model_folder import Run, save_run
+from protopush.push.schedule import PushSchedule
+from protopush.runs.fabric import make_fabric, quiet
+from protopush.runs.run import fresh_folder, open_run
 from protopush.training.checkpoint import load_checkpoint, refuse_other_options, restoring
 from protopush.training.config import RunConfig
-from protopush.training.evaluate import in_short
-from protopush.training.finish import final_push
-from protopush.training.journal import Journal
-from protopush.training.launch import make_fabric, quiet
-from protopush.training.learner import Learner
+from protopush.training.final_push import final_push
 from protopush.training.limits import check_numbers
-from protopush.training.prepare import Job, prepare
-from protopush.training.run import Run, fresh_folder, open_run, save_run
-from protopush.training.stages import Frozen, Joint, Stage
+from protopush.training.phases import Frozen, Joint, Stage
+from protopush.training.run_writer import Journal
+from protopush.training.setup import Job, prepare
 from protopush.training.tracking import check_trackers
+from protopush.training.trainer import Learner
 
 logger = logging.getLogger("protopush.training")
 
@@ -42,11 +43,11 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
     fabric = make_fabric(trainer.device, trainer.precision, trainer.devices, trainer.num_nodes)
     with quiet():
         fabric.launch()
-    if resume and from_first(lambda: _whole(out, config)):
+    if resume and broadcast_from_rank_zero(lambda: _whole(out, config)):
         logger.info("%s is whole: nothing is left to do", out)
         return open_run(out)
-    from_first(lambda: check_trackers(trainer.track))
-    saved = from_first(lambda: _saved(out, config, overwrite, resume))
+    broadcast_from_rank_zero(lambda: check_trackers(trainer.track))
+    saved = broadcast_from_rank_zero(lambda: _saved(out, config, overwrite, resume))
     job = prepare(config, fabric)
     with Journal(out, config) as journal:
         stage = fit(job, journal, saved)
@@ -76,7 +77,7 @@ def _finish(job: Job, out: Path) -> Run:
     told = {"path": path, "source": data.source, "split_seed": data.split_seed}
     model = job.model.cpu().eval()
     run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), told, out)
-    from_first(lambda: save_run(run))
+    broadcast_from_rank_zero(lambda: save_run(run))
     return run
 
 

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from protopush.data.manifest import Catalog, Sample
+from protopush.data.manifest import Catalog, Sample, numbering, read_table
 from protopush.data.sources.folder import images_of
 from protopush.data.sources.published import DEPTH, find_file, published_root, refuse_missing, refuse_twice
-from protopush.data.tables import numbering, read_table
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.data")

@@ -8,10 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from protopush.data.manifest import SPLIT_ALIASES, SPLITS, Catalog, Sample, split_name
+from protopush.data.manifest import (
+    SPLIT_ALIASES,
+    SPLITS,
+    Catalog,
+    Sample,
+    numbering,
+    read_table,
+    require_columns,
+    split_name,
+)
 from protopush.data.sources.folder import class_folders
 from protopush.data.sources.published import published_root
-from protopush.data.tables import numbering, read_table, require_columns
 from protopush.errors import InputError, listing
 
 SPLIT_WORDS = (*SPLITS, *SPLIT_ALIASES)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from protopush.data.manifest import Catalog, Sample
+from protopush.data.manifest import Catalog, Sample, numbering, read_table
 from protopush.data.sources.published import (
     find_file,
     find_folders,
@@ -15,7 +15,6 @@ from protopush.data.sources.published import (
     refuse_missing,
     refuse_twice,
 )
-from protopush.data.tables import numbering, read_table
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.data")

@@ -1,4 +1,7 @@
-"""MedMNIST: arrays of small images in one .npz, taken out once as PNG files."""
+"""The published class names of MedMNIST's 2D data sets with one label an image (medmnist.INFO).
+
+MedMNIST: arrays of small images in one .npz, taken out once as PNG files.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,39 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from protopush.data.manifest import SPLITS, Catalog, Sample
-from protopush.data.sources.medmnist_classes import CLASSES
 from protopush.errors import InputError, listing
+
+_ORGANS = (
+    "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
+    "pancreas", "spleen",
+)  # fmt: skip
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "pathmnist": (
+        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+        "cancer-associated stroma", "colorectal adenocarcinoma epithelium",
+    ),
+    "dermamnist": (
+        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
+        "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions",
+    ),
+    "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
+    "pneumoniamnist": ("normal", "pneumonia"),
+    "breastmnist": ("malignant", "normal, benign"),
+    "bloodmnist": (
+        "basophil", "eosinophil", "erythroblast",
+        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
+        "platelet",
+    ),
+    "tissuemnist": (
+        "Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
+        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments", "Thick Ascending Limb",
+    ),
+    "organamnist": _ORGANS,
+    "organcmnist": _ORGANS,
+    "organsmnist": _ORGANS,
+}  # fmt: skip
+
 
 logger = logging.getLogger("protopush.data")
 

@@ -1,0 +1,145 @@
+"""What commands have found, as text for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from protopush.data.audit import SMALL, Audit, Pair
+from protopush.errors import listing
+from protopush.evaluation.outputs import in_short
+from protopush.push.certificate import AnchorCheck
+from protopush.runs.decisions import Decision
+
+SHOWN = 20  # pairs of images that a table shows
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The metrics of a run for people."""
+    sums = Table(show_header=False, box=None)
+    for name in ("n", "accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        sums.add_row(name, _number(metrics[name]))
+    table = Table("class", "n", "sensitivity", "precision", "f1", "auroc", box=None)
+    for name, row in metrics["per_class"].items():
+        table.add_row(name, *(_number(row[key]) for key in ("n", "sensitivity", "precision", "f1", "auroc")))
+    return _text(sums) + "\n" + _text(table)
+
+
+def comparison_table(found: dict[str, Any]) -> str:
+    """Runs side by side, a column each, with their intervals where there are some."""
+    table = Table("", "better", *(run["name"] for run in found["runs"]), box=None)
+    group = ""
+    for row in found["rows"]:
+        if row["group"] != group:
+            group = row["group"]
+            table.add_row(f"{group}:", "")
+        cells = (_with_interval(*pair) for pair in zip(row["values"], row["intervals"], strict=True))
+        table.add_row(f"  {row['metric']}", row["better"], *cells)
+    images = "; ".join(f"{run['folder']}: {n} images" for run, n in zip(found["runs"], found["images"], strict=True))
+    return f"{_text(table)}\n\nsplit {found['split']}; {images}"
+
+
+def _with_interval(value: float | int | None, interval: Sequence[float] | None) -> str:
+    return _number(value) + (f" ({interval[0]:.3f}-{interval[1]:.3f})" if interval else "")
+
+
+def anchors_table(checks: Sequence[AnchorCheck]) -> str:
+    """What no longer holds, or that everything does."""
+    wrong = [check for check in checks if not check.holds]
+    if not wrong:
+        return f"All {len(checks)} anchors hold: each prototype is where its record says."
+    table = Table("class", "prototype", "file", "recorded", "measured", "problem", box=None)
+    for check in wrong:
+        told = (check.class_name, str(check.prototype), check.file)
+        table.add_row(*told, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
+    return f"{len(wrong)} of {len(checks)} anchors do not hold:\n" + _text(table)
+
+
+def decision_table(decision: Decision, run: str) -> str:
+    """What was decided, which anchors took the places, what that cost, and what to do next."""
+    lines = [f"Decision {decision.id} by {decision.who} {_verdict(decision)}: {decision.reason}"]
+    table = Table("prototype", "stood for", "stands for", "similarity", box=None)
+    for one in decision.replaced:
+        places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
+        table.add_row(f"{one.class_name}:{one.prototype}", *places, _number(one.new.similarity))
+    lines.append(_text(table) if decision.replaced else "No anchor changes: every prototype stays as it is.")
+    if decision.val_before and decision.val_after:
+        lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
+    return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
+
+
+def _verdict(decision: Decision) -> str:
+    free = f" ({decision.unmasked} training images have no mask: unrestricted)" if decision.unmasked else ""
+    place = f"{decision.file} cell {decision.cell}"
+    name = f"{decision.class_name}:{decision.prototype}"
+    return {
+        "prototype": f"forbids {place} (was {name})",
+        "image": f"forbids every patch of {decision.file}",
+        "mask": f"forbids patches with less than {decision.min_share} of their box inside the image's mask{free}",
+        "keep": f"keeps {place} ({name})",
+        "undo": f"undoes decision {decision.undoes}",
+    }[decision.kind]
+
+
+def audit_table(found: Audit) -> str:
+    """What an audit has found, for people."""
+    counts = Table("split", "images", *next(iter(found.counts.values())), box=None)
+    for split, row in found.counts.items():
+        counts.add_row(split, str(sum(row.values())), *map(str, row.values()))
+    sums = Table("check", "found", "such as", box=None)
+    for what, names in _findings(found).items():
+        sums.add_row(what, str(len(names)), listing(names, 2))
+    parts = [_text(counts), _text(sums)]
+    if found.across or found.contradictions:
+        both = dict.fromkeys((*found.across, *found.contradictions))
+        parts.append("Duplicates across splits, or with different labels:\n" + _pairs_table(list(both)))
+    if found.alike_by_nature:
+        parts.append("So many near duplicates are hardly copies: look at some, and raise --threshold above them.")
+    if found.closest:
+        parts.append(f"Nearest across splits below {found.threshold}, for a look:\n" + _pairs_table(found.closest))
+    parts.append("Leaks: what is in one split is in another." if found.leaks else "No leak between the splits.")
+    return "\n\n".join(parts)
+
+
+def _findings(found: Audit) -> dict[str, list[str]]:
+    def names(pairs: Sequence[Pair]) -> list[str]:
+        return [f"{pair.first} = {pair.second}" for pair in pairs]
+
+    within = [pair for pair in found.duplicates if not pair.across]
+    return {
+        "groups in several splits": [f"{name} ({', '.join(row)})" for name, row in found.shared_groups.items()],
+        "identical files across splits": names([pair for pair in found.across if pair.identical]),
+        "near duplicates across splits": names([pair for pair in found.across if not pair.identical]),
+        "identical files in one split": names([pair for pair in within if pair.identical]),
+        "near duplicates in one split": names([pair for pair in within if not pair.identical and not pair.same_group]),
+        "near duplicates in one group": names([pair for pair in within if not pair.identical and pair.same_group]),
+        "duplicates with different labels": names(found.contradictions),
+        "unreadable files": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
+        f"images with a side below {SMALL} pixels": list(found.small),
+    }
+
+
+def _pairs_table(pairs: Sequence[Pair]) -> str:
+    table = Table("image", "split", "label", "image", "split", "label", "similarity", box=None)
+    for pair in pairs[:SHOWN]:
+        one, two = zip(pair.splits, pair.labels, strict=True)
+        table.add_row(pair.first, *one, pair.second, *two, "identical" if pair.identical else _number(pair.similarity))
+    rest = len(pairs) - SHOWN
+    return _text(table) + (f"\nand {rest} more; --json tells all" if rest > 0 else "")
+
+
+def _number(value: float | int | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(file=StringIO(), width=160, color_system=None, soft_wrap=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]

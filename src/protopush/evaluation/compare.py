@@ -1,0 +1,87 @@
+"""Runs side by side: the same numbers, measured on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from protopush.evaluation.measure import Measured
+from protopush.models.model_folder import Run
+
+# What is compared: group, words, which way is better, and where the number stands.
+ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("accuracy", "accuracy", "higher", ("classification", "accuracy")),
+    ("accuracy", "balanced accuracy", "higher", ("classification", "balanced_accuracy")),
+    ("accuracy", "macro F1", "higher", ("classification", "macro_f1")),
+    ("accuracy", "AUROC", "higher", ("classification", "auroc")),
+    ("accuracy", "calibration error", "lower", ("classification", "ece")),
+    ("prototypes", "prototypes", "", ("prototypes", "count")),
+    ("prototypes", "similarity to the anchor, mean", "higher", ("prototypes", "anchor_similarity", "mean")),
+    ("prototypes", "same patch as another", "lower", ("prototypes", "duplicates", "same_patch")),
+    ("prototypes", "cosine above 0.99 to another", "lower", ("prototypes", "duplicates", "alike")),
+    ("prototypes", "diversity within a class", "higher", ("prototypes", "diversity", "mean")),
+    ("prototypes", "evenness of use", "higher", ("prototypes", "usage_entropy")),
+    ("prototypes", "share never the strongest", "lower", ("prototypes", "never_used")),
+    ("prototypes", "images covered", "higher", ("prototypes", "coverage", "share")),
+    ("prototypes", "prototypes for 90 % of the evidence", "lower", ("prototypes", "sparsity", "local_size")),
+    ("localisation", "anchors on the mask", "higher", ("localization", "anchors_on_mask")),
+    ("localisation", "  by chance", "", ("localization", "anchors_mask_area")),
+    ("localisation", "activation on the mask", "higher", ("localization", "activation_on_mask")),
+    ("localisation", "pointing game", "higher", ("localization", "pointing_game")),
+    ("localisation", "  both by chance", "", ("localization", "mask_area")),
+    ("localisation", "outside-inside ratio", "lower", ("localization", "outside_inside_ratio")),
+    ("faithfulness", "insertion", "higher", ("faithfulness", "insertion")),
+    ("faithfulness", "  in random order", "", ("faithfulness", "random_insertion")),
+    ("faithfulness", "deletion", "lower", ("faithfulness", "deletion")),
+    ("faithfulness", "relevance ordering", "higher", ("faithfulness", "relevance_ordering")),
+    ("faithfulness", "peak leaves its cell", "lower", ("faithfulness", "location_change")),
+    ("faithfulness", "similarity lost by changes elsewhere", "lower", ("faithfulness", "activation_change")),
+)
+
+
+def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
+    """The numbers of runs side by side, as plain values for JSON; rows that no run has are left out.
+
+    Args:
+        runs: each with what was measured of it; the numbers mean something side by side where the images are the same.
+    """
+    rows = [_row(group, words, better, path, [measured for _, measured in runs]) for group, words, better, path in ROWS]
+    return {
+        "split": runs[0][1].split,
+        "images": [len(measured.dataset) for _, measured in runs],
+        "runs": [_told(run) for run, _ in runs],
+        "rows": [row for row in rows if any(value is not None for value in row["values"])],
+    }
+
+
+def _told(run: Run) -> dict[str, Any]:
+    head = run.head
+    return {
+        "name": run.folder.name,
+        "folder": str(run.folder),
+        "backbone": getattr(run.model.backbone, "name", type(run.model.backbone).__name__),
+        "match": head.match,
+        "anchoring": head.anchoring,
+    }
+
+
+def _row(group: str, words: str, better: str, path: tuple[str, ...], measured: Sequence[Measured]) -> dict[str, Any]:
+    return {
+        "group": group,
+        "metric": words,
+        "better": better,
+        "values": [_at(some.numbers, path) for some in measured],
+        "intervals": [_interval(some.numbers, path) for some in measured],
+    }
+
+
+def _at(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = numbers
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def _interval(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
+    *parents, name = path
+    return _at(numbers, (*parents, "intervals", name))

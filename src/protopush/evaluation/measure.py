@@ -1,0 +1,282 @@
+"""Whether a run's maps tell the truth: the measures of :mod:`protopush.metrics.faithfulness`, for its model.
+
+All numbers of a run on a split: one pass for most of them, more forward passes for faithfulness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from protopush.backbones.create import Features
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
+from protopush.data.manifest import Sample
+from protopush.data.masks import read_mask, seen_mask
+from protopush.metrics.classification import classification_metrics
+from protopush.metrics.faithfulness import area_under, blur, deletion_curve, location_misalignment, relevance_ordering
+from protopush.metrics.localization import activation_share, anchor_share, outside_inside_ratio, pointing_game
+from protopush.metrics.prototype_quality import prototype_metrics
+from protopush.models.model_folder import Run
+from protopush.nn.head import HeadOutput
+from protopush.preserve_state import preserve_state
+from protopush.runs.progress import bar
+
+STEPS = 10
+RANDOM_ORDERS = 2
+CHANGE = 0.02  # of the range of a pixel: about 5 of 255 levels, which nobody sees
+BATCH = 8
+
+
+def measure_faithfulness(
+    run: Run,
+    dataset: ImageDataset,
+    evidence: Tensor,
+    strongest: Tensor,
+    predicted: Tensor,
+    device: torch.device | str,
+    count: int,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Insertion, deletion, relevance ordering and misalignment, each the mean over ``count`` images.
+
+    Args:
+        run: its model is on ``device``.
+        dataset: N images.
+        evidence: (N, h, w), the maps that are tested, of the predicted class.
+        strongest: int (N,), the predicted class's prototype with the largest contribution, whose box is tested.
+        predicted: int (N,).
+        device: of the model.
+        count: how many of the images, drawn once for all runs of a seed; 0: None is returned.
+        seed: of the choice and of the random orders.
+    """
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if not len(chosen):
+        return None
+    view, rows = dataset.eval_view(), list[Tensor]()
+    with preserve_state(run.model), bar("Faithfulness", len(chosen)) as advance:
+        for some in torch.split(chosen, BATCH):
+            images = torch.stack([view[i][0] for i in some.tolist()]).to(device)
+            target = _Target(run, predicted[some].to(device), strongest[some].to(device))
+            rows.append(_of_batch(target, images, evidence[some], seed))
+            advance(len(some))
+    names = ("insertion", "deletion", "random_insertion", "relevance_ordering", "location_change", "activation_change")
+    means = torch.cat(rows, dim=1).mean(dim=1).tolist()
+    return {"images": len(chosen), **dict(zip(names, means, strict=True))}
+
+
+class _Target:
+    """A batch's predicted classes and strongest prototypes, as functions of its (changed) images."""
+
+    def __init__(self, run: Run, predicted: Tensor, strongest: Tensor) -> None:
+        self.run, self.predicted, self.strongest = run, predicted, strongest
+
+    def probability(self, images: Tensor, places: Tensor) -> Tensor:
+        """(B,) of the class that was predicted for the whole image."""
+        output: HeadOutput = self.run.model(images)
+        return output.logits.float().softmax(dim=1)[torch.arange(len(images)), self.predicted[places]]
+
+    def maps(self, images: Tensor, places: Tensor) -> Tensor:
+        """(B, h, w): the similarity of every cell to the strongest prototype."""
+        features: Features = self.run.model.backbone(images)
+        prototypes = self.run.head.prototypes()[self.predicted[places], self.strongest[places]]
+        cells = self.run.head.embed(features.patches) @ prototypes.unsqueeze(-1)
+        return cells.view(-1, *features.grid)
+
+
+def _of_batch(target: _Target, images: Tensor, evidence: Tensor, seed: int) -> Tensor:
+    """The six numbers (6, B) of a batch."""
+    hidden = blur(images)
+    ordering, chance = relevance_ordering(target.probability, images, evidence, STEPS, RANDOM_ORDERS, seed, hidden)
+    deletion = area_under(deletion_curve(target.probability, images, evidence, STEPS, hidden))
+    maps = target.maps(images, torch.arange(len(images)))
+    preprocessing = target.run.transform.preprocessing
+    change = CHANGE / max(preprocessing.std)
+    moved = location_misalignment(target.maps, images, _peak_boxes(maps, images.shape[2:]), change)
+    numbers = (ordering + chance, deletion, chance, ordering, moved["location_change"], moved["activation_change"])
+    return torch.stack([values.double() for values in numbers])
+
+
+def _peak_boxes(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The cells of the peaks, in pixels, outward where a cell ends within a pixel: int (B, 4)."""
+    rows, columns = maps.shape[1:]
+    peak = maps.flatten(1).argmax(dim=1)
+    y, x = peak // columns, peak % columns
+    low = (x * size[1] // columns, y * size[0] // rows)
+    high = (-(-(x + 1) * size[1] // columns), -(-(y + 1) * size[0] // rows))
+    return torch.stack([*low, *high], dim=1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a run on a split.
+
+    Attributes:
+        split: its name.
+        dataset: its images.
+        probabilities: (N, C).
+        labels: (N,).
+        numbers: plain values for JSON: ``classification``, ``prototypes``, ``localization`` (None without masks),
+            ``faithfulness`` (None where it wasn't asked for).
+    """
+
+    split: str
+    dataset: ImageDataset
+    probabilities: Tensor
+    labels: Tensor
+    numbers: dict[str, Any]
+
+
+class Looked(NamedTuple):
+    """What a model has seen in a data set of N images, on the CPU.
+
+    Attributes:
+        probabilities: (N, C).
+        similarities: (N, C, K).
+        contributions: (N, C, K).
+        labels: (N,).
+        strongest: (N,), the predicted class's prototype with the largest contribution.
+        maps: (N, h, w), its map as a picture draws it: from its lowest value up.
+        evidence: (N, h, w), the maps of all prototypes of the predicted class, weighted as in its logit.
+    """
+
+    probabilities: Tensor
+    similarities: Tensor
+    contributions: Tensor
+    labels: Tensor
+    strongest: Tensor
+    maps: Tensor
+    evidence: Tensor
+
+
+def measure(
+    run: Run,
+    dataset: ImageDataset,
+    split: str,
+    known: Mapping[str, Sample],
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    resamples: int = 1000,
+    faithfulness: int = 48,
+    seed: int = 0,
+) -> Measured:
+    """How good a run is on a split, and its prototypes.
+
+    Args:
+        run: its model is on ``device``.
+        dataset: the split's images.
+        split: its name.
+        known: samples by name, for the masks of the anchors' images.
+        device: of the model.
+        num_workers: processes that read images.
+        resamples: of the bootstrap; 0: no intervals.
+        faithfulness: how many of the images faithfulness is measured on; 0: none.
+        seed: of the bootstrap and of the choice of these images.
+    """
+    seen = look(run, dataset, device, num_workers)
+    groups = dataset.groups if any(dataset.groups) else None
+    predicted = seen.probabilities.argmax(dim=1)
+    manager = run.head.proto_manager
+    anchors = manager.anchors
+    numbers = {
+        "classification": classification_metrics(
+            seen.probabilities, seen.labels, run.class_names, groups, resamples, seed
+        ),
+        "prototypes": prototype_metrics(
+            run.head.prototypes().detach().cpu(),
+            manager.mask().cpu(),
+            [None if anchor is None else (anchor.file or anchor.sample_id, anchor.cell) for anchor in anchors],
+            [None if anchor is None else anchor.similarity_after for anchor in anchors],
+            seen.similarities,
+            seen.contributions,
+            seen.labels,
+            predicted,
+        ),
+        "localization": _localization(run, dataset, known, seen),
+        "faithfulness": measure_faithfulness(
+            run, dataset, seen.evidence, seen.strongest, predicted, device, faithfulness, seed
+        ),
+    }
+    return Measured(split, dataset, seen.probabilities, seen.labels, numbers)
+
+
+def look(run: Run, dataset: ImageDataset, device: torch.device | str = "cpu", num_workers: int = 0) -> Looked:
+    """One forward pass over a data set."""
+    device, batches = torch.device(device), list[list[Tensor]]()
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=inference_batch_size(device), num_workers=num_workers)
+    with preserve_state(run.model), bar("Looking at images", len(loader)) as advance:
+        weights = run.head.weights()
+        for images, labels, _ in loader:
+            features: Features = run.model.backbone(images.to(device))
+            output: HeadOutput = run.head(features)
+            of_class, every = output.logits.argmax(dim=1), torch.arange(len(images))
+            maps = drawn_maps(run, features, output, of_class)
+            strongest = output.contributions[every, of_class].argmax(dim=1)
+            told = Looked(
+                probabilities=output.logits.float().softmax(dim=1),
+                similarities=output.similarities.float(),
+                contributions=output.contributions.float(),
+                labels=labels,
+                strongest=strongest,
+                maps=maps[every, strongest],
+                evidence=(maps * weights[of_class].view(*maps.shape[:2], 1, 1)).sum(dim=1),
+            )
+            batches.append([values.cpu() for values in told])
+            advance(1)
+    return Looked(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def drawn_maps(run: Run, features: Features, output: HeadOutput, of_class: Tensor) -> Tensor:
+    """The maps (B, K, h, w) of one class's prototypes for each image, each from its lowest value up.
+
+    A model that compares prototypes with the pooled feature has no map. The cosine of its prototypes and every cell is
+    what people draw in that place; whether it tells the truth is for the measures of faithfulness to say.
+    """
+    every = output._replace(embeddings=run.head.embed(features.patches)).maps
+    maps = every[torch.arange(len(every)), of_class]
+    return (maps - maps.amin(dim=2, keepdim=True)).view(*maps.shape[:2], *features.grid)
+
+
+def _localization(run: Run, dataset: ImageDataset, known: Mapping[str, Sample], seen: Looked) -> dict[str, Any] | None:
+    """Where maps and anchors lie, on the images that have a mask."""
+    masked = [i for i, sample in enumerate(dataset.samples) if sample.mask is not None]
+    if not masked:
+        return None
+    rows = []
+    for i in masked:
+        mask = seen_mask(dataset.samples[i], run.transform).unsqueeze(0)
+        maps = seen.maps[i : i + 1]
+        found = (activation_share(maps, mask), pointing_game(maps, mask), outside_inside_ratio(maps, mask))
+        rows.append([*(float(value) for value in found), float(mask.double().mean())])
+    shares, hits, ratios, areas = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
+    return {
+        "images": len(masked),
+        "activation_on_mask": _defined(shares).mean().item(),
+        "pointing_game": _defined(hits).mean().item(),
+        "outside_inside_ratio": _defined(ratios).median().item(),
+        "mask_area": areas.mean().item(),
+    } | _anchors_on_mask(run, known)
+
+
+def _anchors_on_mask(run: Run, known: Mapping[str, Sample]) -> dict[str, Any]:
+    placed = [anchor for anchor in run.head.proto_manager.anchors if anchor is not None and anchor.box is not None]
+    with_mask = [(anchor, sample) for anchor in placed if (sample := known.get(str(anchor.sample_id))) and sample.mask]
+    if not with_mask:
+        return {"anchors": 0, "anchors_on_mask": None, "anchors_mask_area": None}
+    masks = [torch.from_numpy(read_mask(sample)) for _, sample in with_mask]
+    shares = anchor_share(torch.tensor([anchor.box for anchor, _ in with_mask]), masks)
+    areas = [float(seen_mask(sample, run.transform).double().mean()) for _, sample in with_mask]
+    return {
+        "anchors": len(with_mask),
+        "anchors_on_mask": float(shares.mean()),
+        "anchors_mask_area": sum(areas) / len(areas),
+    }
+
+
+def _defined(values: Tensor) -> Tensor:
+    return values[~values.isnan()]

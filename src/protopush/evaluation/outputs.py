@@ -1,0 +1,79 @@
+"""What a model says of a data set, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from protopush.distributed import all_gather_objects
+from protopush.metrics.classification import classification_metrics
+from protopush.preserve_state import preserve_state
+from protopush.runs.progress import bar
+
+
+class Predictions(NamedTuple):
+    """Probabilities (N, C), similarities (N, C, K) and labels (N,), on the CPU.
+
+    In the loader's order; under ``torch.distributed`` all ranks' samples in the order of their ids, each once.
+    """
+
+    probabilities: Tensor
+    similarities: Tensor
+    labels: Tensor
+
+
+def predict(
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating"
+) -> Predictions:
+    """Run a model over a loader of (images, labels, ids), in eval mode."""
+    probabilities, similarities, labels, numbers = [], [], [], []
+    with preserve_state(model), bar(what, _batches(loader)) as advance:
+        for images, target, ids in loader:
+            out = model(images.to(device))
+            probabilities.append(out.logits.float().softmax(dim=1).cpu())
+            similarities.append(out.similarities.float().cpu())
+            labels.append(target)
+            numbers.append(ids)
+            advance(1)
+    return _of_all_ranks(probabilities, similarities, labels, numbers)
+
+
+def _of_all_ranks(*here: list[Tensor]) -> Predictions:
+    """The batches of every rank; of samples that several have read, one."""
+    told = all_gather_objects(here)
+    columns = [torch.cat([batch for rank in told for batch in rank[column]]) for column in range(len(here))]
+    if len(told) > 1:
+        order = columns[-1].argsort(stable=True)
+        ids = columns[-1][order]
+        order = order[torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])]
+        columns = [column[order] for column in columns]
+    return Predictions(*columns[:-1])
+
+
+def _batches(loader: Iterable[Any]) -> int:
+    return len(loader) if isinstance(loader, Sized) else 0
+
+
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str]
+) -> dict[str, Any]:
+    """The metrics of :func:`classification_metrics` for a model on a loader."""
+    found = predict(model, loader, device)
+    return classification_metrics(found.probabilities, found.labels, class_names)
+
+
+def score_of(metrics: dict[str, Any], name: str) -> float:
+    """The number that chooses between models, larger is better; ``mean`` is that of balanced accuracy and AUROC."""
+    parts = ("balanced_accuracy", "auroc") if name == "mean" else (name,)
+    return sum(metrics[part] or 0.0 for part in parts) / len(parts)
+
+
+def in_short(metrics: dict[str, Any]) -> str:
+    """Balanced accuracy and AUROC for a log line."""
+    auroc = metrics["auroc"]
+    return f"balanced accuracy {metrics['balanced_accuracy']:.3f}" + (
+        f", AUROC {auroc:.3f}" if auroc is not None else ""
+    )

@@ -1,0 +1,193 @@
+"""The region that a prototype truly depends on, found by hiding parts of the picture and looking again.
+
+A cell's box shows where a similarity stands on the grid; what the cell has seen may lie elsewhere (its receptive field
+is often the whole picture). Here the claim is tested: blur these pixels, and the similarity is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from protopush.data.transforms import Box, EvalTransform, View, to_tensor
+from protopush.errors import InputError
+from protopush.explain.explanation import Match
+from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.preserve_state import preserve_state
+
+if TYPE_CHECKING:
+    from protopush.models.model import ProtoModel
+
+
+@dataclass(frozen=True)
+class Region:
+    """The blocks of a picture without which a prototype is no longer found in it.
+
+    Attributes:
+        class_index, prototype: whose region.
+        boxes: the blocks, in pixels of the upright original picture; none of them can be spared.
+        share: of the seen picture that they cover.
+        in_box: the share of them that lies in the box of the prototype's best cell (1: the box tells all).
+        similarity: of the prototype and the whole picture.
+        hidden: the same where the region is blurred.
+        blurred: the same where everything is blurred.
+        reached: whether hiding the region takes away what was asked for; False (and no boxes) where the prototype is
+            as similar to the blurred picture as to the sharp one, so that no region explains it.
+    """
+
+    class_index: int
+    prototype: int
+    boxes: list[Box]
+    share: float
+    in_box: float | None
+    similarity: float
+    hidden: float
+    blurred: float
+    reached: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"boxes": [list(box) for box in self.boxes]}
+
+
+def checked_regions(
+    model: ProtoModel,
+    image: Image.Image,
+    transform: EvalTransform,
+    matches: Sequence[Match],
+    device: str | torch.device = "cpu",
+    blocks: int = 7,
+    drop: float = 0.5,
+    batch_size: int = 32,
+) -> list[Region]:
+    """For each match, a smallest set of blocks whose blurring takes its similarity down.
+
+    Blocks are hidden in the order in which hiding each alone hurts (occlusion, Zeiler and Fergus, 2014), until the
+    similarity has fallen by ``drop`` of what blurring everything takes away; then each block that turns out not to be
+    needed is shown again. The set is minimal (none of its blocks can be spared), if not always the smallest of all. The
+    similarity is the model's: the largest over all cells, wherever the peak then is.
+
+    Args:
+        model: a :class:`ProtoModel`, on ``device``.
+        image: the upright original.
+        transform: as in evaluation.
+        matches: of the explanation of this picture.
+        device: where the model is.
+        blocks: of a side; the picture is hidden in blocks x blocks squares, blocks squared forward passes for all
+            matches together and some more for each. As many as the grid has cells can be read beside the box of a
+            cell; more of them find a smaller region, which is often in many pieces, and take longer.
+        drop: the share in (0, 1] of the loss by blurring everything that the region must take away.
+        batch_size: pictures a forward pass.
+
+    Raises:
+        InputError: ``blocks`` or ``drop`` is out of range.
+    """
+    if blocks < 1 or not 0 < drop <= 1:
+        raise InputError(f"blocks={blocks}, drop={drop}; expected at least 1 block, and a drop in (0, 1]")
+    with preserve_state(model):
+        hiding = _Hiding(model, image, transform, torch.device(device), blocks, batch_size)
+        every = range(blocks * blocks)
+        whole, blurred, *alone = hiding.similarities([[], every, *([block] for block in every)])
+        return [_region(hiding, match, whole, blurred, torch.stack(alone), drop) for match in matches]
+
+
+class _Hiding:
+    """A picture of which any blocks can be blurred, and what the model then finds in it."""
+
+    def __init__(
+        self,
+        model: ProtoModel,
+        image: Image.Image,
+        transform: EvalTransform,
+        device: torch.device,
+        blocks: int,
+        batch_size: int,
+    ) -> None:
+        seen = transform.visible(image)
+        soft = seen.filter(ImageFilter.GaussianBlur(max(seen.size) / 10))
+        self.model, self.device, self.batch_size, self.blocks = model, device, batch_size, blocks
+        self.sharp, self.soft = (to_tensor(picture, transform.preprocessing).to(device) for picture in (seen, soft))
+        self.view: View = transform.view(image.size)
+        height, width = self.sharp.shape[1:]
+        down, across = (torch.arange(side) * blocks // side for side in (height, width))
+        self.block_of = (down.unsqueeze(1) * blocks + across).to(device)  # (H, W)
+
+    def similarities(self, hidden: Sequence[Iterable[int]]) -> list[Tensor]:
+        """(C, K) for each set of blocks that are blurred."""
+        found: list[Tensor] = []
+        head = cast(HeadOptimal, self.model.head)
+        for start in range(0, len(hidden), self.batch_size):
+            some = hidden[start : start + self.batch_size]
+            blur = torch.zeros(len(some), self.blocks**2, dtype=torch.bool)
+            for row, blocks in enumerate(some):
+                blur[row, list(blocks)] = True
+            where = blur.to(self.device)[:, self.block_of].unsqueeze(1)
+            output: HeadOutput = head(self.model.backbone(torch.where(where, self.soft, self.sharp)))
+            found += output.similarities.double().cpu().unbind()
+        return found
+
+    def box(self, block: int) -> Box:
+        return self.view.cell_box(block, (self.blocks, self.blocks))
+
+
+def _region(hiding: _Hiding, match: Match, whole: Tensor, blurred: Tensor, alone: Tensor, drop: float) -> Region:
+    place = (match.class_index, match.prototype)
+    before, after = float(whole[place]), float(blurred[place])
+    target = before - drop * (before - after)
+    found, hidden = list[int](), before
+    if after < before:
+        order = alone[:, place[0], place[1]].argsort(stable=True).tolist()
+        found, hidden = _spared(hiding, *_first(hiding, order, place, target), place, target)
+    boxes = [hiding.box(block) for block in sorted(found)]
+    area = hiding.view.cell_box(0, (1, 1))
+    return Region(
+        *place,
+        boxes=boxes,
+        share=sum(map(_area, boxes)) / _area(area),
+        in_box=sum(_common(box, match.box) for box in boxes) / sum(map(_area, boxes)) if boxes else None,
+        similarity=before,
+        hidden=hidden,
+        blurred=after,
+        reached=bool(found),
+    )
+
+
+def _first(hiding: _Hiding, order: list[int], place: tuple[int, int], target: float) -> tuple[list[int], float]:
+    """The shortest beginning of ``order`` that is enough; all of it always is."""
+    for start in range(0, len(order), hiding.batch_size):
+        ends = range(start + 1, min(start + hiding.batch_size, len(order)) + 1)
+        for end, found in zip(ends, hiding.similarities([order[:end] for end in ends]), strict=True):
+            if float(found[place]) <= target:
+                return order[:end], float(found[place])
+    return order, target
+
+
+def _spared(
+    hiding: _Hiding, blocks: list[int], hidden: float, place: tuple[int, int], target: float
+) -> tuple[list[int], float]:
+    """The blocks without those that can be spared, the least telling (the last) tried first.
+
+    Once more after each change: what could not be spared before may be sparable then.
+    """
+    before = 0
+    while len(blocks) != before:
+        before = len(blocks)
+        for block in reversed(blocks):
+            fewer = [other for other in blocks if other != block]
+            (found,) = hiding.similarities([fewer])
+            if fewer and float(found[place]) <= target:
+                blocks, hidden = fewer, float(found[place])
+    return blocks, hidden
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _common(a: Box, b: Box) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,0 +1,1 @@
+"""The model, its folder and its card."""

@@ -1,0 +1,60 @@
+"""The model: a backbone and a prototype head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from protopush.backbones.create import Features, create_backbone
+from protopush.models.pretrained import PretrainedMixin
+from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.push import PushMixin
+
+
+class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
+    """Images to logits that are sums of contributions of prototypes.
+
+    Args:
+        backbone: a module that returns :class:`protopush.backbones.Features`, as :func:`create_backbone` makes it.
+        head: a :class:`HeadOptimal`, or a module with ``proj``, ``proto_manager`` and the same output.
+
+    ``push_prototypes`` and ``push_prototypes_local`` come from :class:`protopush.PushMixin`; ``save_pretrained``,
+    ``from_pretrained`` and ``push_to_hub`` from :class:`protopush.models.pretrained.PretrainedMixin`.
+
+    Example:
+        >>> import torch
+        >>> model = ProtoModel.create("resnet18", num_classes=3, pretrained=False).eval()
+        >>> model(torch.randn(2, 3, 64, 64)).logits.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.class_names: list[str] = []  # in label order, where they are known
+
+    @classmethod
+    def create(
+        cls,
+        backbone: str | nn.Module,
+        num_classes: int,
+        pretrained: bool | str | Path = True,
+        **head_options: Any,
+    ) -> ProtoModel:
+        """A model from a backbone's name (any timm model) or module; ``head_options`` go to :class:`HeadOptimal`."""
+        features = create_backbone(backbone, pretrained=pretrained)
+        return cls(features, HeadOptimal(features.channels, num_classes, **head_options))
+
+    def forward(self, images: Tensor) -> HeadOutput:
+        """Images (B, 3, H, W) to :class:`HeadOutput`, whose ``logits`` are (B, num_classes)."""
+        features: Features = self.backbone(images)
+        output = self.head(features)
+        return cast(HeadOutput, output)
+
+    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``x_fu`` (B, 1, C) and ``x_fu1`` (B, L, C): what the push reads."""
+        features: Features = self.backbone(images)
+        return features.pooled, features.patches

@@ -1,0 +1,147 @@
+"""The model card: what a model is, what it is worth, what its prototypes stand for, and what it is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from protopush import __version__
+
+if TYPE_CHECKING:
+    from protopush.models.model import ProtoModel
+
+MARK = "<!-- written by protopush; remove this line and the text is yours: it won't be written anew -->"
+SHOWN = {"n": "images", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
+         "auroc": "AUROC", "ece": "calibration error (ECE)"}  # fmt: skip
+
+
+def card(model: ProtoModel, metrics: Path | None = None) -> str:
+    """A model card in Markdown, with YAML before it; ``metrics`` is the ``metrics.jsonl`` of this very model.
+
+    Names are escaped: a class or a file may be called anything. The licence is left to whoever shares the model.
+    """
+    backbone: Any = model.backbone
+    head: Any = model.head
+    names = list(model.class_names) or [f"class {c}" for c in range(head.proto_manager.num_classes)]
+    front = ModelCardData(
+        library_name="protopush",
+        pipeline_tag="image-classification",
+        tags=["protopush", "prototypes", "interpretability", "explainable-ai"],
+    ).to_yaml()
+    parts = [
+        f"---\n{front}\n---\n{MARK}",
+        f"# {escaped(backbone.name)} with prototypes of {len(names)} classes",
+        _what_it_is(model),
+        *_numbers(metrics),
+        "## Classes\n\n" + "\n".join(f"{number}. {escaped(name)}" for number, name in enumerate(names)),
+        "## Prototypes\n\n" + _prototypes(head.proto_manager, names),
+        USE,
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def escaped(text: object) -> str:
+    """Text that Markdown shows as it is, on one line.
+
+    Example:
+        >>> print(escaped("a|b_<i>[x](y)"))
+        a\\|b\\_\\<i\\>\\[x\\]\\(y\\)
+    """
+    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~&$^=:@])", r"\\\1", " ".join(str(text).split()))
+
+
+def _what_it_is(model: ProtoModel) -> str:
+    backbone: Any = model.backbone
+    head: Any = model.head
+    manager = head.proto_manager
+    height, width = backbone.preprocessing.size
+    rows, columns = backbone.grid
+    parts = f"each of {rows} x {columns} parts of a picture" if head.match == "local" else "a picture as a whole"
+    count = int(manager.valid_mask.sum())
+    return (
+        f"An image classifier made with protopush {__version__}. It compares {parts} ({width} x {height} pixels) with "
+        f"{count} prototypes; each prototype speaks for one class, and the logit of a class is exactly "
+        "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
+        "of a real training image, told below.\n\n**A research model, not a medical device.**"
+    )
+
+
+def _numbers(metrics: Path | None) -> Iterator[str]:
+    measured = _last_validation(metrics) if metrics is not None else None
+    if measured:
+        rows = [
+            f"| {name} | {_number(measured[key])} |"
+            for key, name in SHOWN.items()
+            if isinstance(measured.get(key), (int, float))
+        ]
+        table = "\n".join(["| on the validation images | |", "| --- | --- |", *rows])
+        yield f"## Numbers\n\n{table}\n\nThese images chose the best epoch: on others the model is likely to be worse."
+
+
+def _last_validation(metrics: Path) -> dict[str, Any] | None:
+    """What the last line that tells of validation images says."""
+    for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that was cut off
+            continue
+        for key in ("val_refitted", "val_after", "val"):
+            if isinstance(row, dict) and isinstance(row.get(key), dict):
+                return dict(row[key])
+    return None
+
+
+def _number(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _prototypes(manager: Any, names: list[str]) -> str:
+    rows = [
+        "| class | prototype | training image | box (x0, y0, x1, y1) | similarity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in manager.valid_mask.nonzero().flatten().tolist():
+        (c, k), anchor = divmod(row, manager.max_prototypes), manager.anchors[row]
+        told = ["never pushed", "", ""]
+        if anchor is not None:
+            file = anchor.file if anchor.file is not None else f"sample {anchor.sample_id}"
+            box = ", ".join(map(str, anchor.box)) if anchor.box is not None else f"cell {anchor.cell}"
+            told = [escaped(file), box, f"{anchor.similarity_after:.4f}"]
+        rows.append(f"| {escaped(names[c])} | {k} | {' | '.join(told)} |")
+    return (
+        "\n".join(rows)
+        + "\n\n`prototypes.json` has their SHA-256; `prototypes/` their pictures, where they are shared."
+    )
+
+
+USE = """## How to use it
+
+```python
+import protopush
+from huggingface_hub import snapshot_download
+from protopush.explain import explain_image
+from protopush.runs.run import open_run
+
+run = open_run(snapshot_download("NAME/OF-THIS-REPOSITORY"))  # or the folder
+found = explain_image(run.model, "photo.jpg", run.transform, run.class_names)
+print(found.predicted_name, found.probability)
+for match in found.classes[0].matches[:3]:
+    print(match.contribution, match.box, match.anchor)
+```
+
+`protopush.ProtoModel.from_pretrained("NAME/OF-THIS-REPOSITORY")` is the model alone. Nothing is unpickled."""
+
+LIMITS = """## Limits
+
+- A research model, not a medical device: it must not be used to diagnose or treat anybody.
+- It was measured on images like those that it was trained on, if at all; other cameras, clinics or
+  populations are another matter.
+- A prototype shows what the model compares with, not that the comparison is right.
+- Probabilities are not calibrated for the share of classes where you use it.
+- The licence of the training images may restrict what may be done with the model and the pictures."""

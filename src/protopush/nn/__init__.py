@@ -1,0 +1,1 @@
+"""The prototype head and its losses."""

@@ -1,0 +1,172 @@
+"""The prototypes of all classes: the slots, the mask of the slots in use, and what each one stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from protopush.data.dataset import Provenance
+from protopush.errors import InputError
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The real patch that a prototype stands for.
+
+    Attributes:
+        sample_id: what the dataset calls the sample (its index where it has no name).
+        cell: the patch, row by row from 0 in ``grid`` (rows, columns); (1, 1) for a pooled feature.
+        similarity: cosine of the prototype and the patch before the push moved the prototype.
+        similarity_after: the same after the push; 1 after a hard push.
+        file: the image file, relative to the data's root.
+        sha256: of the file's bytes.
+        group: lesion, patient, module, ...
+        box: (x0, y0, x1, y1) in pixels of the upright original picture.
+        image_size: (width, height) of that picture.
+        verified: False where the dataset could not say which file or view the patch came from.
+        runner_up: similarity, before the push, of the best candidate elsewhere: in another image, or in whatever of
+            which no two prototypes may share one. The anchor's margin is its similarity less this.
+    """
+
+    sample_id: int | str
+    cell: int
+    grid: tuple[int, int]
+    similarity: float
+    similarity_after: float
+    file: str | None = None
+    sha256: str | None = None
+    group: str | None = None
+    box: tuple[int, int, int, int] | None = None
+    image_size: tuple[int, int] | None = None
+    verified: bool = True
+    runner_up: float | None = None
+
+    @classmethod
+    def at(
+        cls,
+        origin: Provenance,
+        cell: int,
+        grid: tuple[int, int],
+        similarity: float = 1.0,
+        similarity_after: float = 1.0,
+        verified: bool = True,
+        runner_up: float | None = None,
+    ) -> Anchor:
+        """The anchor for a patch of a sample; similarities are 1 where the prototype is made of that very patch."""
+        return cls(
+            sample_id=origin.sample_id,
+            cell=cell,
+            grid=grid,
+            similarity=similarity,
+            similarity_after=similarity_after,
+            file=origin.file,
+            sha256=origin.sha256,
+            group=origin.group,
+            box=origin.view.cell_box(cell, grid) if origin.view is not None else None,
+            image_size=origin.view.original if origin.view is not None else None,
+            verified=verified,
+            runner_up=runner_up,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Anchor:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON (which has no tuples)."""
+        plain = dict(values)
+        for name in ("grid", "box", "image_size"):
+            plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
+        return cls(**plain)
+
+
+def plain_anchors(anchors: list[Anchor | None]) -> list[dict[str, Any] | None]:
+    """Anchors as plain values."""
+    return [None if anchor is None else anchor.to_dict() for anchor in anchors]
+
+
+def anchors_from(plain: list[dict[str, Any] | None]) -> list[Anchor | None]:
+    """The inverse."""
+    return [None if values is None else Anchor.from_dict(values) for values in plain]
+
+
+class PrototypeManager(nn.Module):
+    """Unit vectors, each owned by one class.
+
+    Args:
+        num_classes: C.
+        num_prototypes: prototypes in use per class, one number for all classes or one for each.
+        dim: D, the embedding's size.
+        max_prototypes: slots per class, at least ``num_prototypes``; the rest is room to grow.
+        anchor_dim: C, where prototypes are to be live: made anew, in every forward, of their anchors' features.
+
+    Attributes:
+        prototypes: Parameter (C * max_prototypes, D); slots of one class lie together.
+        valid_mask: bool (C * max_prototypes), the slots in use.
+        anchors: one :class:`Anchor` or None per slot.
+        anchor_features: (C * max_prototypes, anchor_dim), the backbone's features at the anchors; None without.
+        anchor_ids, anchor_cells: int64, sample and cell that they come from; id -1 where there is no anchor.
+
+    Example:
+        >>> manager = PrototypeManager(num_classes=3, num_prototypes=2, dim=8)
+        >>> manager.get_prototype_indices()
+        [(0, 2), (2, 4), (4, 6)]
+        >>> manager.unit().shape
+        torch.Size([3, 2, 8])
+    """
+
+    valid_mask: Tensor
+    anchor_features: Tensor | None
+    anchor_ids: Tensor | None
+    anchor_cells: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_prototypes: int | Sequence[int],
+        dim: int,
+        max_prototypes: int | None = None,
+        anchor_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        counts = [num_prototypes] * num_classes if isinstance(num_prototypes, int) else list(num_prototypes)
+        slots = max_prototypes or max(counts, default=0)
+        if num_classes < 1 or len(counts) != num_classes or min(counts) < 1 or max(counts) > slots:
+            raise InputError(
+                f"{counts} prototypes for {num_classes} classes of {slots} slots; "
+                "expected at least one per class and no more than max_prototypes"
+            )
+        self.num_classes = num_classes
+        self.max_prototypes = slots
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes * slots, dim), dim=-1))
+        used = torch.arange(slots).expand(num_classes, slots) < torch.tensor(counts).unsqueeze(1)
+        self.register_buffer("valid_mask", used.flatten())
+        total = num_classes * slots
+        self.register_buffer("anchor_features", None if anchor_dim is None else torch.zeros(total, anchor_dim))
+        self.register_buffer("anchor_ids", None if anchor_dim is None else torch.full((total,), -1))
+        self.register_buffer("anchor_cells", None if anchor_dim is None else torch.zeros(total, dtype=torch.int64))
+        self.anchors: list[Anchor | None] = [None] * total
+
+    @property
+    def dim(self) -> int:
+        """D, the embedding's size."""
+        return self.prototypes.shape[1]
+
+    def get_prototype_indices(self) -> list[tuple[int, int]]:
+        """(start, end) of the slots of each class, end exclusive; ``valid_mask`` marks those in use."""
+        size = self.max_prototypes
+        return [(c * size, (c + 1) * size) for c in range(self.num_classes)]
+
+    def unit(self) -> Tensor:
+        """The prototypes with unit norm, (num_classes, max_prototypes, D)."""
+        return F.normalize(self.prototypes, dim=-1).view(self.num_classes, self.max_prototypes, -1)
+
+    def mask(self) -> Tensor:
+        """The slots in use, bool (num_classes, max_prototypes)."""
+        return self.valid_mask.view(self.num_classes, self.max_prototypes)

@@ -1,0 +1,241 @@
+"""Below which similarity nothing in training is like an image, set on images that training did not see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+
+from protopush.data.features import default_cache_dir, inference_batch_size
+from protopush.data.files import read_json, write_json
+from protopush.data.images import sha256_of
+from protopush.data.manifest import DataConfig, Sample
+from protopush.data.sources import load_catalog
+from protopush.distributed import all_gather_objects, broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
+from protopush.errors import InputError, first_line
+from protopush.models.model_folder import Run
+from protopush.predict.inputs import Batches, Pictures, Strings, read, readers
+from protopush.predict.prediction_rows import DIGITS, look
+from protopush.preserve_state import preserve_state
+from protopush.runs.progress import bar
+
+logger = logging.getLogger("protopush.predict")
+
+MOST = 2000  # images that a threshold is set on, and as many that it is measured on
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """An image none of whose similarities reaches ``value`` is like nothing in training.
+
+    Attributes:
+        value: a cosine, in the digits of the table; None where none could be set.
+        source: given, validation or none.
+        share: of the images in ``set_on`` that may be flagged.
+        set_on, set_images, set_flagged: which images it was set on, how many, how many of them are flagged.
+        measured_on, measured_images, measured_flagged: the same for images that it was not set on, where there are
+            some: false alarms, as they are of the same kind as those of training.
+        problem: why there is none.
+    """
+
+    value: float | None
+    source: str
+    share: float | None = None
+    set_on: str = ""
+    set_images: int = 0
+    set_flagged: int = 0
+    measured_on: str = ""
+    measured_images: int = 0
+    measured_flagged: int = 0
+    problem: str = ""
+
+    @property
+    def false_alarms(self) -> float | None:
+        """The share of images flagged among those that it was not set on."""
+        return self.measured_flagged / self.measured_images if self.measured_images else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"false_alarms": self.false_alarms}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Threshold:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: it is another's.
+        """
+        try:
+            return cls(**{key: value for key, value in values.items() if key != "false_alarms"})
+        except TypeError as error:
+            raise InputError(f"damaged record of a threshold ({error}); add --overwrite to begin anew") from error
+
+
+def largest_threshold(similarities: Sequence[float], share: float) -> float:
+    """The largest threshold with at most ``share`` of the similarities below it: one of them, or a tie of several.
+
+    Args:
+        similarities: N best similarities, at least one.
+        share: in [0, 1).
+
+    Example:
+        >>> largest_threshold([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], share=0.2)  # 0.1 and 0.2 are below
+        0.3
+    """
+    allowed = math.floor(share * len(similarities) + 1e-9)  # 0.29 * 100 is a little less than 29
+    return sorted(similarities)[allowed]
+
+
+class _Sets(NamedTuple):
+    """The images that a threshold is set on and measured on; their similarities, where they are known."""
+
+    set_on: str
+    first: list[str]
+    measured_on: str
+    second: list[str]
+    key: str
+    known: list[float | None] | None
+
+
+def calibrate(
+    run: Run, data: DataConfig, share: float, device: torch.device | str = "cpu", num_workers: int = 0
+) -> Threshold:
+    """Set a threshold on a run's validation images, and measure it on others.
+
+    It is measured on the test split; without one, it is set on half of the groups (lesions, patients) of the
+    validation images and measured on the other half. At most ``MOST`` images are drawn of each. The similarities are
+    kept in the cache folder: other weights, another transform or a changed file give another key.
+
+    Args:
+        run: its model is on ``device``.
+        data: where its images are.
+        share: of validation images that may be flagged, in [0, 1).
+        device: where the model is.
+        num_workers: processes that read images.
+
+    Returns:
+        Without ``value``, and with the reason, where the images can't be had.
+    """
+    sets = broadcast_from_rank_zero(lambda: _sets(run, data))
+    if isinstance(sets, str):
+        return Threshold(None, "none", problem=sets)
+    best = sets.known if sets.known is not None else _best(run, [*sets.first, *sets.second], device, num_workers)
+    if sets.known is None:
+        broadcast_from_rank_zero(lambda: _keep(sets.key, best))
+    first = [value for value in best[: len(sets.first)] if value is not None]
+    second = [value for value in best[len(sets.first) :] if value is not None]
+    if not first:
+        return Threshold(None, "none", problem=f"no image of {sets.set_on} can be read")
+    value = largest_threshold(first, share)
+    return Threshold(
+        value=value,
+        source="validation",
+        share=share,
+        set_on=sets.set_on,
+        set_images=len(first),
+        set_flagged=sum(similarity < value for similarity in first),
+        measured_on=sets.measured_on if second else "",
+        measured_images=len(second),
+        measured_flagged=sum(similarity < value for similarity in second),
+    )
+
+
+def _sets(run: Run, data: DataConfig) -> _Sets | str:
+    """The images, or why there are none."""
+    try:
+        catalog = load_catalog(data.path, data.source, classes=run.class_names, seed=data.split_seed)
+        val = catalog.split("val")
+    except (InputError, OSError) as error:
+        return first_line(error)
+    test = [sample for sample in catalog.samples if sample.split == "test"]
+    if test:
+        first, second, names = _drawn(val), _drawn(test), ("the validation images", "the test images")
+    else:
+        halves = halved(val)
+        first, second = _drawn(halves[0]), _drawn(halves[1])
+        names = ("half of the validation images", "the other half of the validation images")
+        if not second:
+            names = ("the validation images", "")
+    files = [[str(sample.image) for sample in some] for some in (first, second)]
+    key = _key(run, [*files[0], *files[1]])
+    return _Sets(names[0], files[0], names[1], files[1], key, _known(key, len(first) + len(second)))
+
+
+def halved(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Two halves that share no group; the first has one group more where their number is odd."""
+    groups = sorted({sample.group or sample.name for sample in samples})
+    Random(0).shuffle(groups)
+    chosen = set(groups[: -(-len(groups) // 2)])
+    halves: tuple[list[Sample], list[Sample]] = ([], [])
+    for sample in samples:
+        halves[(sample.group or sample.name) not in chosen].append(sample)
+    return halves
+
+
+def _drawn(samples: Sequence[Sample]) -> list[Sample]:
+    return list(samples) if len(samples) <= MOST else Random(0).sample(list(samples), MOST)
+
+
+def _best(run: Run, files: Sequence[str], device: torch.device | str, num_workers: int) -> list[float | None]:
+    """The largest similarity of each image, None where it can't be read; each process has a share of the batches."""
+    names, size = Strings(), inference_batch_size(torch.device(device))
+    for file in files:
+        names.append(file)
+    rank, ranks = rank_and_size()
+    count = -(-len(names) // size)
+    batches = Batches(count * rank // ranks, count * (rank + 1) // ranks, size, len(names))
+
+    def here() -> list[float | None]:
+        found: list[float | None] = []
+        count = len(batches)
+        with readers(num_workers), preserve_state(run.model), bar("Similarity of validation images", count) as advance:
+            for images, problems in read(Pictures(names, run.transform), batches, num_workers):
+                outputs = look(run.model, images.to(device), top=0)
+                good = [not problem and bool(finite) for problem, finite in zip(problems, outputs.finite, strict=True)]
+                found += [value if ok else None for value, ok in zip(outputs.best.tolist(), good, strict=True)]
+                advance(1)
+        return found
+
+    return [value for some in all_gather_objects(raise_on_all_ranks(here)) for value in some]
+
+
+def _key(run: Run, files: Sequence[str]) -> str:
+    told = {
+        "format": 1,
+        "digits": DIGITS,
+        "weights": read_json(run.folder / "config.json")["weights_sha256"],
+        "preprocessing": run.transform.preprocessing.to_dict(),
+        "crop_pct": run.transform.crop_pct,
+        "files": [_digest(file) for file in files],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(file: str) -> str:
+    try:
+        return sha256_of(file)
+    except OSError:
+        return "unreadable"
+
+
+def _known(key: str, count: int) -> list[float | None] | None:
+    try:
+        values = read_json(default_cache_dir() / f"similarities-{key}.json")
+    except InputError:
+        return None
+    good = isinstance(values, list) and len(values) == count
+    return values if good and all(value is None or isinstance(value, float) for value in values) else None
+
+
+def _keep(key: str, best: list[float | None]) -> None:
+    try:
+        write_json(default_cache_dir() / f"similarities-{key}.json", [None if v is None else float(v) for v in best])
+    except InputError as error:  # it is computed again another time
+        logger.warning("%s", error)

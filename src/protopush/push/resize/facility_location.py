@@ -1,0 +1,259 @@
+"""Which patches, as new prototypes, would improve the coverage of their class most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from protopush.data.dataset import Provenance
+from protopush.distributed import all_gather_objects, raise_on_all_ranks
+from protopush.errors import InputError, listing
+from protopush.push.nearest_patches import Allow, refuse_non_finite
+from protopush.push.patch_cap import NonFinite
+from protopush.push.protocol import Pushable, Slots
+from protopush.push.reader import Batch, DatasetSource, Source
+from protopush.push.resize.coverage import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
+from protopush.push.top_candidates import TIE
+
+TOGETHER = 16  # classes whose patches are in memory at a time
+BLOCK = 2**22  # cosines computed at a time
+
+
+class Wish(NamedTuple):
+    """What growth is asked for; see :func:`protopush.push.resize.grow.grow_prototypes`."""
+
+    per_class: int
+    quantile: float
+    min_coverage: float
+    max_samples: int
+    use_local: bool
+    allow: Allow | None
+
+    def badly(self, coverage: Tensor) -> bool:
+        """Whether a class is badly covered, from the coverage of its samples (n,)."""
+        level = quantile_of(coverage, self.quantile)
+        return level is not None and level < self.min_coverage - TIE
+
+
+class Gain(NamedTuple):
+    """A patch that becomes a prototype.
+
+    Attributes:
+        class_index, slot: where to.
+        sample, cell, grid: the patch.
+        gain: what it adds to the sum of the coverage of ``ids``.
+        unit: (D,), its embedding.
+        ids, reach: (n,), the worst covered samples, ascending, and their best cosines to it.
+        origin: of its sample.
+    """
+
+    class_index: int
+    slot: int
+    sample: int
+    cell: int
+    grid: tuple[int, int]
+    gain: float
+    unit: Tensor
+    ids: Tensor
+    reach: Tensor
+    origin: Provenance
+
+
+def find_gains(
+    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, wish: Wish
+) -> tuple[list[Gain], dict[int, str]]:
+    """The new prototypes, the same on every rank, and why a badly covered class gets none."""
+    free = ((slots.rows >= 0) & ~slots.used).cpu()
+    coverage, why = before.coverage(), dict[int, str]()
+    worst: dict[int, Tensor] = {}
+    for c in range(len(free)):
+        rows = (before.labels == c).nonzero().flatten()
+        if not wish.badly(coverage[rows]):
+            continue
+        if not free[c].any():
+            why[c] = "badly covered, no free slot"
+            continue
+        ranked = in_order(coverage[rows], before.ids[rows])[: wish.max_samples]
+        worst[c] = rows[ranked].sort().values
+    gains: list[Gain] = []
+    # A stream can only be read as a whole: once is enough.
+    step = TOGETHER if isinstance(source, DatasetSource) else max(1, len(worst))
+    classes = list(worst)
+    for start in range(0, len(classes), step):
+        group = {c: worst[c] for c in classes[start : start + step]}
+        gains += _of_group(net, source, before, group, free, wish)
+    grown = {gain.class_index for gain in gains}
+    return gains, why | {c: "badly covered, no patch helps" for c in worst if c not in grown}
+
+
+def _of_group(
+    net: Pushable, source: Source, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
+) -> list[Gain]:
+    """The gains of some classes; ``worst`` are rows of ``before``."""
+    rows = torch.cat(list(worst.values()))
+    samples, mine = _read_again(net, source, before.ids[rows], before.labels[rows], len(free), wish)
+    device = net.head.proto_manager.prototypes.device
+    coverage = before.coverage()
+    found: dict[int, list[_Pick]] = {}
+    for c, some in worst.items():
+        own = (before.labels == c).nonzero().flatten()
+        patches = [samples[i] for i in before.ids[some].tolist()]
+        limit = min(wish.per_class, int(free[c].sum()))
+        found[c] = _best_patches(patches, coverage[own], torch.isin(own, some), limit, wish, device)
+    found = all_gather_objects(found)[0]  # other hardware may round otherwise: one rank's word holds
+    numbers = {c: [int(before.ids[worst[c][pick.row]]) for pick in picks] for c, picks in found.items()}
+    told = all_gather_objects({i: source.describe(i) for those in numbers.values() for i in those if i in mine})
+    origins = {i: origin for one in reversed(told) for i, origin in one.items()}
+    gains = []
+    for c, picks in found.items():
+        slots = free[c].nonzero().flatten().tolist()
+        for slot, i, (_, cell, gain, reach) in zip(slots, numbers[c], picks, strict=False):
+            unit, grid = samples[i].unit[cell], samples[i].grid
+            gains.append(Gain(c, slot, i, cell, grid, gain, unit, before.ids[worst[c]], reach, origins[i]))
+    return gains
+
+
+class _Pick(NamedTuple):
+    """A chosen patch, by its sample's row; ``gain`` and ``reach`` as in :class:`Gain`."""
+
+    row: int
+    cell: int
+    gain: float
+    reach: Tensor
+
+
+class _Sample(NamedTuple):
+    """unit (L, D); valid, allowed: bool (L,); all on the CPU."""
+
+    unit: Tensor
+    valid: Tensor
+    allowed: Tensor
+    label: int
+    grid: tuple[int, int]
+
+
+def _read_again(
+    net: Pushable, source: Source, ids: Tensor, labels: Tensor, classes: int, wish: Wish
+) -> tuple[dict[int, _Sample], set[int]]:
+    """The patches of some samples on every rank, and the samples that this rank has read.
+
+    Raises:
+        InputError: the loader gives other samples than before.
+    """
+    label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
+    strange = NonFinite(net.head.proto_manager.prototypes.device)
+    here: dict[int, _Sample] = {}
+
+    def read() -> None:
+        for batch in embedded(net, _batches_of(source, sorted(label_of)), wish.use_local, classes, strange):
+            allowed = batch.valid
+            if wish.allow is not None:
+                allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
+            for row, number in enumerate(batch.ids.tolist()):
+                if number in label_of:
+                    # Copies: a view would keep its whole batch in memory.
+                    unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
+                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
+
+    raise_on_all_ranks(read)
+    refuse_non_finite(strange, source)
+    everyone = {number: sample for one in reversed(all_gather_objects(here)) for number, sample in one.items()}
+    other = [i for i, label in sorted(label_of.items()) if i not in everyone or everyone[i].label != label]
+    if other:
+        raise InputError(
+            f"read again, the loader has no sample {listing(other, 5)} of the same label; expected the same samples "
+            "each time: give a DataLoader over a dataset, or a list of (images, labels, ids); nothing was changed"
+        )
+    return everyone, set(here)
+
+
+def _batches_of(source: Source, ids: list[int]) -> Iterable[Batch]:
+    """This rank's batches of some samples, and of others where only a whole stream can be read."""
+    return source.pick(ids) if isinstance(source, DatasetSource) else source.batches()
+
+
+def _best_patches(
+    samples: list[_Sample], coverage: Tensor, worst: Tensor, limit: int, wish: Wish, device: torch.device
+) -> list[_Pick]:
+    """The patches of one class that help most, each after the ones before it.
+
+    Args:
+        samples: the worst covered ones, n of them, by ascending id.
+        coverage: (m,) of all samples of the class, by ascending id.
+        worst: bool (m,), where the n are among them.
+        limit: the most to find.
+        wish: as asked.
+        device: where to compute.
+    """
+    unit = pad_sequence([sample.unit for sample in samples], batch_first=True)  # batches may differ in their cells
+    valid = pad_sequence([sample.valid for sample in samples], batch_first=True)
+    allowed = pad_sequence([sample.allowed for sample in samples], batch_first=True) & valid
+    candidates = allowed.nonzero()  # (P, 2): sample and cell, in the order that settles ties
+    reach = _reach(unit.to(device), valid.to(device), candidates.to(device))
+    coverage = coverage.clone()
+    tie = TIE * len(samples)
+    found: list[_Pick] = []
+    while len(candidates) and len(found) < limit and wish.badly(coverage):
+        gains = (reach - coverage[worst]).clamp(min=0).sum(dim=1, dtype=torch.float64)
+        first = int((gains >= gains.max() - tie).to(torch.uint8).argmax())
+        if gains[first] <= tie:
+            break
+        row, cell = candidates[first].tolist()
+        found.append(_Pick(row, cell, float(gains[first]), reach[first].clone()))
+        coverage[worst] = torch.maximum(coverage[worst], reach[first])
+    return found
+
+
+def _reach(unit: Tensor, valid: Tensor, candidates: Tensor) -> Tensor:
+    """The best cosine of each sample to each candidate, (P, n), on the CPU.
+
+    Args:
+        unit: (n, L, D), the samples' patches.
+        valid: bool (n, L), those that count, at least one of each sample.
+        candidates: int64 (P, 2), sample and cell.
+    """
+    chosen = unit[candidates[:, 0], candidates[:, 1]]
+    # A patch that doesn't count is replaced by one that does: no maximum changes, and nothing need be masked.
+    other = unit[torch.arange(len(unit), device=unit.device), valid.to(torch.uint8).argmax(dim=1)]
+    every = torch.where(valid.unsqueeze(2), unit, other.unsqueeze(1))
+    # Cells before samples: the maximum then runs over whole rows, which is twice as fast.
+    every = every.transpose(0, 1).flatten(0, 1)
+    reach = torch.empty(len(chosen), len(unit))
+    size = max(1, BLOCK // len(every))
+    for start in range(0, len(chosen), size):
+        cosine = chosen[start : start + size] @ every.T
+        reach[start : start + size] = cosine.view(len(cosine), unit.shape[1], len(unit)).amax(dim=1)
+    return reach
+
+
+def coverage_after(
+    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
+) -> tuple[Tensor, list[float | None]]:
+    """The samples' coverage (N,) with the new prototypes; and, of each, its best cosine in any other sample."""
+    coverage, runner_ups = before.coverage(), list[float | None]()
+    large = {gain.class_index for gain in gains if int((before.labels == gain.class_index).sum()) > wish.max_samples}
+    unit, new = slots.unit.clone(), torch.zeros_like(slots.used)
+    for gain in gains:
+        unit[gain.class_index, gain.slot], new[gain.class_index, gain.slot] = gain.unit.to(unit), True
+    if isinstance(source, DatasetSource):
+        source.narrow(large.__contains__)
+    again = own_similarity(net, source, unit, new, wish.use_local) if large else before
+    for gain in gains:
+        own = before.labels == gain.class_index
+        reach, ids = gain.reach, gain.ids
+        if gain.class_index in large:
+            there = again.labels == gain.class_index
+            reach, ids = again.best[there, gain.slot], again.ids[there]
+        if not torch.equal(ids, before.ids[own]):
+            raise InputError(
+                "read again, the loader gives other samples; expected the same each time: give a DataLoader over a "
+                "dataset, or a list of (images, labels, ids); nothing was changed"
+            )
+        coverage[own] = torch.maximum(coverage[own], reach)
+        others = reach[ids != gain.sample]
+        runner_ups.append(float(others.max()) if len(others) else None)
+    return coverage, runner_ups

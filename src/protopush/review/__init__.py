@@ -1,1 +1,0 @@
-"""What people decide about a run's prototypes, and what comes of it."""

@@ -1,0 +1,1 @@
+"""A run is a folder: open, save, verify, review, export."""

@@ -1,0 +1,251 @@
+"""``decisions.jsonl``: what people have decided about a run's prototypes, one decision a line, none ever taken out.
+
+How a decision gets into a run: one at a time, with all files that it changes, or not at all.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from protopush.data.files import changing
+from protopush.errors import InputError
+from protopush.models.model_folder import Run, save_run
+from protopush.nn.prototypes import Anchor
+
+FILE = "decisions.jsonl"
+FORBIDDING = ("prototype", "image", "mask")
+KINDS = (*FORBIDDING, "keep", "undo")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A prototype that got another anchor.
+
+    Attributes:
+        class_index, class_name, prototype: which.
+        old, new: what it stood for and what it stands for.
+        old_vector: where it was, base64 of D float32 (little-endian): after a push with momentum, the old anchor alone
+            could not bring it back.
+        old_features: where it had a live anchor, that anchor's features, base64 of C float32; they make the prototype.
+        old_index: the live anchor's place in the training data.
+    """
+
+    class_index: int
+    class_name: str
+    prototype: int
+    old: Anchor
+    new: Anchor
+    old_vector: str
+    old_features: str | None = None
+    old_index: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the names of ``prototypes.json``."""
+        return {
+            "class_index": self.class_index,
+            "class": self.class_name,
+            "prototype": self.prototype,
+            "old": self.old.to_dict(),
+            "new": self.new.to_dict(),
+            "old_vector": self.old_vector,
+            "old_features": self.old_features,
+            "old_index": self.old_index,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Replacement:
+        """The inverse of :meth:`to_dict`."""
+        old, new = (Anchor.from_dict(values[name]) for name in ("old", "new"))
+        live = values.get("old_features"), values.get("old_index")
+        place = values["class_index"], values["class"], values["prototype"]
+        return cls(*place, old, new, values["old_vector"], *live)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision. Attributes that say nothing for its kind are None.
+
+    Attributes:
+        id: its number in the run, from 1.
+        time: UTC, ISO 8601.
+        who, reason: the person's name and words.
+        kind: one of :data:`KINDS`.
+        class_name, prototype: for a prototype, which one; for an image, its class; for an undo, as in what it undoes.
+        file: the image, relative to the data's root.
+        sha256: of that file.
+        cell, grid, box: the patch, as in :class:`protopush.nn.prototypes.Anchor`.
+        min_share: for masks: the share of a patch's box that must lie inside.
+        unmasked: for masks: how many of the training images have none, and are not restricted.
+        undoes: for an undo: the number of the decision that no longer holds.
+        replaced: the prototypes that got another anchor by it.
+        val_before, val_after: ``n``, ``balanced_accuracy`` and ``auroc`` on the validation images, if there are any.
+    """
+
+    id: int
+    time: str
+    who: str
+    kind: str
+    reason: str
+    class_name: str | None = None
+    prototype: int | None = None
+    file: str | None = None
+    sha256: str | None = None
+    cell: int | None = None
+    grid: tuple[int, int] | None = None
+    box: tuple[int, int, int, int] | None = None
+    min_share: float | None = None
+    unmasked: int | None = None
+    undoes: int | None = None
+    replaced: tuple[Replacement, ...] = ()
+    val_before: dict[str, Any] | None = None
+    val_after: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {"class" if key == "class_name" else key: value for key, value in asdict(self).items()}
+        return plain | {"replaced": [one.to_dict() for one in self.replaced]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON; keys that it doesn't know are left out.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no decision, or one of a kind that isn't known: it could not be kept.
+        """
+        if values["kind"] not in KINDS:
+            raise ValueError(f"the kind {values['kind']!r} is none of: {', '.join(KINDS)}")
+        plain = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        for name in ("grid", "box"):
+            plain[name] = tuple(values[name]) if values.get(name) is not None else None
+        plain["replaced"] = tuple(Replacement.from_dict(one) for one in values["replaced"])
+        return cls(**plain, class_name=values["class"])
+
+
+def load_decisions(folder: Path) -> list[Decision]:
+    """The decisions of a run, first to last; none where nothing was ever forbidden.
+
+    Raises:
+        InputError: the file is damaged, or tells of a kind that this version can't honour.
+    """
+    return [_read(line, f"{folder / FILE}, line {number}") for number, line in enumerate(_lines(folder), start=1)]
+
+
+def in_force(decisions: Sequence[Decision]) -> list[Decision]:
+    """Those that forbid something and were not undone."""
+    undone = {made.undoes for made in decisions}
+    return [made for made in decisions if made.kind in FORBIDDING and made.id not in undone]
+
+
+def _read(line: str, where: str) -> Decision:
+    try:
+        return Decision.from_dict(json.loads(line))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"damaged file: {where} ({error}); take it from a copy of the run, or update protopush"
+        ) from error
+
+
+def add_decision(folder: Path, to: Path, decision: Decision) -> None:
+    """Write the decisions of ``folder``, as they stand there, and one more into ``to``."""
+    line = json.dumps(decision.to_dict(), ensure_ascii=False, allow_nan=False)
+    (to / FILE).write_text("\n".join([*_lines(folder), line]) + "\n", encoding="utf-8")
+
+
+def _lines(folder: Path) -> list[str]:
+    """The lines of the log; not ``splitlines``, which also cuts at signs that JSON lets stand in a text."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"damaged file: {folder / FILE} ({error}); take it from a copy of the run") from error
+    return [line for line in text.split("\n") if line]
+
+
+LOCK = ".lock"
+PATIENCE = 3600.0  # seconds; a decision on a large data set takes minutes
+
+
+@contextmanager
+def alone(folder: Path, waiting: Callable[[], None] = lambda: None, patience: float = PATIENCE) -> Iterator[None]:
+    """Be the only one who decides about a run, among all threads and processes; the others wait.
+
+    The run must be opened inside: what was read before may be another's past. ``.lock`` stays in the folder, since
+    removing it would let two in.
+
+    Args:
+        folder: the run's; one that holds no run isn't touched.
+        waiting: called once if somebody else is deciding.
+        patience: seconds to wait.
+
+    Raises:
+        InputError: somebody else is deciding all that time, or the folder can't be written.
+    """
+    if not (folder / "config.json").is_file():
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise InputError(f"another decision about {folder} is still being worked out; try again later") from error
+    except OSError as error:
+        raise InputError(f"cannot write in {folder} ({error.strerror or error}); ask for the right to") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_decision(run: Run, decision: Decision, state: list[bytes]) -> None:
+    """Add a decision to the log, and write the run's files where prototypes were replaced.
+
+    Args:
+        run: as it is to be.
+        decision: the next one.
+        state: :func:`state_of` the folder before anything was worked out.
+
+    Raises:
+        InputError: somebody who held no lock has changed the run meanwhile; it is as that left it.
+    """
+    with changing(run.folder) as stage:
+        if decision.replaced:
+            if (run.folder / "prototypes").is_dir():  # pictures of images that are gone stay
+                shutil.copytree(run.folder / "prototypes", stage / "prototypes")
+            save_run(replace(run, folder=stage))
+        add_decision(run.folder, stage, decision)
+        if state_of(run.folder) != state:
+            raise InputError(f"{run.folder} was changed by another process meanwhile; it is as that left it; try again")
+
+
+def state_of(folder: Path) -> list[bytes]:
+    """What every change of a run changes."""
+    files = (folder / name for name in ("config.json", FILE))
+    return [file.read_bytes() if file.is_file() else b"" for file in files]
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def login() -> str:
+    """The user's login name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return "unknown"

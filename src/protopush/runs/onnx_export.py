@@ -1,0 +1,238 @@
+"""The graph of a model: what goes into the file, traced.
+
+A run as an ONNX file, checked before it gets its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protopush import __version__
+from protopush.backbones.create import Backbone, Features
+from protopush.data.files import atomic
+from protopush.errors import InputError, first_line, listing
+from protopush.models.model import ProtoModel
+from protopush.models.model_folder import Run
+from protopush.nn.head import HeadOptimal, classify
+from protopush.preserve_state import preserve_state
+from protopush.runs.onnx_metadata import metadata_of
+
+INPUT = "images"
+OUTPUTS = ("logits", "similarities", "best_cells")
+
+
+class Graph(nn.Module):
+    """Images to logits, similarities and best cells, all that doesn't depend on the images being constant.
+
+    Live anchors are constants as well: their embeddings were computed when this was made.
+
+    Args:
+        backbone: of the model.
+        head: of the model, with ``local`` or ``global`` match.
+    """
+
+    def __init__(self, backbone: nn.Module, head: HeadOptimal) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        with torch.no_grad():
+            self.register_buffer("prototypes", head.prototypes().clone())  # (num_classes, K, D), unit norm
+            self.register_buffer("weights", head.weights().clone())  # (num_classes, K), 0 in unused slots
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W) to logits (B, C), similarities (B, C, K) and best cells (B, C, K), int64."""
+        features: Features = self.backbone(images)
+        embeddings = self.head.embed_features(features)
+        prototypes, weights = self.get_buffer("prototypes"), self.get_buffer("weights")
+        output = classify(embeddings, prototypes, weights, self.head.bias)
+        return output.logits, output.similarities, output.cells
+
+
+def trace(backbone: Backbone, head: HeadOptimal) -> Any:
+    """The model as an ``onnx.ModelProto`` that takes any number of images.
+
+    It names no source file: what the exporter notes of each node, the paths of this computer among it, is left out.
+
+    Raises:
+        InputError: the backbone does what can't be traced, or only for one size of batches.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    graph = Graph(backbone, head)
+    images = torch.zeros(2, 3, *backbone.preprocessing.size)
+    with preserve_state(graph), _quiet():
+        try:
+            program = torch.onnx.export(
+                graph,
+                (images,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=OUTPUTS,
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+        except Exception as cause:  # what a foreign module raises while it is traced may be anything
+            reason = first_line(cause.__cause__ or cause)
+            raise InputError(
+                f"{backbone.name} can't be traced to ONNX ({reason}); expected a backbone without branches that depend "
+                "on pixels; choose another backbone, or keep to protopush.load"
+            ) from cause
+    if program is None:
+        raise InputError(f"{backbone.name} can't be traced to ONNX; update torch and onnxscript")
+    ClearMetadataAndDocStringPass()(program.model)
+    model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise InputError(
+            f"{backbone.name} fixes the size of a batch when it is traced (len(tensor) or int(shape) in its forward?); "
+            "expected one that keeps it open; write tensor.shape[0] there"
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own internals, which a user can do nothing about."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+TOLERANCE = 1e-4
+BATCHES = (1, 3)  # other ones than the graph was traced with
+LARGEST = 2_000_000_000  # bytes of weights; a protobuf message holds 2 GiB
+
+
+class ParityError(RuntimeError):
+    """The exported graph doesn't compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        file: where.
+        megabytes: its size.
+        opset: of ONNX's operators.
+        difference: the largest one to PyTorch, of logits and similarities of a random batch.
+    """
+
+    file: Path
+    megabytes: float
+    opset: int
+    difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"file": str(self.file)}
+
+
+def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Exported:
+    """Write a run as one ONNX file: ``images`` (B, 3, H, W) to what :class:`protopush.runs.onnx_export.Graph` gives.
+
+    The file is checked by ``onnx.checker`` and compared with PyTorch in onnxruntime, on random batches of 1 and 3,
+    before it takes the place of what was there.
+
+    Args:
+        run: as :func:`protopush.runs.run.open_run` opens it, on the CPU.
+        out: the file to write.
+        tolerance: of the difference in logits and similarities. A best cell may be another one where it is as near.
+
+    Raises:
+        InputError: the extra ``export`` is missing, the file can't be written, the model is too large for one file,
+            has NaN among its weights, or can't be traced.
+        ParityError: the outputs differ by more than ``tolerance``; nothing is written.
+
+    Example:
+        >>> export_onnx(run, "model.onnx").difference < 1e-4  # doctest: +SKIP
+        True
+    """
+    require_extra()
+    import onnx
+
+    out = Path(out)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; expected the ONNX file to write")
+    _check_weights(run.model)
+    with atomic(out) as draft:
+        draft.touch()  # so that a folder which can't be written is told before the work
+        model = trace(run.model.backbone, run.head)  # type: ignore[arg-type]
+        model.producer_name, model.producer_version = "protopush", __version__
+        onnx.helper.set_model_props(model, metadata_of(run))
+        onnx.save_model(model, str(draft))
+        onnx.checker.check_model(str(draft), full_check=True)
+        difference = largest_difference(run, draft)
+        if not difference <= tolerance:  # NaN neither
+            raise ParityError(
+                f"the exported graph differs from the model by {difference:.2g}, more than {tolerance:g}; nothing was "
+                "written; update torch, onnxscript and onnxruntime, or allow more with --tolerance"
+            )
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return Exported(out, out.stat().st_size / 1e6, opset, difference)
+
+
+def require_extra() -> None:
+    """Whether all that an export needs is there, told before anything is opened.
+
+    Raises:
+        InputError: it isn't.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise InputError(f'exporting needs {", ".join(missing)}; run: pip install "protopush[export]"')
+
+
+def _check_weights(model: ProtoModel) -> None:
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size > LARGEST:
+        raise InputError(
+            f"the model's weights take {size / 1e9:.1f} GB, and one ONNX file holds {LARGEST / 1e9:.0f} GB at most; "
+            "choose a smaller backbone, or keep to protopush.load"
+        )
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"the model holds NaN or infinity in {listing(broken, 3)}; expected numbers; train it again")
+
+
+def largest_difference(run: Run, file: Path, batches: Sequence[int] = BATCHES) -> float:
+    """How far an ONNX file is from a run's model on the CPU, over random batches; NaN where either gives NaN.
+
+    A cell counts by how much less similar it is than the best one: among equals either may be named.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    worst = torch.zeros(())
+    for batch in batches:
+        images = torch.randn(batch, 3, *run.transform.preprocessing.size, generator=generator)
+        try:
+            found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
+        except Exception as cause:  # onnxruntime has a type for each error, none of them public
+            raise ParityError(
+                f"the exported graph fails on a batch of {batch} ({cause}); nothing was written"
+            ) from cause
+        logits, similarities, cells = (torch.from_numpy(values) for values in found)
+        with preserve_state(run.model):
+            wanted = run.model(images)
+        near = wanted.maps.gather(-1, cells.unsqueeze(-1)).squeeze(-1)
+        for one, other in ((logits, wanted.logits), (similarities, wanted.similarities), (near, wanted.similarities)):
+            worst = torch.maximum(worst, (one - other).abs().max())
+    return float(worst)

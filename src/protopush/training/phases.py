@@ -1,0 +1,107 @@
+"""What is trained: the model itself on images, or the head alone on features that were computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from protopush.backbones.create import Features
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import CachedFeatures, cache_features
+from protopush.distributed import raise_on_all_ranks
+from protopush.evaluation.outputs import evaluate
+from protopush.models.model import ProtoModel
+from protopush.push import refresh_anchors
+from protopush.runs.progress import bar
+from protopush.training.setup import Job
+
+
+class Joint:
+    """What is trained when the backbone learns too: the model itself, on images."""
+
+    weights = ""  # which epoch's they are at the end, in words
+
+    def __init__(self, job: Job) -> None:
+        self.model: nn.Module = job.model
+        self.train_loader = job.loader(job.train, train=True)
+        self.val_loader = job.loader(job.val) if job.val else None
+        self.plain_train_loader = job.loader(job.train.eval_view())
+        self.job = job
+
+    def refresh(self) -> None:
+        """Embed the images of live anchors anew: the backbone has moved."""
+        if self.job.head.anchoring == "live":
+            refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
+
+    def train(self) -> None:
+        """Dropout and the like on; batch norms go on with their statistics where the run wants that."""
+        self.model.train()
+        if self.job.config.train.freeze_norms:
+            for module in self.job.model.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+class Frozen:
+    """What is trained when the backbone is frozen: the head, on features that were computed once."""
+
+    weights = ""  # which epoch's they are at the end, in words
+
+    def __init__(self, job: Job) -> None:
+        train = self.features(job, job.train, "training")
+        val = self.features(job, job.val, "validation") if job.val else None
+        self.model: nn.Module = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
+        self.train_loader = job.loader(train, train=True)
+        self.val_loader = job.loader(val) if val else None
+        self.plain_train_loader = job.loader(train)
+
+    def train(self) -> None:
+        """Dropout on."""
+        self.model.train()
+
+    def refresh(self) -> None:
+        """Nothing: features of a frozen backbone don't grow old."""
+
+    def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
+        """The features of a data set, from the cache where they are there; else the first process computes them."""
+        config = job.config
+
+        def cached() -> CachedFeatures:
+            with bar(f"Features of the {what} images", len(images)) as advance:
+                return cache_features(
+                    job.model.backbone,
+                    images,
+                    [job.hashes[sample.name] for sample in images.samples],
+                    Path(config.trainer.cache_dir) if config.trainer.cache_dir else None,
+                    job.fabric.device,
+                    num_workers=config.data.num_workers,
+                    advance=advance,
+                )
+
+        raise_on_all_ranks(lambda: cached() if job.fabric.local_rank == 0 else None)
+        return raise_on_all_ranks(cached)
+
+
+class FeatureReader(nn.Module):
+    """Stands in for the frozen backbone: stored patches (B, L, C) to :class:`Features`."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, patches: Tensor) -> Features:
+        patches = patches.float()
+        return Features(patches.mean(dim=1, keepdim=True), patches, self.grid)
+
+
+Stage = Joint | Frozen
+
+
+def on_validation(job: Job, stage: Stage) -> dict[str, Any] | None:
+    """The metrics on the validation images, in the precision of the run; None where there are no such images."""
+    if stage.val_loader is None:
+        return None
+    with job.fabric.autocast():
+        return evaluate(stage.model, stage.val_loader, job.fabric.device, list(job.catalog.classes))

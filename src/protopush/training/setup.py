@@ -1,0 +1,161 @@
+"""Everything that can be checked before the long work starts, and the data and model that come of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from protopush.backbones.create import Backbone, create_backbone
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
+from protopush.data.manifest import Catalog, DataConfig, require_training_images
+from protopush.data.sources import load_catalog
+from protopush.data.transforms import EvalTransform, TrainTransform
+from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks
+from protopush.models.model import ProtoModel
+from protopush.nn.head import HeadOptimal
+from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
+from protopush.runs.fabric import make_fabric
+from protopush.runs.splits import check_samples
+from protopush.training.config import RunConfig
+from protopush.training.limits import check_numbers
+from protopush.training.samplers import Order, share
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+logger = logging.getLogger("protopush.training")
+
+
+@dataclass
+class Job:
+    """A run that is ready to begin."""
+
+    config: RunConfig
+    catalog: Catalog
+    model: ProtoModel
+    transform: EvalTransform
+    train: ImageDataset
+    val: ImageDataset | None
+    hashes: dict[str, str]  # image name -> SHA-256
+    fabric: Fabric
+
+    @property
+    def head(self) -> HeadOptimal:
+        """The prototype head."""
+        return self.model.head  # type: ignore[return-value]
+
+    def loader(self, dataset: Any, train: bool = False) -> DataLoader[Any]:
+        """Batches of this process's share of a data set.
+
+        To train, in a seeded order that ``loader.sampler.set_epoch`` moves on, in batches of the run's size; else each
+        sample once over all processes, in order, in batches of the run's size (stored features) or of what suits the
+        device (images).
+        """
+        reads_files = isinstance(dataset, ImageDataset)
+        config = self.config.train
+        balanced = config.sampling == "balanced"
+        return DataLoader(
+            dataset,
+            batch_size=config.batch_size if train or not reads_files else inference_batch_size(self.fabric.device),
+            sampler=Order(dataset.labels, config.seed, balanced) if train else share(len(dataset)),
+            num_workers=self.config.data.num_workers if reads_files else 0,
+            generator=torch.Generator().manual_seed(config.seed),  # so that nothing else's randomness moves it
+        )
+
+    def class_weights(self) -> Tensor | None:
+        """Class weights of the cross-entropy, or None where classes count as they come."""
+        config, labels, classes = self.config.loss, torch.tensor(self.train.labels), len(self.catalog.classes)
+        if config.class_weights == "none" or not config.class_balance:
+            return None
+        if config.class_weights == "effective":
+            weights = effective_class_weights(labels, classes, config.effective_beta)
+        else:
+            weights = balanced_class_weights(labels, classes)
+        return weights.pow(config.class_balance).to(self.fabric.device)
+
+    def loss(self) -> PrototypeLoss:
+        """The run's loss, on its device."""
+        c = self.config.loss
+        labels, classes = torch.tensor(self.train.labels), len(self.catalog.classes)
+        shift = logit_shift(labels, classes, c.logit_adjustment) if c.logit_adjustment else None
+        loss = PrototypeLoss(
+            self.class_weights(), c.grounding, c.cluster, c.separation, c.orthogonality, c.consistency,
+            c.separation_margin, c.label_smoothing, shift,
+        )  # fmt: skip
+        return loss.to(self.fabric.device)
+
+
+def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
+    """Read the data's table, check every image, build the model.
+
+    Args:
+        config: everything that decides the run.
+        fabric: launched already; by default on one device.
+
+    Raises:
+        InputError: anything that would make the run fail or mean nothing.
+    """
+    check_numbers(config)
+    fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
+    catalog = broadcast_from_rank_zero(lambda: _catalog(config.data))
+    hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
+    fabric.seed_everything(config.train.seed, verbose=False)
+    model = raise_on_all_ranks(lambda: _model(config, catalog))
+    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    transform = EvalTransform(backbone.preprocessing, config.data.crop_pct)
+    train, val = _datasets(catalog, transform, _train_transform(config, backbone))
+    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
+
+
+def _catalog(config: DataConfig) -> Catalog:
+    catalog = load_catalog(config.path, config.source, seed=config.split_seed)
+    require_training_images(catalog)
+    return catalog
+
+
+def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
+    side = config.model.image_size
+    look = {} if side is None else {"size": (side, side)}
+    backbone = create_backbone(config.model.backbone, pretrained=config.model.pretrained, **look)
+    head = HeadOptimal(
+        backbone.channels,
+        len(catalog.classes),
+        num_prototypes=config.model.num_prototypes,
+        embed_dim=config.model.embed_dim,
+        max_prototypes=config.model.max_prototypes,
+        dropout=config.model.dropout,
+        match=config.model.match,
+        anchoring=config.push.anchoring,
+    )
+    model = ProtoModel(backbone, head)
+    model.class_names = list(catalog.classes)
+    if config.train.freeze_backbone:
+        backbone.freeze()
+    if config.trainer.channels_last:
+        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.trainer.compile:
+        backbone.compile()
+    return model
+
+
+def _datasets(
+    catalog: Catalog, transform: EvalTransform, augment: TrainTransform | None
+) -> tuple[ImageDataset, ImageDataset | None]:
+    train = ImageDataset(catalog.split("train"), transform, augment)
+    has_val = any(sample.split == "val" for sample in catalog.samples)
+    if not has_val:
+        logger.warning("no validation images: the last epoch is taken as the best one")
+    return train, ImageDataset(catalog.split("val"), transform) if has_val else None
+
+
+def _train_transform(config: RunConfig, backbone: Backbone) -> TrainTransform | None:
+    data = config.data
+    if config.train.freeze_backbone or not data.augment:
+        return None
+    return TrainTransform(backbone.preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)

