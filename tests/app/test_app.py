@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_forbid import anchors, contents, make_data, refused
 
 from conftest import train_small
 from protopush import InputError
@@ -28,7 +29,6 @@ from protopush.explain import explain_image
 from protopush.explain.neighbours import find_neighbours
 from protopush.runs.decisions import Decision, load_decisions
 from protopush.runs.run import open_run
-from test_forbid import anchors, contents, make_data, refused
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
 

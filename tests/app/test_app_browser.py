@@ -15,12 +15,12 @@ from urllib.request import urlopen
 
 import pytest
 from PIL import Image
+from test_app import BOMB, bytes_of, photo
+from test_forbid import anchors, make_data
 
 from conftest import train_small
 from protopush.cli import main
 from protopush.runs.decisions import load_decisions
-from test_app import BOMB, bytes_of, photo
-from test_forbid import anchors, make_data
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
 

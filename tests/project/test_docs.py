@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from test_report_browser import CONTRASTS, Visit
+from test_sources import make_isic
 from torch.utils.data import DataLoader, TensorDataset
 
 import protopush
@@ -34,8 +36,6 @@ from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.build import SECTIONS
 from protopush.report.glossary import PER_CLASS, TERMS
-from test_report_browser import CONTRASTS, Visit
-from test_sources import make_isic
 from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_forbid import anchors, contents, forbid, inside_share, make_data, next_best, place, refused
 
 from conftest import SMALL, train_small
 from protopush import InputError
@@ -23,7 +24,6 @@ from protopush.runs.decisions import FILE, Decision, alone, in_force, load_decis
 from protopush.runs.review import Wish, keep
 from protopush.runs.review import forbid as forbid_in
 from protopush.runs.run import open_run
-from test_forbid import anchors, contents, forbid, inside_share, make_data, next_best, place, refused
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageFilter
@@ -17,7 +17,7 @@ from torch import Tensor
 from protopush.data.transforms import Box, EvalTransform, View, to_tensor
 from protopush.errors import InputError
 from protopush.explain.explanation import Match
-from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.nn.head import HeadOutput
 from protopush.preserve_state import preserve_state
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class _Hiding:
     def similarities(self, hidden: Sequence[Iterable[int]]) -> list[Tensor]:
         """(C, K) for each set of blocks that are blurred."""
         found: list[Tensor] = []
-        head = cast(HeadOptimal, self.model.head)
+        head = self.model.head
         for start in range(0, len(hidden), self.batch_size):
             some = hidden[start : start + self.batch_size]
             blur = torch.zeros(len(some), self.blocks**2, dtype=torch.bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def explain_image(
         >>> found.image_size, len(found.classes), len(found.classes[0].matches)
         ((300, 100), 2, 3)
     """
-    _check(cast(HeadOptimal, model.head), class_names, top_classes, also)  # before the file is read
+    _check(model.head, class_names, top_classes, also)  # before the file is read
     image = read_image(path)
     pixels = transform(image).unsqueeze(0).to(device)
     view = transform.view(image.size)
@@ -83,7 +83,7 @@ def explain_batch(
         files: B names, for the record.
         class_names, top_classes, also: as for :func:`explain_image`.
     """
-    head = cast(HeadOptimal, model.head)
+    head = model.head
     _check(head, class_names, top_classes, also)
     with preserve_state(model):
         features: Features = model.backbone(images)

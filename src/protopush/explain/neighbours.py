@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
 from protopush.data.transforms import Box
-from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.nn.head import HeadOutput
 from protopush.preserve_state import preserve_state
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def find_neighbours(
         For each class and slot the neighbours, None where the slot isn't in use.
     """
     device, view = torch.device(device), dataset.eval_view()
-    head = cast(HeadOptimal, model.head)
+    head = model.head
     manager = head.proto_manager
     shape = (manager.num_classes, manager.max_prototypes)
     place = {sample.name: i for i, sample in enumerate(view.samples)}

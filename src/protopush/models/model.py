@@ -1,4 +1,4 @@
-"""The model: a backbone and a prototype head."""
+"""Model: a backbone and a prototype head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from protopush.backbones.create import Features, create_backbone
+from protopush.backbones import Backbone, Features, create_backbone
 from protopush.models.pretrained import PretrainedMixin
 from protopush.nn.head import HeadOptimal, HeadOutput
 from protopush.push import PushMixin
@@ -30,10 +30,13 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         torch.Size([2, 3])
     """
 
+    backbone: Backbone
+    head: HeadOptimal
+
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = head
+        self.backbone = cast(Backbone, backbone)
+        self.head = cast(HeadOptimal, head)
         self.class_names: list[str] = []  # in label order, where they are known
 
     @classmethod
@@ -51,8 +54,8 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
     def forward(self, images: Tensor) -> HeadOutput:
         """Images (B, 3, H, W) to :class:`HeadOutput`, whose ``logits`` are (B, num_classes)."""
         features: Features = self.backbone(images)
-        output = self.head(features)
-        return cast(HeadOutput, output)
+        output: HeadOutput = self.head(features)
+        return output
 
     def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``x_fu`` (B, 1, C) and ``x_fu1`` (B, L, C): what the push reads."""

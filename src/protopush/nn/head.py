@@ -1,4 +1,4 @@
-"""The prototype head: from features to logits that are sums of contributions."""
+"""Prototype head: from features to logits that are sums of contributions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def maps(self) -> Tensor:
-        """The cosine of every prototype and every cell, (B, num_classes, K, L); made anew at each call."""
+        """The cosine of every prototype and every cell, (B, num_classes, K, L); computed at each call."""
         every = self.prototypes.flatten(0, 1) @ self.embeddings.transpose(1, 2)
         return every.view(len(every), *self.prototypes.shape[:2], -1)
 
@@ -52,7 +52,7 @@ class HeadOutput(NamedTuple):
 class HeadOptimal(nn.Module):
     """``logit_c = exp(log_temperature) * mean_k softplus(w_ck) * max_l cos(z_l, p_ck) + b_c``.
 
-    Only a class's own prototypes speak for it, and never with a negative weight, so that an explanation can show
+    Only a class's own prototypes count for it, and never with a negative weight, so that an explanation can show
     every term of the sum. What else is in the batch never matters.
 
     Args:
@@ -65,13 +65,13 @@ class HeadOptimal(nn.Module):
         match: ``local`` compares prototypes with every patch, ``global`` with the pooled feature as one patch.
         temperature: initial ``exp(log_temperature)``.
         anchoring: ``off``, prototypes are parameters; ``live``, from its first push on each prototype *is* the
-            embedding of its anchor's stored feature, made anew in every forward, so that the projection learns to make
+            embedding of its anchor's stored feature, computed in every forward, so that the projection learns to make
             real patches good prototypes.
 
     Source: ProtoPNet (Chen et al., 2019) for the scores; cosine similarity as in TesNet (Wang et al., 2021).
 
     Example:
-        >>> from protopush.backbones.create import Features
+        >>> from protopush.backbones import Features
         >>> head = HeadOptimal(in_dim=16, num_classes=3, num_prototypes=2, embed_dim=8).eval()
         >>> patches = torch.randn(4, 49, 16)
         >>> out = head(Features(patches.mean(1, keepdim=True), patches, (7, 7)))
@@ -106,7 +106,7 @@ class HeadOptimal(nn.Module):
         self.connections = nn.Parameter(torch.full((num_classes, slots), math.log(math.e - 1)))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.zeros(num_classes))
-        if anchoring == "live":  # what is saved are the prototypes that the model has
+        if self.proto_manager.is_live:  # what is saved are the prototypes that the model has
             self.register_state_dict_pre_hook(_sync)  # type: ignore[no-untyped-call]
 
     def embed(self, features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prototypes of all classes: the slots, the mask of the slots in use, and what each one stands for."""
+"""Prototypes of all classes: their slots, the mask of the slots in use, and the anchor of each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Anchor:
         box: (x0, y0, x1, y1) in pixels of the upright original picture.
         image_size: (width, height) of that picture.
         verified: False where the dataset could not say which file or view the patch came from.
-        runner_up: similarity, before the push, of the best candidate elsewhere: in another image, or in whatever of
-            which no two prototypes may share one. The anchor's margin is its similarity less this.
+        runner_up: similarity, before the push, of the best candidate elsewhere: in another image, or in another unit
+            (image, group) of which no two prototypes may share one. The anchor's margin is its similarity less this.
     """
 
     sample_id: int | str
@@ -104,7 +104,7 @@ class PrototypeManager(nn.Module):
         num_prototypes: prototypes in use per class, one number for all classes or one for each.
         dim: D, the embedding's size.
         max_prototypes: slots per class, at least ``num_prototypes``; the rest is room to grow.
-        anchor_dim: C, where prototypes are to be live: made anew, in every forward, of their anchors' features.
+        anchor_dim: C, where prototypes are to be live: computed, in every forward, from their anchors' features.
 
     Attributes:
         prototypes: Parameter (C * max_prototypes, D); slots of one class lie together.
@@ -119,6 +119,8 @@ class PrototypeManager(nn.Module):
         [(0, 2), (2, 4), (4, 6)]
         >>> manager.unit().shape
         torch.Size([3, 2, 8])
+        >>> manager.index(2, 1), manager.slot(5), manager.anchor(2, 1)
+        (5, (2, 1), None)
     """
 
     valid_mask: Tensor
@@ -162,6 +164,31 @@ class PrototypeManager(nn.Module):
         """(start, end) of the slots of each class, end exclusive; ``valid_mask`` marks those in use."""
         size = self.max_prototypes
         return [(c * size, (c + 1) * size) for c in range(self.num_classes)]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether prototypes are computed from the features of their anchors, at every step."""
+        return self.anchor_features is not None
+
+    def index(self, c: int, k: int) -> int:
+        """The row of prototype ``k`` of class ``c`` in ``prototypes``."""
+        return c * self.max_prototypes + k
+
+    def slot(self, row: int) -> tuple[int, int]:
+        """(class, prototype) of a row: the inverse of :meth:`index`."""
+        return divmod(row, self.max_prototypes)
+
+    def anchor(self, c: int, k: int) -> Anchor | None:
+        """What prototype ``k`` of class ``c`` stands for; None if it was never pushed."""
+        return self.anchors[self.index(c, k)]
+
+    def set_anchor(self, c: int, k: int, anchor: Anchor | None) -> None:
+        """Record what a prototype stands for; its vector stays."""
+        self.anchors[self.index(c, k)] = anchor
+
+    def used_slots(self) -> list[tuple[int, int]]:
+        """(class, prototype) of each slot in use, in order."""
+        return [self.slot(row) for row in self.valid_mask.nonzero().flatten().tolist()]
 
     def unit(self) -> Tensor:
         """The prototypes with unit norm, (num_classes, max_prototypes, D)."""

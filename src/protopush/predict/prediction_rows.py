@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
-from protopush.nn.head import HeadOptimal, HeadOutput
+from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import Anchor
 
 DIGITS = 6  # of numbers in the table; what is compared is what is written
@@ -52,7 +52,7 @@ def look(model: ProtoModel, images: Tensor, top: int) -> Outputs:
         images: as the model's transform makes them.
         top: N.
     """
-    head = cast(HeadOptimal, model.head)
+    head = model.head
     output: HeadOutput = model(images)
     logits = output.logits.double().cpu() if output.logits.device.type != "mps" else output.logits.cpu().double()
     used = head.proto_manager.mask().cpu().numpy()

@@ -173,7 +173,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
     _check_weights(run.model)
     with atomic(out) as draft:
         draft.touch()  # so that a folder which can't be written is told before the work
-        model = trace(run.model.backbone, run.head)  # type: ignore[arg-type]
+        model = trace(run.model.backbone, run.head)
         model.producer_name, model.producer_version = "protopush", __version__
         onnx.helper.set_model_props(model, metadata_of(run))
         onnx.save_model(model, str(draft))

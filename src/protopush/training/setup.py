@@ -48,7 +48,7 @@ class Job:
     @property
     def head(self) -> HeadOptimal:
         """The prototype head."""
-        return self.model.head  # type: ignore[return-value]
+        return self.model.head
 
     def loader(self, dataset: Any, train: bool = False) -> DataLoader[Any]:
         """Batches of this process's share of a data set.
@@ -107,7 +107,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
     fabric.seed_everything(config.train.seed, verbose=False)
     model = raise_on_all_ranks(lambda: _model(config, catalog))
-    backbone: Backbone = model.backbone  # type: ignore[assignment]
+    backbone: Backbone = model.backbone
     transform = EvalTransform(backbone.preprocessing, config.data.crop_pct)
     train, val = _datasets(catalog, transform, _train_transform(config, backbone))
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
