@@ -29,7 +29,7 @@ from measuring import save, spread
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.evaluation.outputs import evaluate, score_of
+from protopush.evaluation.evaluate import evaluate, score_of
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
 from protopush.training.final_push import final_push
 from protopush.training.loop import fit

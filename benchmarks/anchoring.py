@@ -26,7 +26,7 @@ from measuring import save, spread
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.evaluation.outputs import evaluate
+from protopush.evaluation.evaluate import evaluate
 from protopush.models.model_folder import Run, save_run
 from protopush.push.certificate import verify_anchors
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig

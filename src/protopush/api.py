@@ -38,8 +38,8 @@ from protopush.data.sources import load_catalog
 from protopush.distributed import raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
 from protopush.evaluation.compare import compare
+from protopush.evaluation.evaluate import evaluate
 from protopush.evaluation.measure import Measured, measure
-from protopush.evaluation.outputs import evaluate
 from protopush.explain import draw_panel, draw_why_not, explain_image
 from protopush.explain.checked_region import checked_regions
 from protopush.explain.neighbours import find_neighbours

@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import SMALL, make_images
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
-from protopush.evaluation.measure import look, measure
+from protopush.evaluation.measure import measure, observe
 from protopush.runs.run import open_run
 from protopush.runs.splits import open_split
 from protopush.testing.drawn_images import ProceduralParts
@@ -38,7 +38,7 @@ def opened(runs, request):
 
 def test_one_look_sees_what_each_image_shows(opened):
     run, dataset, _ = opened
-    seen = look(run, dataset)
+    seen = observe(run, dataset)
     for i in range(len(dataset)):
         with torch.no_grad():
             features = run.model.backbone(dataset[i][0][None])
@@ -60,7 +60,7 @@ def test_one_look_sees_what_each_image_shows(opened):
 def test_localisation_is_that_of_a_slow_look(opened):
     run, dataset, known = opened
     numbers = measure(run, dataset, "test", known, resamples=0, faithfulness=0).numbers
-    found, seen = numbers["localization"], look(run, dataset)
+    found, seen = numbers["localization"], observe(run, dataset)
     shares, hits, areas = [], [], []
     for i, sample in enumerate(dataset.samples):
         mask = np.asarray(run.transform.visible(Image.open(sample.mask).convert("RGB")))[..., 0] > 127

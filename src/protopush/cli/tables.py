@@ -12,7 +12,7 @@ from rich.table import Table
 
 from protopush.data.audit import SMALL, Audit, Pair
 from protopush.errors import listing
-from protopush.evaluation.outputs import in_short
+from protopush.evaluation.evaluate import in_short
 from protopush.push.certificate import AnchorCheck
 from protopush.runs.decisions import Decision
 

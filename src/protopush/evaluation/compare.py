@@ -1,4 +1,4 @@
-"""Runs side by side: the same numbers, measured on the same images."""
+"""Comparison of runs: the same numbers, measured on the same images."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
     return {
         "split": runs[0][1].split,
         "images": [len(measured.dataset) for _, measured in runs],
-        "runs": [_told(run) for run, _ in runs],
+        "runs": [_names(run) for run, _ in runs],
         "rows": [row for row in rows if any(value is not None for value in row["values"])],
     }
 
 
-def _told(run: Run) -> dict[str, Any]:
+def _names(run: Run) -> dict[str, Any]:
     head = run.head
     return {
         "name": run.folder.name,

@@ -1,7 +1,4 @@
-"""Whether a run's maps tell the truth: the measures of :mod:`protopush.metrics.faithfulness`, for its model.
-
-All numbers of a run on a split: one pass for most of them, more forward passes for faithfulness.
-"""
+"""Measures of a run on a split: one pass for most of them, more forward passes for faithfulness."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from protopush.metrics.localization import activation_share, anchor_share, outsi
 from protopush.metrics.prototype_quality import prototype_metrics
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
+from protopush.nn.outputs import iterate_outputs
 from protopush.preserve_state import preserve_state
 from protopush.runs.progress import bar
 
@@ -132,7 +130,7 @@ class Measured:
     numbers: dict[str, Any]
 
 
-class Looked(NamedTuple):
+class Observed(NamedTuple):
     """What a model has seen in a data set of N images, on the CPU.
 
     Attributes:
@@ -178,7 +176,7 @@ def measure(
         faithfulness: how many of the images faithfulness is measured on; 0: none.
         seed: of the bootstrap and of the choice of these images.
     """
-    seen = look(run, dataset, device, num_workers)
+    seen = observe(run, dataset, device, num_workers)
     groups = dataset.groups if any(dataset.groups) else None
     predicted = seen.probabilities.argmax(dim=1)
     manager = run.head.proto_manager
@@ -205,19 +203,22 @@ def measure(
     return Measured(split, dataset, seen.probabilities, seen.labels, numbers)
 
 
-def look(run: Run, dataset: ImageDataset, device: torch.device | str = "cpu", num_workers: int = 0) -> Looked:
+def observe(run: Run, dataset: ImageDataset, device: torch.device | str = "cpu", num_workers: int = 0) -> Observed:
     """One forward pass over a data set."""
     device, batches = torch.device(device), list[list[Tensor]]()
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=inference_batch_size(device), num_workers=num_workers)
-    with preserve_state(run.model), bar("Looking at images", len(loader)) as advance:
+    features: Features
+    with (
+        bar("Reading images", len(dataset)) as advance,
+        iterate_outputs(run.model, loader, device, advance, call=run.model.backbone) as outputs,
+    ):
         weights = run.head.weights()
-        for images, labels, _ in loader:
-            features: Features = run.model.backbone(images.to(device))
+        for features, labels, _ in outputs:
             output: HeadOutput = run.head(features)
-            of_class, every = output.logits.argmax(dim=1), torch.arange(len(images))
+            of_class, every = output.logits.argmax(dim=1), torch.arange(len(labels))
             maps = drawn_maps(run, features, output, of_class)
             strongest = output.contributions[every, of_class].argmax(dim=1)
-            told = Looked(
+            observed = Observed(
                 probabilities=output.logits.float().softmax(dim=1),
                 similarities=output.similarities.float(),
                 contributions=output.contributions.float(),
@@ -226,23 +227,24 @@ def look(run: Run, dataset: ImageDataset, device: torch.device | str = "cpu", nu
                 maps=maps[every, strongest],
                 evidence=(maps * weights[of_class].view(*maps.shape[:2], 1, 1)).sum(dim=1),
             )
-            batches.append([values.cpu() for values in told])
-            advance(1)
-    return Looked(*map(torch.cat, zip(*batches, strict=True)))
+            batches.append([values.cpu() for values in observed])
+    return Observed(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def drawn_maps(run: Run, features: Features, output: HeadOutput, of_class: Tensor) -> Tensor:
     """The maps (B, K, h, w) of one class's prototypes for each image, each from its lowest value up.
 
     A model that compares prototypes with the pooled feature has no map. The cosine of its prototypes and every cell is
-    what people draw in that place; whether it tells the truth is for the measures of faithfulness to say.
+    what people draw in that place; whether it is right is for the measures of faithfulness to say.
     """
     every = output._replace(embeddings=run.head.embed(features.patches)).maps
     maps = every[torch.arange(len(every)), of_class]
     return (maps - maps.amin(dim=2, keepdim=True)).view(*maps.shape[:2], *features.grid)
 
 
-def _localization(run: Run, dataset: ImageDataset, known: Mapping[str, Sample], seen: Looked) -> dict[str, Any] | None:
+def _localization(
+    run: Run, dataset: ImageDataset, known: Mapping[str, Sample], seen: Observed
+) -> dict[str, Any] | None:
     """Where maps and anchors lie, on the images that have a mask."""
     masked = [i for i, sample in enumerate(dataset.samples) if sample.mask is not None]
     if not masked:

@@ -16,7 +16,7 @@ from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
 from protopush.data.transforms import Box
 from protopush.nn.head import HeadOutput
-from protopush.preserve_state import preserve_state
+from protopush.nn.outputs import iterate_outputs
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
@@ -92,16 +92,15 @@ def find_neighbours(
     best = _Best(shape, own), _Best(shape, others)
     grid = (1, 1)
     loader: DataLoader[Any] = DataLoader(view, batch_size=inference_batch_size(device), num_workers=num_workers)
-    with preserve_state(model):
-        for images, labels, ids in loader:
-            features: Features = model.backbone(images.to(device))
+    features: Features
+    with iterate_outputs(model, loader, device, advance, call=model.backbone) as outputs:
+        for features, labels, ids in outputs:
             output: HeadOutput = head(features)
             grid = features.grid if head.match == "local" else (1, 1)
             found, cells = output.similarities.float().cpu(), output.cells.cpu()
             of_class = labels.view(-1, 1, 1) == class_of
             best[0].add(found.masked_fill(~of_class | (ids.view(-1, 1, 1) == anchor_of), -torch.inf), cells, ids)
             best[1].add(found.masked_fill(of_class, -torch.inf), cells, ids)
-            advance(len(ids))
     used = manager.mask().tolist()
     return [
         [

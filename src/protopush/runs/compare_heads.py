@@ -1,4 +1,4 @@
-"""Several heads on the same features: what a change of the prototypes alone has cost, for one pass over the images."""
+"""Heads compared on the same features: the cost of a change of prototypes, in one pass over the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOptimal
-from protopush.preserve_state import preserve_state
+from protopush.nn.outputs import iterate_outputs
 from protopush.runs.progress import bar
 from protopush.runs.splits import open_split
 
@@ -39,13 +39,15 @@ def compare_heads(
     """
     probabilities: list[list[Tensor]] = [[] for _ in heads]
     labels = []
-    with preserve_state(model), bar("Evaluating", len(loader)) as advance:
-        for images, target, *_ in loader:
-            features = model.backbone(images.to(device))
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    with (
+        bar("Evaluating", count) as advance,
+        iterate_outputs(model, loader, device, advance, call=model.backbone) as batches,
+    ):
+        for features, target, *_ in batches:
             for head, found in zip(heads, probabilities, strict=True):
                 found.append(head(features).logits.float().softmax(dim=1).cpu())
             labels.append(target)
-            advance(1)
     return [classification_metrics(torch.cat(found), torch.cat(labels), class_names) for found in probabilities]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from protopush.evaluation.outputs import in_short, predict
+from protopush.evaluation.evaluate import in_short, predict
 from protopush.nn.head import HeadOptimal
 from protopush.push import PushReport, push_prototypes, refresh_anchors
 from protopush.push.resize import grow_prototypes, prune_prototypes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from protopush.distributed import broadcast_from_rank_zero
-from protopush.evaluation.outputs import in_short
+from protopush.evaluation.evaluate import in_short
 from protopush.models.model_folder import Run, save_run
 from protopush.push.schedule import PushSchedule
 from protopush.runs.fabric import make_fabric, quiet

@@ -11,7 +11,7 @@ from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
 from protopush.distributed import raise_on_all_ranks
-from protopush.evaluation.outputs import evaluate
+from protopush.evaluation.evaluate import evaluate
 from protopush.models.model import ProtoModel
 from protopush.push import refresh_anchors
 from protopush.runs.progress import bar

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from protopush.distributed import all_gather_rows, raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
-from protopush.evaluation.outputs import score_of
+from protopush.evaluation.evaluate import score_of
 from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import Anchor, PrototypeManager, anchors_from, plain_anchors
 from protopush.push.patch_cap import NonFinite

@@ -1,4 +1,4 @@
-"""What a model says of a data set, and how good that is."""
+"""Predictions of a model for a data set, and how good they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from protopush.distributed import all_gather_objects
 from protopush.metrics.classification import classification_metrics
-from protopush.preserve_state import preserve_state
+from protopush.nn.outputs import iterate_outputs
 from protopush.runs.progress import bar
 
 
@@ -30,22 +30,20 @@ def predict(
 ) -> Predictions:
     """Run a model over a loader of (images, labels, ids), in eval mode."""
     probabilities, similarities, labels, numbers = [], [], [], []
-    with preserve_state(model), bar(what, _batches(loader)) as advance:
-        for images, target, ids in loader:
-            out = model(images.to(device))
+    with bar(what, _images(loader)) as advance, iterate_outputs(model, loader, device, advance) as outputs:
+        for out, target, ids in outputs:
             probabilities.append(out.logits.float().softmax(dim=1).cpu())
             similarities.append(out.similarities.float().cpu())
             labels.append(target)
             numbers.append(ids)
-            advance(1)
     return _of_all_ranks(probabilities, similarities, labels, numbers)
 
 
 def _of_all_ranks(*here: list[Tensor]) -> Predictions:
     """The batches of every rank; of samples that several have read, one."""
-    told = all_gather_objects(here)
-    columns = [torch.cat([batch for rank in told for batch in rank[column]]) for column in range(len(here))]
-    if len(told) > 1:
+    batches = all_gather_objects(here)
+    columns = [torch.cat([batch for rank in batches for batch in rank[column]]) for column in range(len(here))]
+    if len(batches) > 1:
         order = columns[-1].argsort(stable=True)
         ids = columns[-1][order]
         order = order[torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])]
@@ -53,8 +51,10 @@ def _of_all_ranks(*here: list[Tensor]) -> Predictions:
     return Predictions(*columns[:-1])
 
 
-def _batches(loader: Iterable[Any]) -> int:
-    return len(loader) if isinstance(loader, Sized) else 0
+def _images(loader: Iterable[Any]) -> int:
+    """How many images the loader yields here, as far as it says so."""
+    source = getattr(loader, "sampler", loader)
+    return len(source) if isinstance(source, Sized) else 0
 
 
 def evaluate(
