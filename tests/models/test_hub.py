@@ -203,13 +203,13 @@ def test_refusals_change_nothing(home, model, tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_last_model(model, shared, monkeypatch):
-    from protopush.runs import run
+    from protopush.models import model_folder
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()}
-    monkeypatch.setattr(run, "save_file", full)
+    monkeypatch.setattr(model_folder, "save_file", full)
     with pytest.raises(InputError, match="No space left"):
         model.save_pretrained(shared)
     assert {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""A model as a folder to be shared: a run's own format, without what only concerns this computer."""
+"""Folder to be shared: a run's own format, without what only concerns this computer."""
 
 from __future__ import annotations
 
@@ -79,14 +79,12 @@ def _make(folder: Path) -> None:
 
 
 def _run_of(model: ProtoModel, folder: Path) -> Run:
-    """The model as a run in ``folder``, its root where it was read from: for pictures, not to be told."""
-    told: dict[str, Any] = dict(model.origin.config) if model.origin is not None else {}
-    head: Any = model.head
-    backbone: Any = model.backbone
-    names = list(model.class_names) or [f"class {c}" for c in range(head.proto_manager.num_classes)]
-    data = {"source": "auto", "split_seed": 0} | told.get("data", {}) | {"path": NOT_SHARED}
-    transform = EvalTransform(backbone.preprocessing, told.get("crop_pct", 1.0))
-    return Run(model, names, transform, Path(told.get("root", NOT_SHARED)), data, folder)
+    """The model as a run in ``folder``, its root where it was read from: for pictures, not to be named."""
+    recorded: dict[str, Any] = dict(model.origin.config) if model.origin is not None else {}
+    names = list(model.class_names) or [f"class {c}" for c in range(model.head.proto_manager.num_classes)]
+    data = {"source": "auto", "split_seed": 0} | recorded.get("data", {}) | {"path": NOT_SHARED}
+    transform = EvalTransform(model.backbone.preprocessing, recorded.get("crop_pct", 1.0))
+    return Run(model, names, transform, Path(recorded.get("root", NOT_SHARED)), data, folder)
 
 
 def _copy_pictures(model: ProtoModel, run: Run) -> None:
@@ -101,11 +99,10 @@ def _copy_pictures(model: ProtoModel, run: Run) -> None:
 def _known_pictures(model: ProtoModel) -> Iterator[tuple[str, Path]]:
     if model.origin is None or not (model.origin.folder / "prototypes.json").is_file():
         return
-    manager: Any = model.head.proto_manager
     for entry in read_json(model.origin.folder / "prototypes.json")["prototypes"]:
-        slot, recorded = (entry["class_index"], entry["prototype"]), entry["anchor"]
-        anchor = manager.anchors[slot[0] * manager.max_prototypes + slot[1]]
-        if recorded and anchor and (anchor.file, anchor.sha256) == (recorded["file"], recorded["sha256"]):
+        slot, before = (entry["class_index"], entry["prototype"]), entry["anchor"]
+        anchor = model.head.proto_manager.anchor(*slot)
+        if before and anchor and (anchor.file, anchor.sha256) == (before["file"], before["sha256"]):
             yield picture_name(*slot), model.origin.folder / "prototypes" / picture_name(*slot)
 
 

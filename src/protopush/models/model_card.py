@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it is worth, what its prototypes stand for, and what it is not."""
+"""Model card: what a model is, what it is worth, what its prototypes stand for, and what it is not."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from protopush import __version__
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
+    from protopush.nn.prototypes import PrototypeManager
 
-MARK = "<!-- written by protopush; remove this line and the text is yours: it won't be written anew -->"
+MARK = "<!-- written by protopush; remove this line and the text is yours: it won't be written again -->"
 SHOWN = {"n": "images", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
          "auroc": "AUROC", "ece": "calibration error (ECE)"}  # fmt: skip
 
@@ -25,9 +26,8 @@ def card(model: ProtoModel, metrics: Path | None = None) -> str:
 
     Names are escaped: a class or a file may be called anything. The licence is left to whoever shares the model.
     """
-    backbone: Any = model.backbone
-    head: Any = model.head
-    names = list(model.class_names) or [f"class {c}" for c in range(head.proto_manager.num_classes)]
+    manager = model.head.proto_manager
+    names = list(model.class_names) or [f"class {c}" for c in range(manager.num_classes)]
     front = ModelCardData(
         library_name="protopush",
         pipeline_tag="image-classification",
@@ -35,11 +35,11 @@ def card(model: ProtoModel, metrics: Path | None = None) -> str:
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n{MARK}",
-        f"# {escaped(backbone.name)} with prototypes of {len(names)} classes",
+        f"# {escaped(model.backbone.name)} with prototypes of {len(names)} classes",
         _what_it_is(model),
         *_numbers(metrics),
         "## Classes\n\n" + "\n".join(f"{number}. {escaped(name)}" for number, name in enumerate(names)),
-        "## Prototypes\n\n" + _prototypes(head.proto_manager, names),
+        "## Prototypes\n\n" + _prototypes(manager, names),
         USE,
         LIMITS,
     ]
@@ -57,18 +57,15 @@ def escaped(text: object) -> str:
 
 
 def _what_it_is(model: ProtoModel) -> str:
-    backbone: Any = model.backbone
-    head: Any = model.head
-    manager = head.proto_manager
-    height, width = backbone.preprocessing.size
-    rows, columns = backbone.grid
-    parts = f"each of {rows} x {columns} parts of a picture" if head.match == "local" else "a picture as a whole"
-    count = int(manager.valid_mask.sum())
+    height, width = model.backbone.preprocessing.size
+    rows, columns = model.backbone.grid
+    parts = f"each of {rows} x {columns} parts of a picture" if model.head.match == "local" else "a picture as a whole"
+    count = len(model.head.proto_manager.used_slots())
     return (
         f"An image classifier made with protopush {__version__}. It compares {parts} ({width} x {height} pixels) with "
-        f"{count} prototypes; each prototype speaks for one class, and the logit of a class is exactly "
+        f"{count} prototypes; each prototype belongs to one class, and the logit of a class is exactly "
         "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
-        "of a real training image, told below.\n\n**A research model, not a medical device.**"
+        "of a real training image, listed below.\n\n**A research model, not a medical device.**"
     )
 
 
@@ -85,7 +82,7 @@ def _numbers(metrics: Path | None) -> Iterator[str]:
 
 
 def _last_validation(metrics: Path) -> dict[str, Any] | None:
-    """What the last line that tells of validation images says."""
+    """The last recorded metrics of validation images."""
     for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)
@@ -101,19 +98,19 @@ def _number(value: float | int) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def _prototypes(manager: Any, names: list[str]) -> str:
+def _prototypes(manager: PrototypeManager, names: list[str]) -> str:
     rows = [
         "| class | prototype | training image | box (x0, y0, x1, y1) | similarity |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for row in manager.valid_mask.nonzero().flatten().tolist():
-        (c, k), anchor = divmod(row, manager.max_prototypes), manager.anchors[row]
-        told = ["never pushed", "", ""]
+    for c, k in manager.used_slots():
+        anchor = manager.anchor(c, k)
+        cells = ["never pushed", "", ""]
         if anchor is not None:
             file = anchor.file if anchor.file is not None else f"sample {anchor.sample_id}"
             box = ", ".join(map(str, anchor.box)) if anchor.box is not None else f"cell {anchor.cell}"
-            told = [escaped(file), box, f"{anchor.similarity_after:.4f}"]
-        rows.append(f"| {escaped(names[c])} | {k} | {' | '.join(told)} |")
+            cells = [escaped(file), box, f"{anchor.similarity_after:.4f}"]
+        rows.append(f"| {escaped(names[c])} | {k} | {' | '.join(cells)} |")
     return (
         "\n".join(rows)
         + "\n\n`prototypes.json` has their SHA-256; `prototypes/` their pictures, where they are shared."

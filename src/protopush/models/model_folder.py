@@ -121,27 +121,27 @@ def save_run(run: Run) -> None:
 def save_pictures(run: Run) -> None:
     """Write ``prototypes/*.jpg``, as far as the anchors' files are below the run's root."""
     manager = run.head.proto_manager
-    for row, anchor in enumerate(manager.anchors):
+    for c, k in manager.used_slots():
+        anchor = manager.anchor(c, k)
         file = file_within(run.root, anchor.file) if anchor is not None and anchor.file is not None else None
         if file is None or not file.is_file():
             continue
         picture = read_image(file)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        target = run.folder / "prototypes" / picture_name(*divmod(row, manager.max_prototypes))
+        target = run.folder / "prototypes" / picture_name(c, k)
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
 
 
 def _save_gallery(run: Run) -> None:
     """``prototypes.png``: each class's prototypes as crops, beside their source images."""
     manager = run.head.proto_manager
-    slots = manager.max_prototypes
     gallery = draw_gallery(
         run.class_names,
-        lambda c, k: manager.anchors[c * slots + k],
+        manager.anchor,
         run.picture,
         manager.num_classes,
-        slots,
-        per_class=slots,
+        manager.max_prototypes,
+        per_class=manager.max_prototypes,
     )
     write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))
 
@@ -155,7 +155,7 @@ def read_run(
         folder: as :func:`save_run` wrote it.
         model_class: what the model is made of; it takes the backbone and the head.
         backbone: the module itself, where it is one of your own, which no name could build again.
-        check_weights: refuse weights that aren't those that the run saved; False is for who tells what no longer holds.
+        check_weights: refuse weights other than those that the run saved; False: for who reports what no longer holds.
 
     Raises:
         InputError: a file is missing or damaged, or of a newer format.
@@ -187,14 +187,14 @@ def read_run(
 
 def _rebuild(config: Mapping[str, Any], module: nn.Module | None) -> Backbone:
     """The backbone of a run, without weights and without a network."""
-    told = config["backbone"]
-    recipe: dict[str, Any] = told.get("recipe") or {"name_or_module": told["name"]}  # once, a run kept the name alone
+    recorded = config["backbone"]
+    recipe: dict[str, Any] = recorded.get("recipe") or {"name_or_module": recorded["name"]}  # once, only the name
     if module is not None:
         recipe = {key: recipe[key] for key in ("name", "layout", "prefix_tokens") if key in recipe}
         recipe["name_or_module"] = module
     if "name_or_module" not in recipe:
         raise InputError(
-            f"the backbone {told['name']} of this run is a module of your own; expected that module; "
+            f"the backbone {recorded['name']} of this run is a module of your own; expected that module; "
             "open the run with protopush.load(folder, backbone=module)"
         )
     try:

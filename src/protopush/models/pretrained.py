@@ -1,4 +1,4 @@
-"""Models as the Hugging Face hub knows them: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``."""
+"""Methods of the Hugging Face hub: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # All that is ever downloaded of a repository: tensors, text and pictures, nothing that could be unpickled.
 FILES = ["config.json", "model.safetensors", "prototypes.json", "prototypes/*.jpg", "metrics.jsonl"]
-OUTDATED = ["prototypes/*", "prototypes.png", "metrics.jsonl"]  # of an earlier model, unless uploaded anew
+OUTDATED = ["prototypes/*", "prototypes.png", "metrics.jsonl"]  # of an earlier model, unless uploaded again
 
 M = TypeVar("M", bound="PretrainedMixin")
 
@@ -49,9 +49,9 @@ class PretrainedMixin(ModelHubMixin):
     ) -> str | None:
         """Write the model as a folder that :func:`protopush.load` and :meth:`from_pretrained` open.
 
-        Unlike a run that training wrote, it tells neither where on this computer the images lie nor their groups
+        Unlike a run that training wrote, it names neither where on this computer the images lie nor their groups
         (patients), and it has a model card (``README.md``; one that you wrote yourself stays). The names of the
-        prototypes' training images are in it, and their pictures where they are known: look before you share.
+        prototypes' training images are in it, and their pictures where they are known: check them before you share.
 
         Args:
             save_directory: made where it isn't there; what it holds besides stays.

@@ -174,7 +174,7 @@ def balanced_class_weights(labels: Tensor, num_classes: int) -> Tensor:
 def effective_class_weights(labels: Tensor, num_classes: int, beta: float = 0.999) -> Tensor:
     """Weights (num_classes,) inversely proportional to the effective number of samples, with mean 1 over the samples.
 
-    n samples of a class count for ``(1 - beta**n) / (1 - beta)``, since more of them tell less and less that is new.
+    n samples of a class count for ``(1 - beta**n) / (1 - beta)``, since each further one adds less that is new.
 
     Source: Cui et al., 2019, "Class-Balanced Loss Based on Effective Number of Samples".
 

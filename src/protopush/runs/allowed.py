@@ -1,4 +1,4 @@
-"""Which patches may become anchors, as decisions have it: the ``allow`` of a push."""
+"""Patches that may become anchors by the decisions in force: the ``allow`` of a push."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | No
     """The ``allow`` of a push over a dataset; None where nothing is forbidden.
 
     Raises:
-        InputError: a decision speaks of masks, and the images have none, or bad ones.
+        InputError: a decision refers to masks, and the images have none, or bad ones.
     """
     holding = in_force(decisions)
     if not holding:

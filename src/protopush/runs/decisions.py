@@ -1,6 +1,6 @@
-"""``decisions.jsonl``: what people have decided about a run's prototypes, one decision a line, none ever taken out.
+"""Log of decisions about prototypes, ``decisions.jsonl``: one a line, none ever removed.
 
-How a decision gets into a run: one at a time, with all files that it changes, or not at all.
+A decision enters a run alone (a lock), with all files that it changes, or not at all.
 """
 
 from __future__ import annotations
@@ -51,16 +51,7 @@ class Replacement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the names of ``prototypes.json``."""
-        return {
-            "class_index": self.class_index,
-            "class": self.class_name,
-            "prototype": self.prototype,
-            "old": self.old.to_dict(),
-            "new": self.new.to_dict(),
-            "old_vector": self.old_vector,
-            "old_features": self.old_features,
-            "old_index": self.old_index,
-        }
+        return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Replacement:
@@ -112,8 +103,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        plain = {"class" if key == "class_name" else key: value for key, value in asdict(self).items()}
-        return plain | {"replaced": [one.to_dict() for one in self.replaced]}
+        return _plain(self) | {"replaced": [one.to_dict() for one in self.replaced]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
@@ -131,11 +121,15 @@ class Decision:
         return cls(**plain, class_name=values["class"])
 
 
+def _plain(record: Replacement | Decision) -> dict[str, Any]:
+    return {"class" if key == "class_name" else key: value for key, value in asdict(record).items()}
+
+
 def load_decisions(folder: Path) -> list[Decision]:
     """The decisions of a run, first to last; none where nothing was ever forbidden.
 
     Raises:
-        InputError: the file is damaged, or tells of a kind that this version can't honour.
+        InputError: the file is damaged, or holds a kind that this version does not know.
     """
     return [_read(line, f"{folder / FILE}, line {number}") for number, line in enumerate(_lines(folder), start=1)]
 

@@ -1,7 +1,4 @@
-"""The graph of a model: what goes into the file, traced.
-
-A run as an ONNX file, checked before it gets its name.
-"""
+"""Export of a run as an ONNX file: traced, and compared with the model before it gets its name."""
 
 from __future__ import annotations
 
@@ -29,6 +26,10 @@ from protopush.runs.onnx_metadata import metadata_of
 
 INPUT = "images"
 OUTPUTS = ("logits", "similarities", "best_cells")
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+TOLERANCE = 1e-4
+BATCHES = (1, 3)  # other ones than the graph was traced with
+LARGEST = 2_000_000_000  # bytes of weights; a protobuf message holds 2 GiB
 
 
 class Graph(nn.Module):
@@ -113,12 +114,6 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-NEEDED = ("onnx", "onnxruntime", "onnxscript")
-TOLERANCE = 1e-4
-BATCHES = (1, 3)  # other ones than the graph was traced with
-LARGEST = 2_000_000_000  # bytes of weights; a protobuf message holds 2 GiB
-
-
 class ParityError(RuntimeError):
     """The exported graph doesn't compute what the model computes."""
 
@@ -172,7 +167,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         raise InputError(f"{out} is a folder; expected the ONNX file to write")
     _check_weights(run.model)
     with atomic(out) as draft:
-        draft.touch()  # so that a folder which can't be written is told before the work
+        draft.touch()  # so that a folder which can't be written is found before the work
         model = trace(run.model.backbone, run.head)
         model.producer_name, model.producer_version = "protopush", __version__
         onnx.helper.set_model_props(model, metadata_of(run))
@@ -189,7 +184,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
 
 
 def require_extra() -> None:
-    """Whether all that an export needs is there, told before anything is opened.
+    """Whether all that an export needs is there, checked before anything is opened.
 
     Raises:
         InputError: it isn't.

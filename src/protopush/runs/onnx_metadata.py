@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: all that is needed to use it and to show what its prototypes stand for."""
+"""Metadata of an ONNX file: all that is needed to use it and to show what its prototypes stand for."""
 
 from __future__ import annotations
 
@@ -41,10 +41,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "match": head.match,
         "weights": head.weights().tolist(),
         "bias": head.bias.tolist(),
-        "anchors": [
-            anchor_of(run.class_names, divmod(row, manager.max_prototypes), manager.anchors[row])
-            for row in manager.valid_mask.nonzero().flatten().tolist()
-        ],
+        "anchors": [anchor_of(run.class_names, (c, k), manager.anchor(c, k)) for c, k in manager.used_slots()],
     }
     return {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
 

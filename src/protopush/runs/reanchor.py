@@ -1,7 +1,4 @@
-"""Where a prototype stands, exactly: enough to put it back bit for bit.
-
-Give prototypes the next best anchors, without training.
-"""
+"""Next best anchors for some prototypes, without training, and the exact places to put them back to."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ class Place:
 
     def replacement(self, class_name: str, manager: PrototypeManager, row: int) -> Replacement:
         """The record of a prototype that stood here and has another anchor now."""
-        c, k = divmod(row, manager.max_prototypes)
+        c, k = manager.slot(row)
         new = Place.of(manager, row).anchor
         return Replacement(c, class_name, k, self.anchor, new, self.vector, self.features, self.index)
 
@@ -168,13 +165,13 @@ def replace_anchors(bench: Bench, rows: Sequence[int]) -> list[Replacement]:
                 f"no allowed patch is left for {listing(names)}; add training images or forbid less; "
                 "nothing was changed"
             )
-    return [old[row].replacement(run.class_names[row // manager.max_prototypes], manager, row) for row in rows]
+    return [old[row].replacement(run.class_names[manager.slot(row)[0]], manager, row) for row in rows]
 
 
 def _taken(manager: PrototypeManager, rows: Sequence[int], classes: set[int], level: str) -> Barred:
     """What the other prototypes of these classes stand for."""
     others = enumerate(manager.anchors)
-    return taken([a for row, a in others if row not in rows and row // manager.max_prototypes in classes], level)
+    return taken([a for row, a in others if row not in rows and manager.slot(row)[0] in classes], level)
 
 
 def taken(anchors: Sequence[Anchor | None], level: str) -> Barred:
@@ -202,4 +199,4 @@ def level_of(folder: Path) -> str:
 
 
 def _places(manager: PrototypeManager, rows: Sequence[int]) -> list[tuple[int, int]]:
-    return [divmod(row, manager.max_prototypes) for row in rows]
+    return [manager.slot(row) for row in rows]

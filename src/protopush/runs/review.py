@@ -1,7 +1,4 @@
-"""What the user's words for a prototype or an image mean in a run.
-
-Forbid a patch, an image or a region: no anchor may be there again, and the next best takes its place.
-"""
+"""Review of prototypes: keep one, or forbid a patch, an image or a region and give the next best patch its place."""
 
 from __future__ import annotations
 
@@ -22,10 +19,9 @@ from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
 from protopush.runs.allowed import Allowed
-from protopush.runs.compare_heads import scores, validation_of
 from protopush.runs.decisions import Decision, in_force, load_decisions, login, now, state_of, write_decision
 from protopush.runs.reanchor import Bench, replace_anchors
-from protopush.runs.splits import open_split
+from protopush.runs.splits import open_split, scores, validation_of
 
 
 def named_prototype(run: Run, words: str) -> dict[str, Any]:
@@ -42,7 +38,7 @@ def named_prototype(run: Run, words: str) -> dict[str, Any]:
     used = manager.mask()[c].nonzero().flatten().tolist()
     if k not in used:
         raise InputError(f"no prototype {names[c]}:{k}; expected one of: {listing([f'{names[c]}:{i}' for i in used])}")
-    anchor = manager.anchors[c * manager.max_prototypes + k]
+    anchor = manager.anchor(c, k)
     if anchor is None or anchor.file is None:
         what = "was never pushed" if anchor is None else "has an anchor that names no file"
         raise InputError(
@@ -76,10 +72,10 @@ def named_image(run: Run, words: str, samples: Sequence[Sample], root: Path) -> 
         InputError: the path leads out of the root, or isn't one of a training image.
     """
     classes = {sample.name: sample.label for sample in samples}
-    slots, digests = run.head.proto_manager.max_prototypes, dict[str, str | None]()
-    for row, anchor in enumerate(run.head.proto_manager.anchors):
+    manager, digests = run.head.proto_manager, dict[str, str | None]()
+    for row, anchor in enumerate(manager.anchors):
         if anchor is not None and anchor.file is not None:
-            classes.setdefault(anchor.file, row // slots)
+            classes.setdefault(anchor.file, manager.slot(row)[0])
             digests[anchor.file] = anchor.sha256
     inside = [name for name in (_relative(path, root) for path in (root / words, Path(words))) if name]
     name = next((name for name in inside if name in classes), None)
@@ -232,7 +228,7 @@ def holds(root: Path, name: str, digest: str | None) -> bool:
 
 
 def keep(run: Run, prototype: str, reason: str, who: str = "") -> Decision:
-    """Record that a prototype was looked at and is to stay; it may still be forbidden later.
+    """Record that a prototype was reviewed and is to stay; it may still be forbidden later.
 
     Args:
         run: as opened, with :func:`protopush.runs.decisions.alone` held since before.

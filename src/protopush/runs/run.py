@@ -23,7 +23,7 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     Args:
         folder: as ``protopush train --out`` wrote it.
         backbone: the module itself, where it is one of your own, which no name could build again.
-        check_weights: refuse weights that aren't those that the run saved; False is for who tells what no longer holds.
+        check_weights: refuse weights other than those that the run saved; False: for who reports what no longer holds.
 
     Raises:
         InputError: a file is missing or damaged, or of a newer format.

@@ -1,4 +1,4 @@
-"""Undo a decision: what it forbade may be an anchor again, and each prototype goes back to where it stood before."""
+"""Undoing a decision: what it forbade may be an anchor again, and each prototype goes back to where it stood before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.certificate import file_within
 from protopush.runs.allowed import Allowed
-from protopush.runs.compare_heads import scores, validation_of
 from protopush.runs.decisions import (
     FORBIDDING,
     Decision,
@@ -34,6 +33,7 @@ from protopush.runs.decisions import (
 )
 from protopush.runs.reanchor import Place, level_of, taken
 from protopush.runs.review import holds, refuse_other_images
+from protopush.runs.splits import scores, validation_of
 
 
 def undo(
@@ -115,7 +115,7 @@ class _Trail:
     @classmethod
     def of(cls, run: Run, row: int, log: Sequence[Decision]) -> _Trail | None:
         manager = run.head.proto_manager
-        here, place = manager.anchors[row], divmod(row, manager.max_prototypes)
+        here, place = manager.anchors[row], manager.slot(row)
         if here is None or not manager.valid_mask[row]:
             return None
         moves, last = list[tuple[int, Replacement]](), here
@@ -154,8 +154,7 @@ def _go_back(
     for row, place in back.items():
         place.take(manager, row)
     run.head.sync_prototypes()
-    names = {row: run.class_names[row // manager.max_prototypes] for row in back}
-    return [here[row].replacement(names[row], manager, row) for row in back]
+    return [here[row].replacement(run.class_names[manager.slot(row)[0]], manager, row) for row in back]
 
 
 def _open_places(
@@ -214,7 +213,7 @@ def _is_there(anchor: Anchor, root: Path) -> bool:
 
 
 def _with_features(run: Run, place: Place, catalog: Catalog, device: torch.device) -> Place:
-    """The place with what a live anchor needs; a log of an older version doesn't have it, so it is computed anew."""
+    """The place with what a live anchor needs; a log of an older version doesn't have it, so it is computed again."""
     manager, anchor = run.head.proto_manager, place.anchor
     if manager.anchor_features is None or place.features is not None:
         return place
