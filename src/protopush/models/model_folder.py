@@ -1,4 +1,4 @@
-"""A model in its folder: weights, configuration, certificate and pictures; read without unpickling anything."""
+"""Folder of a model: weights, configuration, certificate and pictures; read without unpickling anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from protopush.data.files import finish_change, read_json, write_atomic, write_j
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
-from protopush.explain import draw_gallery
 from protopush.models.versions import current_versions, recorded_versions, version_change
 from protopush.nn.head import HeadOptimal
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
@@ -134,6 +133,8 @@ def save_pictures(run: Run) -> None:
 
 def _save_gallery(run: Run) -> None:
     """``prototypes.png``: each class's prototypes as crops, beside their source images."""
+    from protopush.explain import draw_gallery  # here, so that opening a model does not import what draws
+
     manager = run.head.proto_manager
     gallery = draw_gallery(
         run.class_names,
@@ -177,8 +178,7 @@ def read_run(
         raise InputError(
             f"damaged file: {folder / 'config.json'} ({error!r}); take it from a copy of the run"
         ) from error
-    change = version_change(recorded_versions(config))
-    _load_weights(model, folder / "model.safetensors", digest if check_weights else None, change)
+    _load_weights(model, folder / "model.safetensors", digest if check_weights else None, config)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))
     model.class_names = classes
     model.origin = Origin(folder.absolute(), config)
@@ -212,8 +212,8 @@ def _without_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _load_weights(model: nn.Module, file: Path, digest: str | None, change: str) -> None:
-    """Load a run's weights; where whole ones do not fit, say which ``change`` of versions lies between."""
+def _load_weights(model: nn.Module, file: Path, digest: str | None, config: Mapping[str, Any]) -> None:
+    """Load a run's weights; where whole ones do not fit, say which change of versions lies between."""
     if not file.is_file():
         raise InputError(f"no such file: {file}; the run is incomplete: train it again or take a copy")
     if digest is not None and sha256_of(file) != digest:
@@ -226,6 +226,6 @@ def _load_weights(model: nn.Module, file: Path, digest: str | None, change: str)
     except Exception as error:  # safetensors raises its own type
         raise InputError(f"damaged file: {file} ({first_line(error)}); take it from a copy of the run") from error
     if found := misfit(model.state_dict(), state):
-        advice = change or "take the run's files from one copy"
+        advice = version_change(recorded_versions(config)) or "take the run's files from one copy"
         raise InputError(f"the weights in {file} do not fit the model that config.json describes ({found}); {advice}")
     model.load_state_dict(state)

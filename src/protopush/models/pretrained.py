@@ -62,9 +62,7 @@ class PretrainedMixin(ModelHubMixin):
             InputError: the folder is a run that training wrote, or can't be written; it is as it was. Or the model's
                 backbone or head is none of protopush's.
         """
-        hub_folder.save(
-            self._whole, Path(save_directory)
-        )  # not ModelHubMixin's: that deletes config.json before it begins
+        hub_folder.save(self._whole, Path(save_directory))  # ModelHubMixin's own would first delete config.json
         repository = repo_id or Path(save_directory).name
         return self.push_to_hub(repository, **push_to_hub_kwargs) if push_to_hub else None
 

@@ -1,4 +1,4 @@
-"""A run folder: opened, and made ready for a new run."""
+"""Folder of a run: opened, or made ready for a new run."""
 
 from __future__ import annotations
 
