@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from test_report_browser import CONTRASTS, Visit
+from test_sources import make_isic
 from torch.utils.data import DataLoader, TensorDataset
 
 import protopush
@@ -30,12 +32,10 @@ from protopush.cli import main
 from protopush.cli.parser import ABOUT
 from protopush.cli.tables import anchors_table
 from protopush.data.sources import SOURCES
+from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
-from protopush.report.build import SECTIONS
-from protopush.report.glossary import PER_CLASS, TERMS
-from test_report_browser import CONTRASTS, Visit
-from test_sources import make_isic
+from protopush.report.sections import SECTIONS
 from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"
@@ -204,7 +204,7 @@ def test_every_option_is_told(site):
 
 def test_the_report_is_told():
     text = text_of("report")
-    for _, title in SECTIONS:
+    for title, _ in SECTIONS.values():
         assert f"| {title} |" in text
     for terms in TERMS.values():
         for term in terms.values():
