@@ -21,8 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from test_report_browser import CONTRASTS, Visit
-from test_sources import make_isic
 from torch.utils.data import DataLoader, TensorDataset
 
 import protopush
@@ -36,6 +34,8 @@ from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.sections import SECTIONS
+from test_report_browser import CONTRASTS, Visit
+from test_sources import make_isic
 from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_report import hostile_run, parts_of
 
 from protopush import ProtoModel
 from protopush.data.dataset import ImageDataset
@@ -21,6 +20,7 @@ from protopush.evaluation.measure import measure
 from protopush.explain.neighbours import find_neighbours
 from protopush.models.model_folder import Run, save_run
 from protopush.report.build import build_report
+from test_report import hostile_run, parts_of
 
 SECONDS = 3.0  # one is what is promised; a busy machine may take longer
 MEGABYTES = 15.0
