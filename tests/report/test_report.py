@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import ChoiceLoader, FileSystemLoader
 from markupsafe import escape
 from PIL import Image
 
 from conftest import make_images, train_small
 from protopush import InputError
 from protopush.cli import main
-from protopush.data.audit import Audit, Pair, audit, audit_verdict
+from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
+from protopush.data.audit import Audit, Pair, audit, audit_findings, audit_verdict
 from protopush.data.dataset import ImageDataset
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import View
+from protopush.evaluation.compare import ROWS
 from protopush.evaluation.measure import measure
 from protopush.explain.neighbours import find_neighbours
-from protopush.explain.overlay import extent
 from protopush.explain.rows import percent
-from protopush.metrics.glossary import number_groups
-from protopush.push.certificate import verify_anchors
+from protopush.metrics.glossary import TERMS, metric_text, number_groups
+from protopush.models.model_card import card
+from protopush.push.certificate import anchors_verdict, verify_anchors
 from protopush.report import build
 from protopush.report.build import build_report
 from protopush.report.cases import select_cases
@@ -44,6 +50,7 @@ from protopush.report.number_sections import (
 )
 from protopush.report.sections import SECTIONS
 from protopush.runs.run import open_run
+from protopush.training.config import RunConfig
 
 EVIL = "<img src=x onerror=alert(1)>"
 WORSE = "\"'><script>alert(2)</script>{{ 7 * 7 }}"
@@ -320,11 +327,11 @@ def test_confusions_against_loops():
 
 @pytest.mark.parametrize(
     ("share", "told"),
-    [(0.0, "0.0%"), (1e-9, "<0.1%"), (0.0004, "<0.1%"), (0.5, "50.0%"), (0.9996, ">99.9%"), (1.0, "100.0%")],
+    [(0.0, "0"), (1e-9, "<0.1%"), (0.0004, "<0.1%"), (0.5, "50.0%"), (0.9996, ">99.9%"), (1.0, "100")],
 )
 def test_percent_says_never_and_always_only_where_it_is_so(share, told):
-    assert percent(share) == told
-    assert build.environment().from_string("{{ share | percent }}").render(share=share) == escape(told)
+    assert percent(share).startswith(told)
+    assert build.environment().from_string("{{ share | percent }}").render(share=share) == escape(percent(share))
 
 
 # Cases
@@ -342,6 +349,9 @@ def test_cases_add_up(parts):
         assert total + said["bias"] == pytest.approx(said["logit"], abs=1e-4)
         assert all(row["similarity"] * row["weight"] == pytest.approx(row["contribution"], abs=1e-5) for row in rows)
         assert any("true class" in score["role"] for score in case["scores"])
+        low, high = case["heat_range"]
+        assert (low, high) == (min(sum(rows[0]["match"].map, ())), max(sum(rows[0]["match"].map, ())))
+        assert high == pytest.approx(rows[0]["similarity"])
 
 
 def test_selected_cases_against_loops():
@@ -384,14 +394,14 @@ def test_each_prototype_is_shown_with_its_source(parts):
     for c, one in enumerate(classes):
         assert one["name"] == run.class_names[c]
         slots = manager.mask()[c].nonzero().flatten().tolist()
-        assert [card["name"] for card in one["cards"]] == [f"{one['name']} #{k}" for k in slots]
-        for k, card in zip(slots, one["cards"], strict=True):
-            assert card["file"] == manager.anchors[c * manager.max_prototypes + k].file
-            assert card["part"] is not None
-            assert card["source"].frames
-            assert [near["class_name"] for near in card["own"]] == [one["name"]] * len(card["own"])
-            assert one["name"] not in [near["class_name"] for near in card["others"]]
-            assert all(near["picture"] is not None for near in card["own"] + card["others"])
+        assert [some["name"] for some in one["cards"]] == [f"{one['name']} #{k}" for k in slots]
+        for k, shown in zip(slots, one["cards"], strict=True):
+            assert shown["file"] == manager.anchors[c * manager.max_prototypes + k].file
+            assert shown["part"] is not None
+            assert shown["source"].frames
+            assert [near["class_name"] for near in shown["own"]] == [one["name"]] * len(shown["own"])
+            assert one["name"] not in [near["class_name"] for near in shown["others"]]
+            assert all(near["picture"] is not None for near in shown["own"] + shown["others"])
 
 
 def test_images_that_are_gone_leave_a_gap(parts, tmp_path):
@@ -436,7 +446,6 @@ def test_heat_lies_on_what_the_model_sees_and_nowhere_else():
     with Image.open(io.BytesIO(base64.b64decode(warm.uri.split(",")[1]))) as stored:
         pixels = np.asarray(stored, dtype=float)
     spread = pixels.max(axis=2) - pixels.min(axis=2)
-    assert extent(((0.0, 1.0), (0.5, 0.25))) == (0.0, 1.0)
     assert spread[:, :90].max() < 10
     assert spread[:, 210:].max() < 10
     assert spread[:, 105:195].mean() > 30
@@ -445,7 +454,6 @@ def test_heat_lies_on_what_the_model_sees_and_nowhere_else():
 
 def test_an_even_map_has_no_colours_to_divide_by():
     assert heat(Image.new("RGB", (10, 10)), ((0.3,),), View.of((10, 10), (10, 10)), 10, "").uri
-    assert extent(((0.3,),)) == (0.3, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -511,3 +519,147 @@ def test_the_chart_is_to_scale():
             assert y == pytest.approx(chart["height"] * (1 - value / top), abs=0.2)
         assert len(chart["x_ticks"]) <= 12
         assert chart["y_ticks"][0] == (chart["height"], "0")
+
+
+# What several places say is one thing.
+
+
+def pair_of(first, split, group=False, label="cat", identical=False):
+    splits = ("train", split)
+    return Pair(first, "b.jpg", splits, ("cat", label), same_group=group, identical=identical, similarity=0.97)
+
+
+def test_the_audit_counts_alike_on_the_command_line_and_in_the_report(parts, tmp_path):
+    duplicates = (
+        pair_of("1.jpg", "train"), pair_of("2.jpg", "train"), pair_of("3.jpg", "train", group=True),
+        pair_of("4.jpg", "test", label="dog"), pair_of("5.jpg", "train", identical=True),
+    )  # fmt: skip
+    found = Audit({"train": {"cat": 5}, "test": {"cat": 1}}, {"g": {"train": 1, "test": 1}}, duplicates,
+                  unreadable={"x.jpg": "missing"}, small={"y.jpg": (3, 3)})  # fmt: skip
+    checks = {check.name: check for check in audit_findings(found)}
+    assert {name: check.count for name, check in checks.items()} == {
+        "groups (lesions, patients) in several splits": 1,
+        "identical files across splits": 0,
+        "near duplicates across splits": 1,
+        "identical files in one split": 1,
+        "near duplicates in one split": 2,
+        "near duplicates in one group": 1,
+        "duplicates with different labels": 1,
+        "unreadable files": 1,
+        "images with a side below 32 pixels": 1,
+    }
+    leaks = ["groups (lesions, patients) in several splits", "near duplicates across splits"]
+    assert [name for name, check in checks.items() if check.is_leak] == leaks
+    table = audit_table(found)
+    page = build_report(**parts | {"audit": found}, path=tmp_path / "r.html").read_text(encoding="utf-8")
+    text = Page(page).text
+    for check in checks.values():
+        (line,) = [line for line in table.splitlines() if line.strip().startswith(check.name + "  ")]
+        assert line.split(check.name)[1].split()[0] == str(check.count)
+        assert f"{check.name} {check.count} " in text
+    assert audit_verdict(found)[1] in table
+    assert audit_verdict(found)[1] in text
+    assert found.leaks == any(check.is_leak for check in checks.values())
+
+
+def test_the_anchors_have_one_verdict_on_the_command_line_and_in_the_report(parts):
+    good = parts["checks"]
+    never = [replace(good[0], fault="no_anchor"), *good[1:]]
+    broken = [replace(good[0], fault="no_anchor"), replace(good[1], fault="file_missing"), *good[2:]]
+    for checks in (good, never, broken):
+        verdict = section("certificate", parts, checks=checks)["verdict"]
+        assert verdict == section("summary", parts, checks=checks)["verdict"] == anchors_verdict(checks)
+        assert anchors_table(checks).startswith(verdict[1])
+    assert anchors_verdict(never) == ("warn", f"{len(good) - 1} of {len(good)} anchors hold, 1 was never pushed")
+    assert anchors_verdict(broken) == ("bad", f"1 of {len(good)} anchors do not hold")
+    assert anchors_verdict([replace(check, fault="no_anchor") for check in good]) == ("warn", "Never pushed")
+
+
+def test_metrics_have_one_name_and_one_number_everywhere(parts, page, tmp_path):
+    found, terms = parts["measured"].numbers["classification"], TERMS["classification"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "val": found}))
+    model_card, table = card(parts["run"].model, tmp_path / "metrics.jsonl"), metrics_table(found)
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        name, value = terms[key].name, metric_text(found[key])
+        assert f"| {name} | {value} |" in model_card
+        assert re.search(rf"^\s*{name}\s+{value}$", table, flags=re.M)
+        assert f"{name} {value} " in page.text
+    for _, words, better, (kind, *keys) in ROWS:
+        term = TERMS[kind][".".join(keys)]
+        assert term.better == better, words
+        if kind == "classification":
+            assert term.name == words
+
+
+def test_a_comparison_has_the_names_of_the_glossary(parts):
+    rows = [
+        {"group": group, "metric": words, "better": better, "values": [0.5], "intervals": [None]}
+        for group, words, better, _ in ROWS
+    ]
+    shown = section("comparison", parts, comparison={"runs": [], "rows": rows})["rows"]
+    assert [row["name"] for row in shown] == [TERMS[kind][".".join(keys)].name for *_, (kind, *keys) in ROWS]
+
+
+def test_a_decision_has_the_same_words_on_the_command_line_and_in_the_report(parts, tmp_path):
+    (made,) = section("certificate", parts)["decisions"]
+    assert made.summary.startswith(f"{EVIL} #0 must not stand for its part of ")
+    table = decision_table(made, "run")
+    text = Page(build_report(**parts, path=tmp_path / "r.html").read_text(encoding="utf-8")).text
+    for words in (made.summary, made.reason, made.who):
+        assert " ".join(words.split()) in " ".join(table.split())
+        assert words in text
+    assert made.effect in text
+    kinds = {"image": "no prototype may", "mask": "inside the masks", "keep": "is kept", "undo": "decision no. 7"}
+    for kind, words in kinds.items():
+        assert words in replace(made, kind=kind, undoes=7).summary
+
+
+def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path):
+    demo = importlib.import_module("protopush.cli.demo")
+
+    drawn = []
+    random = np.random.default_rng(0)
+    probabilities, labels = torch.tensor(random.dirichlet(np.ones(3), 30)), torch.tensor(random.integers(0, 3, 30))
+    samples = [SimpleNamespace(image=tmp_path / f"{i}.png") for i in range(30)]
+    numbers = {"classification": {"n": 30, "accuracy": 0.5, "balanced_accuracy": 0.5, "auroc": None}}
+    measured = SimpleNamespace(
+        probabilities=probabilities, labels=labels, dataset=SimpleNamespace(samples=samples), numbers=numbers
+    )
+    monkeypatch.setattr(demo, "train", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "write_report", lambda *_: (tmp_path / "report.html", measured))
+    monkeypatch.setattr(
+        demo, "explain_to", lambda _, image, out, name, device: drawn.append((name, image)) or {"panel": name}
+    )
+    words = demo.run_demo(RunConfig(), tmp_path)
+    first = {kind: some[0] for kind, some in select_cases(probabilities, labels).items()}
+    assert dict(drawn) == {demo.NAMES[kind]: samples[i].image for kind, i in first.items()}
+    assert "accuracy 0.500, balanced accuracy 0.500." in words
+
+
+def test_a_section_is_one_function_one_template_and_one_line(parts, monkeypatch, tmp_path):
+    (tmp_path / "weather.html.j2").write_text("<p>{{ words }}</p>", encoding="utf-8")
+    monkeypatch.setitem(SECTIONS, "weather", ("Weather", lambda data: {"words": f"<sunny> {data.measured.split}"}))
+    monkeypatch.setattr(
+        build.environment(), "loader", ChoiceLoader([FileSystemLoader(tmp_path), build.environment().loader])
+    )
+    page = Page(build_report(**parts, path=tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "<sunny> test" in page.text
+    assert "#weather" in page.all("href")
+
+
+def test_each_image_of_a_report_is_decoded_once(parts, monkeypatch, tmp_path):
+    read: Counter = Counter()
+    for module in ("cases", "inline_pictures"):
+        real = importlib.import_module(f"protopush.report.{module}").read_image
+        monkeypatch.setattr(
+            f"protopush.report.{module}.read_image", lambda file, real=real: read.update([file]) or real(file)
+        )
+    build_report(**parts, path=tmp_path / "r.html")
+    assert read
+    assert max(read.values()) == 1
+
+
+def test_rows_of_a_contribution_are_those_of_the_explanation(parts):
+    (case, *_) = section("cases", parts)["cases"]
+    assert [row["number"] for row in case["rows"]] == list(range(1, len(case["rows"]) + 1))
+    assert max(row["share"] for row in case["rows"]) == 1.0

@@ -14,7 +14,6 @@ from protopush.data.images import read_image
 from protopush.evaluation.measure import Measured
 from protopush.explain import ClassEvidence, Explanation, explain_batch
 from protopush.explain.drawing import COLOURS, Rect
-from protopush.explain.overlay import extent
 from protopush.explain.rows import file_name
 from protopush.report.inline_pictures import Picture, embed, framed, heat, part
 from protopush.report.prototype_cards import Cards, ident
@@ -86,7 +85,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "right": first.class_name == truth,
         "picture": _numbered(image, name, [match.box for match in shown]),
         "heat": framed(warm, [shown[0].box], image.size, ["1"]) if shown[0].grid != (1, 1) else None,
-        "heat_range": extent(shown[0].map),
+        "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
         "rows": [row | _pictures(image, name, row, cards) for row in contribution_rows(first)[:ROWS]],
         "others": len(rest),
         "others_sum": math.fsum(match.contribution for match in rest),
