@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -94,7 +95,9 @@ def workshop(made, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    with patch.dict(BUILDERS), patch.dict(SOURCES), patch.dict(INTERPOLATIONS), patch.dict(TERMS["prototypes"]):
+    with ExitStack() as stack:
+        for registry in (BUILDERS, SOURCES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS):
+            stack.enter_context(patch.dict(registry))
         yield
 
 

@@ -76,9 +76,9 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         answer = gr.HTML()
         beside = gr.Image(elem_id="pp-why", label="Why this class and not that one", **picture)
     shown = [kept, said, panel, sums, question, other, beside, answer]
-    hidden = gr.Image(value=None, visible=False, render=False)
 
     def nothing(text: str = "") -> list[Any]:
+        hidden = gr.Image(value=None, visible=False)
         return [None, text, hidden, "", gr.Column(visible=False), gr.Dropdown(choices=[], value=None), hidden, ""]
 
     def explain(path: str | None, pixels: float | None) -> list[Any]:
@@ -99,11 +99,12 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
             contributions(explanation.classes[0]),
             gr.Column(visible=bool(others)),
             gr.Dropdown(choices=others, value=None),
-            hidden,
+            gr.Image(value=None, visible=False),
             "",
         ]
 
     def why_not(image: Shown | None, name: str | None, pixels: float | None) -> list[Any]:
+        hidden = gr.Image(value=None, visible=False)
         if image is None or name is None:
             return [hidden, message("Choose the image again; this one was forgotten.", "bad") if name else ""]
         try:
