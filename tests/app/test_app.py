@@ -34,13 +34,12 @@ gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip inst
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from protopush.app.decisions_tab import COLUMNS, as_csv, as_json, told  # noqa: E402
-from protopush.app.explain_tab import Looked  # noqa: E402
-from protopush.app.html import contributions, prediction  # noqa: E402
-from protopush.app.run_store import Desk  # noqa: E402
+from protopush.app.decisions_tab import COLUMNS, as_csv, as_json  # noqa: E402
+from protopush.app.explain_tab import Shown, contributions  # noqa: E402
+from protopush.app.page import render  # noqa: E402
+from protopush.app.run_store import RunStore, UsageWorker, Use  # noqa: E402
 from protopush.app.serve import build_app, is_local, listening  # noqa: E402
 from protopush.app.upload import Limits, Upload, read_upload  # noqa: E402
-from protopush.app.usage_worker import Lookout, Use  # noqa: E402
 
 MARKUP = "<img src=x onerror=alert(1)>"
 
@@ -140,10 +139,10 @@ def test_unusual_pictures_are_read_right(tmp_path):
 def test_names_of_people_classes_and_files_are_never_markup(first):
     opened = open_run(first / "run")
     opened = replace(opened, class_names=[MARKUP, "b", "c"])
-    looked = Looked.of(opened, Upload(MARKUP, photo()))
-    explanation = looked.explain(Desk(first / "run"), opened)
+    shown = Shown.of(opened, Upload(MARKUP, photo()))
+    explanation = shown.explain(RunStore(first / "run"), opened)
     made = Decision(1, MARKUP, MARKUP, "keep", MARKUP, class_name=MARKUP, prototype=0, file=MARKUP)
-    pages = [prediction(explanation, MARKUP), told([made])]
+    pages = [render("prediction", explanation, MARKUP), render("log", [made])]
     pages += [contributions(evidence) for evidence in explanation.classes]
     assert all(page.count("&lt;img") >= 1 for page in pages[:2])
     assert not any("<img" in page for page in pages)
@@ -151,17 +150,17 @@ def test_names_of_people_classes_and_files_are_never_markup(first):
 
 def test_the_page_explains_as_the_library_does(first):
     opened, file = open_run(first / "run"), first / "data" / "images" / "cat" / "009.png"
-    found = Looked.of(opened, read_upload(file)).explain(Desk(first / "run"), opened)
+    found = Shown.of(opened, read_upload(file)).explain(RunStore(first / "run"), opened)
     expected = explain_image(opened.model, file, opened.transform, opened.class_names)
     assert replace(found, file="") == replace(expected, file="")
-    assert contributions(found.classes[0]).count('role="row"') == 2
+    assert contributions(found.classes[0]).count('class="bar"') == 2
 
 
 # Decisions.
 
 
 def test_decisions_of_two_reviewers_at_the_same_moment_are_both_kept(run):
-    desks, failed, gate = (Desk(run), Desk(run)), list[BaseException](), threading.Barrier(3)
+    desks, failed, gate = (RunStore(run), RunStore(run)), list[BaseException](), threading.Barrier(3)
 
     def decide(what, *words: str) -> None:
         try:
@@ -196,7 +195,7 @@ def test_decisions_of_two_reviewers_at_the_same_moment_are_both_kept(run):
     assert tuple(rows[0]) == COLUMNS
     assert [row["in_force"] for row in rows if row["who"] == "Ada"] == ["no"]
     assert [Decision.from_dict(one) for one in json.loads(as_json(load_decisions(run)))] == load_decisions(run)
-    assert "undone by no. 4" in told(load_decisions(run))
+    assert "undone by no. 4" in render("log", load_decisions(run))
 
 
 @pytest.mark.parametrize(("reason", "who", "message"), [(" ", "Ada", "write a reason"), ("r", " ", "write your name")])
@@ -204,7 +203,7 @@ def test_a_reason_and_a_name_are_needed(run, reason, who, message):
     before = contents(run)
     for decide in (lambda d: d.keep("cat:0", reason, who), lambda d: d.forbid("cat:0", reason, who)):
         with pytest.raises(InputError, match=message):
-            decide(Desk(run))
+            decide(RunStore(run))
     assert contents(run) == before
 
 
@@ -219,9 +218,9 @@ def test_without_the_training_images_it_explains_but_says_what_forbidding_needs(
     (moved / "images" / "cat" / "003.png").unlink()
     missing = [({"path": str(tmp_path / "gone.csv")}, "gone.csv"), ({"path": str(moved / "manifest.csv")}, "1 of 24")]
     for data, why in missing:
-        desk, before = Desk(run, {**data, "source": "manifest"}), contents(run)
+        desk, before = RunStore(run, {**data, "source": "manifest"}), contents(run)
         opened = desk.run()
-        assert Looked.of(opened, Upload("a.png", photo())).explain(desk, opened).classes
+        assert Shown.of(opened, Upload("a.png", photo())).explain(desk, opened).classes
         for decide in (lambda d: d.forbid("cat:0", "r", "w"), lambda d: d.undo(1, "r", "w")):
             with pytest.raises(InputError) as told_so:
                 decide(desk)
@@ -230,42 +229,42 @@ def test_without_the_training_images_it_explains_but_says_what_forbidding_needs(
         assert contents(run) == before
         assert desk.keep("cat:0", "good", "Ada").kind == "keep"
     shutil.copyfile(first / "data" / "images" / "cat" / "003.png", moved / "images" / "cat" / "003.png")
-    Desk(run, {"path": str(moved / "manifest.csv"), "source": "manifest"}).forbid("cat:0", "r", "w")
+    RunStore(run, {"path": str(moved / "manifest.csv"), "source": "manifest"}).forbid("cat:0", "r", "w")
     assert main(["verify", str(run), "--root", str(moved)]) == 0
 
 
 def test_neighbours_and_use_are_those_of_a_slow_look(run):
-    desk = Desk(run)
-    lookout, opened = Lookout(desk), desk.run()
+    desk = RunStore(run)
+    worker, opened = UsageWorker(desk), desk.run()
     deadline = time.time() + 60
-    while lookout.of(opened, 0)[2].startswith("Still") and time.time() < deadline:
+    while worker.of(opened, 0)[2].startswith("Still") and time.time() < deadline:
         time.sleep(0.05)
     train, val = desk.images(opened, "train"), desk.images(opened, "val")
     expected = find_neighbours(opened.model, train)
-    assert [lookout.of(opened, row)[0] for row in range(6)] == [one for some in expected for one in some]
+    assert [worker.of(opened, row)[0] for row in range(6)] == [one for some in expected for one in some]
     said, strongest = [], []
     for sample in val.samples:
         first_class = explain_image(opened.model, sample.image, opened.transform, opened.class_names).classes[0]
         said.append(first_class.class_index)
         strongest.append(2 * first_class.class_index + first_class.matches[0].prototype)
     for row in range(6):
-        assert lookout.of(opened, row)[1] == Use(strongest.count(row), said.count(row // 2), 6)
+        assert worker.of(opened, row)[1] == Use(strongest.count(row), said.count(row // 2), 6)
     desk.forbid("cat:0", "r", "w")
-    assert lookout.of(desk.run(), 2)[0] is None  # it stands for something else now
-    assert lookout.of(desk.run(), 0)[0] == expected[0][0]
+    assert worker.of(desk.run(), 2)[0] is None  # it stands for something else now
+    assert worker.of(desk.run(), 0)[0] == expected[0][0]
 
 
 def test_what_works_in_the_background_stops_with_the_app(run):
-    desk = Desk(run)
-    lookout, opened = Lookout(desk), desk.run()
+    desk = RunStore(run)
+    worker, opened = UsageWorker(desk), desk.run()
     desk.idle.clear()  # as if somebody was deciding
-    assert lookout.of(opened, 0)[2].startswith("Still")
+    assert worker.of(opened, 0)[2].startswith("Still")
     (thread,) = desk.background
     assert thread.is_alive()
     assert not desk.close()  # the decision is not at its end
     assert not thread.is_alive()
     assert desk.close()
-    assert lookout.of(opened, 0) == (None, None, "The app is ending.")
+    assert worker.of(opened, 0) == (None, None, "The app is ending.")
 
 
 # The server.
@@ -280,7 +279,7 @@ def client(first, tmp_path_factory):
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_RUN_HISTORY",
                      "GRADIO_ALLOWED_PATHS"):  # fmt: skip
             patch.setenv(name, os.environ.get(name, ""))  # put back afterwards
-        app = build_app(Desk(run), Limits(megabytes=0.1), "127.0.0.1", uploads)
+        app = build_app(RunStore(run), Limits(megabytes=0.1), "127.0.0.1", uploads)
         with TestClient(app, base_url="http://127.0.0.1") as client:
             client.run, client.uploads = run, uploads
             yield client
@@ -348,7 +347,7 @@ def test_a_file_that_is_too_large_is_refused_while_it_comes(client):
 
 def test_decisions_can_be_taken_away(client):
     (client.run / "decisions.jsonl").unlink(missing_ok=True)
-    Desk(client.run).keep("cat:0", "gut, äöü", "Ada")
+    RunStore(client.run).keep("cat:0", "gut, äöü", "Ada")
     table, details = client.get("/decisions.csv"), client.get("/decisions.json")
     assert table.text.removeprefix("\ufeff").splitlines()[1].startswith("1,")
     assert details.json()[0]["reason"] == "gut, äöü"
@@ -385,4 +384,4 @@ def test_which_addresses_are_this_computer_alone():
 
 
 def test_the_device_of_a_desk_is_its_own(first):
-    assert next(Desk(first / "run", device=torch.device("cpu")).run().model.parameters()).device.type == "cpu"
+    assert next(RunStore(first / "run", device=torch.device("cpu")).run().model.parameters()).device.type == "cpu"

@@ -110,8 +110,8 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     assert re.search(r"The model says: .+ \(\d+\.\d%\)", visit.text(".pp-said"))
     page.wait_for_selector("#pp-panel img")
     assert page.evaluate("document.querySelector('#pp-panel img').naturalWidth") == 1480
-    assert page.locator("#pp-said .pp-bar").count() == 3
-    assert page.locator("#pp-sums .pp-bar").count() == 2
+    assert page.locator("#pp-said .bar").count() == 3
+    assert page.locator("#pp-sums .bar").count() == 2
     page.click("#pp-other input")
     page.get_by_role("option").first.click()
     page.wait_for_selector("#pp-why img")
@@ -119,7 +119,7 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     visit.tab("Prototypes")
     visit.choose("#pp-class", "cat")
     page.get_by_role("button", name=re.compile("cat #1")).or_(page.locator("#pp-gallery button").nth(1)).first.click()
-    page.wait_for_selector("#pp-details .pp-facts")
+    page.wait_for_selector("#pp-details .facts")
     file = old[CAT, 1]["file"]
     assert file in visit.text("#pp-details")
     page.click("#pp-forbid")
@@ -136,8 +136,8 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     assert f"now stands for a part of {new['file']}" in done
     assert "Balanced accuracy on 6 validation images" in done
     page.wait_for_selector(f"#pp-details >> text={new['file']}")
-    page.wait_for_selector("#pp-details .pp-near img")  # found in the background
-    assert "validation images" in visit.text("#pp-details .pp-facts")
+    page.wait_for_selector("#pp-details .nears img")  # found in the background
+    assert "validation images" in visit.text("#pp-details .facts")
 
     visit.tab("Decisions")
     assert "a ruler <script>alert(1)</script>" in visit.text("#pp-log li")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -32,10 +33,10 @@ from protopush.cli import main
 from protopush.cli.parser import ABOUT
 from protopush.cli.tables import anchors_table
 from protopush.data.sources import SOURCES
+from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
-from protopush.report.build import SECTIONS
-from protopush.report.glossary import PER_CLASS, TERMS
+from protopush.report.sections import SECTIONS
 from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"
@@ -94,7 +95,9 @@ def workshop(made, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    with patch.dict(BUILDERS), patch.dict(SOURCES), patch.dict(INTERPOLATIONS), patch.dict(TERMS["prototypes"]):
+    with ExitStack() as stack:
+        for registry in (BUILDERS, SOURCES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS):
+            stack.enter_context(patch.dict(registry))
         yield
 
 
@@ -204,7 +207,7 @@ def test_every_option_is_told(site):
 
 def test_the_report_is_told():
     text = text_of("report")
-    for _, title in SECTIONS:
+    for title, _ in SECTIONS.values():
         assert f"| {title} |" in text
     for terms in TERMS.values():
         for term in terms.values():

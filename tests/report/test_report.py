@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import ChoiceLoader, FileSystemLoader
+from markupsafe import escape
 from PIL import Image
 
 from conftest import make_images, train_small
 from protopush import InputError
 from protopush.cli import main
-from protopush.data.audit import Audit, Pair, audit
+from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
+from protopush.data.audit import Audit, Pair, audit, audit_findings, audit_verdict
 from protopush.data.dataset import ImageDataset
 from protopush.data.sources import load_catalog
+from protopush.data.transforms import View
+from protopush.evaluation.compare import ROWS
 from protopush.evaluation.measure import measure
 from protopush.explain.neighbours import find_neighbours
-from protopush.push.certificate import verify_anchors
-from protopush.report.build import build_report, drawn_groups, gather, percent
-from protopush.report.cases import telling
+from protopush.explain.rows import percent
+from protopush.metrics.glossary import TERMS, metric_text, number_groups
+from protopush.models.model_card import card
+from protopush.push.certificate import anchors_verdict, verify_anchors
+from protopush.report import build
+from protopush.report.build import build_report
+from protopush.report.cases import select_cases
 from protopush.report.inline_pictures import embed, framed, heat, part
-from protopush.report.metric_tables import confusion_of, number_groups, reliability
-from protopush.report.provenance import audit_of
-from protopush.report.push_history import chart_of, pushes_of, read_rows
+from protopush.report.number_sections import (
+    ReportData,
+    chart_of,
+    confusion_matrix,
+    drawn_groups,
+    pushes_of,
+    read_rows,
+    reliability,
+)
+from protopush.report.sections import SECTIONS
 from protopush.runs.run import open_run
+from protopush.training.config import RunConfig
 
 EVIL = "<img src=x onerror=alert(1)>"
 WORSE = "\"'><script>alert(2)</script>{{ 7 * 7 }}"
@@ -124,12 +144,10 @@ def page(parts, tmp_path_factory):
     return Page(path.read_text(encoding="utf-8"))
 
 
-def content_of(parts, **other):
-    values = parts | other
-    return gather(
-        values["run"], values["measured"], values["neighbours"], values["checks"], values["audit"],
-        values["comparison"], values["run"].root, "cpu",
-    )  # fmt: skip
+def section(name, parts, **other):
+    """The context of a section."""
+    values = {"device": "cpu", "root": parts["run"].root} | parts | other
+    return SECTIONS[name][1](ReportData(**values))
 
 
 # Names
@@ -199,7 +217,7 @@ def test_what_is_missing_is_told(parts, tmp_path):
     text = Page(path.read_text(encoding="utf-8")).text
     for told in (
         "Not checked", "protopush verify", "were not audited", "--audit true", "not compared with another", "--against",
-        "were not looked for", "Where it looks : not measured",
+        "were not searched for", "Where the evidence lies : not measured",
     ):  # fmt: skip
         assert told in text
     assert "anchors hold" not in text
@@ -209,19 +227,19 @@ def test_what_is_missing_is_told(parts, tmp_path):
 def test_a_run_that_was_never_pushed(parts, tmp_path):
     run = open_run(parts["run"].folder)
     run.head.proto_manager.anchors[:] = [None] * len(run.head.proto_manager.anchors)
-    content = content_of(parts, run=run, checks=None)
-    assert content.certificate.badge.text == "Never pushed"
-    assert all("Never pushed" in card.missing and card.part is None for one in content.prototypes for card in one.cards)
+    assert section("certificate", parts, run=run, checks=None)["verdict"] == ("warn", "Never pushed")
+    cards = [card for one in section("prototypes", parts, run=run)["classes"] for card in one["cards"]]
+    assert all("Never pushed" in card["missing"] and card["part"] is None for card in cards)
     assert "Never pushed" in build_report(**parts | {"run": run}, path=tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_the_state_of_the_certificate(parts):
     checks = parts["checks"]
-    assert content_of(parts).certificate.badge.text == f"All {len(checks)} anchors hold"
+    assert section("certificate", parts)["verdict"] == ("good", f"All {len(checks)} anchors hold")
     broken = [replace(checks[0], fault="file_changed"), *checks[1:]]
-    certificate = content_of(parts, checks=broken).certificate
-    assert certificate.badge == replace(certificate.badge, state="bad", text=f"1 of {len(checks)} anchors do not hold")
-    assert [fault.problem for fault in certificate.faults] == ["file changed"]
+    certificate = section("certificate", parts, checks=broken)
+    assert certificate["verdict"] == ("bad", f"1 of {len(checks)} anchors do not hold")
+    assert [fault["problem"] for fault in certificate["faults"]] == ["file changed"]
 
 
 # Numbers
@@ -233,10 +251,10 @@ def test_the_page_has_the_measured_numbers(page, parts):
         assert f"{found[key]:.3f}" in page.text
     low, high = found["intervals"]["balanced_accuracy"]
     assert f"{low:.3f} to {high:.3f}" in page.text
-    content = content_of(parts)
-    assert content.confusion.rows == found["confusion"]
-    assert [row.n for row in content.class_rows] == [sum(row) for row in found["confusion"]]
-    assert sum(some.count for some in content.reliability) == found["n"]
+    confused = section("confusion", parts)
+    assert confused["matrix"]["rows"] == found["confusion"]
+    assert [row["n"] for row in section("numbers", parts)["classes"]] == [sum(row) for row in found["confusion"]]
+    assert sum(count for _, _, count in confused["reliability"]) == found["n"]
 
 
 def test_a_number_that_nobody_knows_is_shown_under_its_own_name():
@@ -248,7 +266,7 @@ def test_a_number_that_nobody_knows_is_shown_under_its_own_name():
     groups = number_groups(
         {"classification": values, "future": {"count": 3, "many": [0.5, None]}, "localization": None}
     )
-    told = {(group.title, number.name): (number.text, number.interval) for group in groups for number in group.numbers}
+    told = {(g["title"], one["name"]): (one["text"], one["interval"]) for g in groups for one in g["numbers"]}
     assert told == {
         ("Classification", "accuracy"): ("–", None),
         ("Classification", "deep.new"): ("0.250", (0.1, 0.3)),
@@ -261,9 +279,9 @@ def test_chance_is_that_of_the_data():
     values = {"per_class": {"a": {}, "b": {}, "c": {}, "d": {}}, "balanced_accuracy": 0.5, "auroc": 0.9}
     region = {"mask_area": 0.3, "pointing_game": 0.5}
     (balanced, auroc), (_, pointing) = (
-        g.numbers for g in number_groups({"classification": values, "localization": region})
+        g["numbers"] for g in number_groups({"classification": values, "localization": region})
     )
-    assert (balanced.chance, auroc.chance, pointing.chance) == (0.25, 0.5, 0.3)
+    assert (balanced["chance"], auroc["chance"], pointing["chance"]) == (0.25, 0.5, 0.3)
 
 
 def test_reliability_against_loops():
@@ -280,13 +298,12 @@ def test_reliability_against_loops():
             ]
             if sure:
                 told.append((np.mean([p for p, _ in sure]), np.mean([right for _, right in sure]), len(sure)))
-        found = [(some.confidence, some.accuracy, some.count) for some in reliability(probabilities, labels)]
-        np.testing.assert_allclose(found, told)
+        np.testing.assert_allclose(reliability(probabilities, labels), told)
 
 
 def test_reliability_at_the_edges():
     bins = reliability(torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]), torch.tensor([0, 0, 1]), bins=2)
-    assert [(some.confidence, some.accuracy, some.count) for some in bins] == [(0.5, 0.5, 2), (1.0, 1.0, 1)]
+    assert bins == [(0.5, 0.5, 2), (1.0, 1.0, 1)]
 
 
 def test_confusions_against_loops():
@@ -295,51 +312,55 @@ def test_confusions_against_loops():
         counts = random.integers(0, 5, (classes, classes))
         counts[1] = 0  # a class without images
         names = [f"c{i}" for i in range(classes)]
-        found = confusion_of(counts.tolist(), names)
-        assert found.rows == ([] if classes > 30 else counts.tolist())
+        found = confusion_matrix(counts.tolist(), names)
+        assert found["rows"] == ([] if classes > 30 else counts.tolist())
         expected = [
             (names[i], names[j], counts[i, j], counts[i, j] / counts[i].sum())
             for i in range(classes)
             for j in range(classes)
             if i != j and counts[i, j]
         ]
-        assert set(found.common) <= set(expected)
-        assert [n for _, _, n, _ in found.common] == sorted((n for _, _, n, _ in expected), reverse=True)[:12]
-    assert confusion_of(None, ["a", "b"]) is None
+        assert set(found["common"]) <= set(expected)
+        assert [n for _, _, n, _ in found["common"]] == sorted((n for _, _, n, _ in expected), reverse=True)[:12]
+    assert confusion_matrix(None, ["a", "b"]) is None
 
 
 @pytest.mark.parametrize(
     ("share", "told"),
-    [(0.0, "0 %"), (1e-9, "< 1 %"), (0.005, "< 1 %"), (0.5, "50 %"), (0.996, "> 99 %"), (1.0, "100 %")],
+    [(0.0, "0"), (1e-9, "<0.1%"), (0.0004, "<0.1%"), (0.5, "50.0%"), (0.9996, ">99.9%"), (1.0, "100")],
 )
 def test_percent_says_never_and_always_only_where_it_is_so(share, told):
-    assert percent(share) == told
+    assert percent(share).startswith(told)
+    assert build.environment().from_string("{{ share | percent }}").render(share=share) == escape(percent(share))
 
 
 # Cases
 
 
 def test_cases_add_up(parts):
-    content = content_of(parts)
-    assert content.cases
-    for case in content.cases:
-        said = case.scores[0]
-        assert case.predicted == said.name
-        assert case.right == (case.predicted == case.truth)
-        total = sum(look.contribution for look in case.looks) + case.others_sum
-        assert total == pytest.approx(said.contributions)
-        assert total + said.bias == pytest.approx(said.logit, abs=1e-4)
-        assert all(look.similarity * look.weight == pytest.approx(look.contribution, abs=1e-5) for look in case.looks)
-        assert any("true class" in score.role for score in case.scores)
+    cases = section("cases", parts)["cases"]
+    assert cases
+    for case in cases:
+        said, rows = case["scores"][0], case["rows"]
+        assert case["predicted"] == said["name"]
+        assert case["right"] == (case["predicted"] == case["truth"])
+        total = sum(row["contribution"] for row in rows) + case["others_sum"]
+        assert total == pytest.approx(said["contributions"])
+        assert total + said["bias"] == pytest.approx(said["logit"], abs=1e-4)
+        assert all(row["similarity"] * row["weight"] == pytest.approx(row["contribution"], abs=1e-5) for row in rows)
+        assert any("true class" in score["role"] for score in case["scores"])
+        low, high = case["heat_range"]
+        assert (low, high) == (min(sum(rows[0]["match"].map, ())), max(sum(rows[0]["match"].map, ())))
+        assert high == pytest.approx(rows[0]["similarity"])
 
 
-def test_telling_cases_against_loops():
+def test_selected_cases_against_loops():
     for seed in range(30):
         random = np.random.default_rng(seed)
         n, classes = int(random.integers(1, 12)), int(random.integers(2, 4))
         probabilities = torch.tensor(random.dirichlet(np.ones(classes), n).round(1))  # ties
         labels = torch.tensor(random.integers(0, classes, n))
-        found = telling(probabilities, labels, each=3)
+        found = select_cases(probabilities, labels, each=3)
         top, predicted = probabilities.max(dim=1)
         chosen = [i for some in found.values() for i in some]
         assert len(chosen) == len(set(chosen))
@@ -359,28 +380,28 @@ def test_telling_cases_against_loops():
 def test_no_wrong_answer_is_told(parts, tmp_path):
     measured = parts["measured"]
     sure = replace(measured, labels=measured.probabilities.argmax(dim=1))
-    content = content_of(parts, measured=sure)
-    assert content.all_right
-    assert {case.title for case in content.cases} == {"Right, and sure of it", "Not sure"}
+    shown = section("cases", parts, measured=sure)
+    assert shown["all_right"]
+    assert {case["title"] for case in shown["cases"]} == {"Right, and sure of it", "Not sure"}
 
 
 # Prototypes
 
 
 def test_each_prototype_is_shown_with_its_source(parts):
-    content, run = content_of(parts), parts["run"]
+    classes, run = section("prototypes", parts)["classes"], parts["run"]
     manager = run.head.proto_manager
-    for c, one in enumerate(content.prototypes):
-        assert one.name == run.class_names[c]
-        assert len(one.cards) == int(manager.mask()[c].sum())
-        for card in one.cards:
-            anchor = manager.anchors[c * manager.max_prototypes + card.number]
-            assert card.file == anchor.file
-            assert card.part is not None
-            assert card.source.frames
-            assert [near.class_name for near in card.own] == [one.name] * len(card.own)
-            assert one.name not in [near.class_name for near in card.others]
-            assert all(near.picture is not None for near in card.own + card.others)
+    for c, one in enumerate(classes):
+        assert one["name"] == run.class_names[c]
+        slots = manager.mask()[c].nonzero().flatten().tolist()
+        assert [some["name"] for some in one["cards"]] == [f"{one['name']} #{k}" for k in slots]
+        for k, shown in zip(slots, one["cards"], strict=True):
+            assert shown["file"] == manager.anchors[c * manager.max_prototypes + k].file
+            assert shown["part"] is not None
+            assert shown["source"].frames
+            assert [near["class_name"] for near in shown["own"]] == [one["name"]] * len(shown["own"])
+            assert one["name"] not in [near["class_name"] for near in shown["others"]]
+            assert all(near["picture"] is not None for near in shown["own"] + shown["others"])
 
 
 def test_images_that_are_gone_leave_a_gap(parts, tmp_path):
@@ -421,11 +442,10 @@ def test_a_part_holds_its_box(box):
 
 def test_heat_lies_on_what_the_model_sees_and_nowhere_else():
     picture = Image.new("RGB", (300, 100), (120, 120, 120))
-    warm, span = heat(picture, (100, 0, 200, 100), ((0.0, 1.0), (0.5, 0.25)), 300, "")
+    warm = heat(picture, ((0.0, 1.0), (0.5, 0.25)), View.of((300, 100), (200, 200)), 300, "")
     with Image.open(io.BytesIO(base64.b64decode(warm.uri.split(",")[1]))) as stored:
         pixels = np.asarray(stored, dtype=float)
     spread = pixels.max(axis=2) - pixels.min(axis=2)
-    assert span == (0.0, 1.0)
     assert spread[:, :90].max() < 10
     assert spread[:, 210:].max() < 10
     assert spread[:, 105:195].mean() > 30
@@ -433,8 +453,7 @@ def test_heat_lies_on_what_the_model_sees_and_nowhere_else():
 
 
 def test_an_even_map_has_no_colours_to_divide_by():
-    _, span = heat(Image.new("RGB", (10, 10)), (0, 0, 10, 10), ((0.3,),), 10, "")
-    assert span == (0.3, 0.3)
+    assert heat(Image.new("RGB", (10, 10)), ((0.3,),), View.of((10, 10), (10, 10)), 10, "").uri
 
 
 @pytest.mark.parametrize(
@@ -448,11 +467,11 @@ def test_what_looks_alike_by_nature_is_no_leak_yet():
     pair = Pair("a.jpg", "b.jpg", ("train", "test"), ("cat", "cat"), same_group=False, identical=False, similarity=0.95)
     found = Audit({"train": {"cat": 50}}, duplicates=(pair,) * 30)
     assert found.leaks
-    assert audit_of(found).badge.state == "warn"
-    assert audit_of(replace(found, duplicates=(pair,))).badge.state == "bad"
-    assert audit_of(replace(found, shared_groups={"lesion": {"train": 1, "test": 1}})).badge.state == "bad"
-    assert audit_of(replace(found, duplicates=(*[pair] * 30, replace(pair, identical=True)))).badge.state == "bad"
-    assert audit_of(replace(found, duplicates=())).badge.state == "good"
+    assert audit_verdict(found)[0] == "warn"
+    assert audit_verdict(replace(found, duplicates=(pair,)))[0] == "bad"
+    assert audit_verdict(replace(found, shared_groups={"lesion": {"train": 1, "test": 1}}))[0] == "bad"
+    assert audit_verdict(replace(found, duplicates=(*[pair] * 30, replace(pair, identical=True))))[0] == "bad"
+    assert audit_verdict(replace(found, duplicates=()))[0] == "good"
 
 
 # Pushes
@@ -470,14 +489,14 @@ def test_pushes_as_the_file_tells_them(tmp_path):
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     first, live, last = pushes_of(read_rows(tmp_path / "metrics.jsonl"))
-    assert (first.when, first.how, first.min_dist) == ("epoch 5", "patches, momentum 0.9", 0.5)
-    assert ("accuracy", 0.5, 0.25) in first.scores
-    assert ("AUROC", None, None) in first.scores
-    assert len(first.notes) == 4
-    assert live.when == "after training"
-    assert live.min_dist is None
-    assert live.notes == ["from the weights of epoch 4, the best on validation images"]
-    assert (last.when, last.how, last.min_dist) == ("by command", "whole images, momentum 0", None)
+    assert (first["when"], first["how"], first["min_dist"]) == ("epoch 5", "patches, momentum 0.9", 0.5)
+    assert ("accuracy", 0.5, 0.25) in first["scores"]
+    assert ("AUROC", None, None) in first["scores"]
+    assert len(first["notes"]) == 4
+    assert live["when"] == "after training"
+    assert live["min_dist"] is None
+    assert live["notes"] == ["from the weights of epoch 4, the best on validation images"]
+    assert (last["when"], last["how"], last["min_dist"]) == ("by command", "whole images, momentum 0", None)
     assert chart_of([first, live, last]) is None  # one point is no line
     assert read_rows(tmp_path / "none.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
@@ -491,11 +510,156 @@ def test_the_chart_is_to_scale():
         values = random.uniform(0, 2, count)
         pushes = pushes_of([{"push": i + 1, "min_dist": v, "mean_dist": v + 0.1} for i, v in enumerate(values)])
         chart = chart_of(pushes)
-        top = float(chart.y_ticks[-1][1])
+        top = float(chart["y_ticks"][-1][1])
         assert top >= max(values) + 0.1
-        (line,) = [some for some in chart.series if "min_dist" in some.name]
-        for (x, y), value in zip(line.points, values, strict=True):
-            assert 0 <= x <= chart.width
-            assert y == pytest.approx(chart.height * (1 - value / top), abs=0.2)
-        assert len(chart.x_ticks) <= 12
-        assert chart.y_ticks[0] == (chart.height, "0")
+        (line,) = [some for some in chart["series"] if "min_dist" in some["name"]]
+        for (x, y, drawn), value in zip(line["points"], values, strict=True):
+            assert drawn == value
+            assert 0 <= x <= chart["width"]
+            assert y == pytest.approx(chart["height"] * (1 - value / top), abs=0.2)
+        assert len(chart["x_ticks"]) <= 12
+        assert chart["y_ticks"][0] == (chart["height"], "0")
+
+
+# What several places say is one thing.
+
+
+def pair_of(first, split, group=False, label="cat", identical=False):
+    splits = ("train", split)
+    return Pair(first, "b.jpg", splits, ("cat", label), same_group=group, identical=identical, similarity=0.97)
+
+
+def test_the_audit_counts_alike_on_the_command_line_and_in_the_report(parts, tmp_path):
+    duplicates = (
+        pair_of("1.jpg", "train"), pair_of("2.jpg", "train"), pair_of("3.jpg", "train", group=True),
+        pair_of("4.jpg", "test", label="dog"), pair_of("5.jpg", "train", identical=True),
+    )  # fmt: skip
+    found = Audit({"train": {"cat": 5}, "test": {"cat": 1}}, {"g": {"train": 1, "test": 1}}, duplicates,
+                  unreadable={"x.jpg": "missing"}, small={"y.jpg": (3, 3)})  # fmt: skip
+    checks = {check.name: check for check in audit_findings(found)}
+    assert {name: check.count for name, check in checks.items()} == {
+        "groups (lesions, patients) in several splits": 1,
+        "identical files across splits": 0,
+        "near duplicates across splits": 1,
+        "identical files in one split": 1,
+        "near duplicates in one split": 2,
+        "near duplicates in one group": 1,
+        "duplicates with different labels": 1,
+        "unreadable files": 1,
+        "images with a side below 32 pixels": 1,
+    }
+    leaks = ["groups (lesions, patients) in several splits", "near duplicates across splits"]
+    assert [name for name, check in checks.items() if check.is_leak] == leaks
+    table = audit_table(found)
+    page = build_report(**parts | {"audit": found}, path=tmp_path / "r.html").read_text(encoding="utf-8")
+    text = Page(page).text
+    for check in checks.values():
+        (line,) = [line for line in table.splitlines() if line.strip().startswith(check.name + "  ")]
+        assert line.split(check.name)[1].split()[0] == str(check.count)
+        assert f"{check.name} {check.count} " in text
+    assert audit_verdict(found)[1] in table
+    assert audit_verdict(found)[1] in text
+    assert found.leaks == any(check.is_leak for check in checks.values())
+
+
+def test_the_anchors_have_one_verdict_on_the_command_line_and_in_the_report(parts):
+    good = parts["checks"]
+    never = [replace(good[0], fault="no_anchor"), *good[1:]]
+    broken = [replace(good[0], fault="no_anchor"), replace(good[1], fault="file_missing"), *good[2:]]
+    for checks in (good, never, broken):
+        verdict = section("certificate", parts, checks=checks)["verdict"]
+        assert verdict == section("summary", parts, checks=checks)["verdict"] == anchors_verdict(checks)
+        assert anchors_table(checks).startswith(verdict[1])
+    assert anchors_verdict(never) == ("warn", f"{len(good) - 1} of {len(good)} anchors hold, 1 was never pushed")
+    assert anchors_verdict(broken) == ("bad", f"1 of {len(good)} anchors do not hold")
+    assert anchors_verdict([replace(check, fault="no_anchor") for check in good]) == ("warn", "Never pushed")
+
+
+def test_metrics_have_one_name_and_one_number_everywhere(parts, page, tmp_path):
+    found, terms = parts["measured"].numbers["classification"], TERMS["classification"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "val": found}))
+    model_card, table = card(parts["run"].model, tmp_path / "metrics.jsonl"), metrics_table(found)
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        name, value = terms[key].name, metric_text(found[key])
+        assert f"| {name} | {value} |" in model_card
+        assert re.search(rf"^\s*{name}\s+{value}$", table, flags=re.M)
+        assert f"{name} {value} " in page.text
+    for _, words, better, (kind, *keys) in ROWS:
+        term = TERMS[kind][".".join(keys)]
+        assert term.better == better, words
+        if kind == "classification":
+            assert term.name == words
+
+
+def test_a_comparison_has_the_names_of_the_glossary(parts):
+    rows = [
+        {"group": group, "metric": words, "better": better, "values": [0.5], "intervals": [None]}
+        for group, words, better, _ in ROWS
+    ]
+    shown = section("comparison", parts, comparison={"runs": [], "rows": rows})["rows"]
+    assert [row["name"] for row in shown] == [TERMS[kind][".".join(keys)].name for *_, (kind, *keys) in ROWS]
+
+
+def test_a_decision_has_the_same_words_on_the_command_line_and_in_the_report(parts, tmp_path):
+    (made,) = section("certificate", parts)["decisions"]
+    assert made.summary.startswith(f"{EVIL} #0 must not stand for its part of ")
+    table = decision_table(made, "run")
+    text = Page(build_report(**parts, path=tmp_path / "r.html").read_text(encoding="utf-8")).text
+    for words in (made.summary, made.reason, made.who):
+        assert " ".join(words.split()) in " ".join(table.split())
+        assert words in text
+    assert made.effect in text
+    kinds = {"image": "no prototype may", "mask": "inside the masks", "keep": "is kept", "undo": "decision no. 7"}
+    for kind, words in kinds.items():
+        assert words in replace(made, kind=kind, undoes=7).summary
+
+
+def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path):
+    demo = importlib.import_module("protopush.cli.demo")
+
+    drawn = []
+    random = np.random.default_rng(0)
+    probabilities, labels = torch.tensor(random.dirichlet(np.ones(3), 30)), torch.tensor(random.integers(0, 3, 30))
+    samples = [SimpleNamespace(image=tmp_path / f"{i}.png") for i in range(30)]
+    numbers = {"classification": {"n": 30, "accuracy": 0.5, "balanced_accuracy": 0.5, "auroc": None}}
+    measured = SimpleNamespace(
+        probabilities=probabilities, labels=labels, dataset=SimpleNamespace(samples=samples), numbers=numbers
+    )
+    monkeypatch.setattr(demo, "train", lambda *_, **__: None)
+    monkeypatch.setattr(demo, "write_report", lambda *_: (tmp_path / "report.html", measured))
+    monkeypatch.setattr(
+        demo, "explain_to", lambda _, image, out, name, device: drawn.append((name, image)) or {"panel": name}
+    )
+    words = demo.run_demo(RunConfig(), tmp_path)
+    first = {kind: some[0] for kind, some in select_cases(probabilities, labels).items()}
+    assert dict(drawn) == {demo.NAMES[kind]: samples[i].image for kind, i in first.items()}
+    assert "accuracy 0.500, balanced accuracy 0.500." in words
+
+
+def test_a_section_is_one_function_one_template_and_one_line(parts, monkeypatch, tmp_path):
+    (tmp_path / "weather.html.j2").write_text("<p>{{ words }}</p>", encoding="utf-8")
+    monkeypatch.setitem(SECTIONS, "weather", ("Weather", lambda data: {"words": f"<sunny> {data.measured.split}"}))
+    monkeypatch.setattr(
+        build.environment(), "loader", ChoiceLoader([FileSystemLoader(tmp_path), build.environment().loader])
+    )
+    page = Page(build_report(**parts, path=tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "<sunny> test" in page.text
+    assert "#weather" in page.all("href")
+
+
+def test_each_image_of_a_report_is_decoded_once(parts, monkeypatch, tmp_path):
+    read: Counter = Counter()
+    for module in ("cases", "inline_pictures"):
+        real = importlib.import_module(f"protopush.report.{module}").read_image
+        monkeypatch.setattr(
+            f"protopush.report.{module}.read_image", lambda file, real=real: read.update([file]) or real(file)
+        )
+    build_report(**parts, path=tmp_path / "r.html")
+    assert read
+    assert max(read.values()) == 1
+
+
+def test_rows_of_a_contribution_are_those_of_the_explanation(parts):
+    (case, *_) = section("cases", parts)["cases"]
+    assert [row["number"] for row in case["rows"]] == list(range(1, len(case["rows"]) + 1))
+    assert max(row["share"] for row in case["rows"]) == 1.0

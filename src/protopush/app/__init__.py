@@ -1,1 +1,1 @@
-"""The review app: a page on this computer where people look at predictions and prototypes, and decide about these."""
+"""The review app: a page on this computer where people view predictions and prototypes, and decide about these."""

@@ -9,25 +9,26 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from protopush.app.html import contributions, message, prediction
-from protopush.app.run_store import Desk
+from protopush.app.page import PRIVATE, message, render
+from protopush.app.run_store import RunStore
 from protopush.app.upload import KINDS, Limits, Upload, read_upload
 from protopush.data.transforms import View
 from protopush.errors import InputError
 from protopush.explain import draw_panel, draw_why_not, explain_batch
-from protopush.explain.explanation import Explanation
+from protopush.explain.explanation import ClassEvidence, Explanation
 from protopush.models.model_folder import Run
+from protopush.report.cases import contribution_rows
 
 SIDE = 1600  # longest side of the copy that pictures are drawn from
 NARROW = 820  # pixels of a screen below which pictures are made for a phone
-TOP, PANEL = 10, 3  # classes told, and of these in the panel
+TOP, PANEL, LINES = 10, 3, 10  # classes listed, of these in the panel, and prototypes listed
 WITH_WIDTH = "(value, other) => [value, window.innerWidth]"
 WITH_WIDTH_2 = "(value, other, width) => [value, other, window.innerWidth]"
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a page keeps of an image while somebody looks at it: (3, H, W) for the model, and a copy to draw on."""
+class Shown:
+    """What a page keeps of an image while it is shown: (3, H, W) for the model, and a copy to draw on."""
 
     name: str
     pixels: Tensor
@@ -35,45 +36,45 @@ class Looked:
     copy: Image.Image
 
     @classmethod
-    def of(cls, run: Run, upload: Upload) -> Looked:
+    def of(cls, run: Run, upload: Upload) -> Shown:
         """An upload, as the model sees it."""
-        view = run.transform.view(upload.image.size)
-        pixels = run.transform(upload.image)
         copy = upload.image.copy()
         copy.thumbnail((SIDE, SIDE))
-        return cls(upload.name, pixels, view, copy)
+        return cls(upload.name, run.transform(upload.image), run.transform.view(upload.image.size), copy)
 
-    def explain(self, desk: Desk, run: Run, also: tuple[str, ...] = ()) -> Explanation:
-        """All that speaks for the most probable classes, and for others that are asked for."""
-        batch = self.pixels.unsqueeze(0).to(desk.device)
-        top = min(TOP, len(run.class_names))
+    def explain(self, store: RunStore, run: Run, also: tuple[str, ...] = ()) -> Explanation:
+        """All that counts for the most probable classes, and for others that are asked for."""
+        batch, top = self.pixels.unsqueeze(0).to(store.device), min(TOP, len(run.class_names))
         return explain_batch(run.model, batch, [self.view], [self.name], run.class_names, top, also)[0]
 
 
-def explain_tab(desk: Desk, limits: Limits) -> None:
+def contributions(evidence: ClassEvidence) -> str:
+    """What each prototype adds to the score of a class, and that this is the whole score, as HTML."""
+    return render("contributions", evidence, contribution_rows(evidence)[:LINES], evidence.matches[LINES:])
+
+
+def explain_tab(store: RunStore, limits: Limits) -> None:
     """Build the tab."""
     about = (
         f"Choose one image ({KINDS}; at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels). It stays "
         "on the computer that this app runs on, and is deleted when the app ends."
     )
+    picture: dict[str, Any] = {
+        "visible": False, "interactive": False, "format": "png", "buttons": ["download", "fullscreen"],
+        "show_label": False,
+    }  # fmt: skip
     width = gr.Number(visible=False)
     kept = gr.State(None, time_to_live=3600)
     gr.HTML(message(about, "plain"))
     file = gr.File(label="Image", file_count="single", elem_id="pp-upload", height=150)
     said = gr.HTML(elem_id="pp-said")
-    panel = gr.Image(
-        visible=False, interactive=False, format="png", elem_id="pp-panel", buttons=["download", "fullscreen"],
-        label="Panel: this part of the image looks like that part of a training image", show_label=False,
-    )  # fmt: skip
+    panel = gr.Image(elem_id="pp-panel", label="This part looks like that part of a training image", **picture)
     sums = gr.HTML(elem_id="pp-sums")
     with gr.Column(visible=False) as question:
         gr.HTML("<h3>Why not another class?</h3>")
         other = gr.Dropdown(label="Compare with", choices=[], elem_id="pp-other", filterable=False)
         answer = gr.HTML()
-        beside = gr.Image(
-            visible=False, interactive=False, format="png", elem_id="pp-why", buttons=["download", "fullscreen"],
-            label="Why this class and not that one", show_label=False,
-        )  # fmt: skip
+        beside = gr.Image(elem_id="pp-why", label="Why this class and not that one", **picture)
     shown = [kept, said, panel, sums, question, other, beside, answer]
 
     def nothing(text: str = "") -> list[Any]:
@@ -84,18 +85,17 @@ def explain_tab(desk: Desk, limits: Limits) -> None:
         if path is None:
             return nothing()
         try:
-            upload, run = read_upload(path, limits), desk.run()
-            looked = Looked.of(run, upload)
-            explanation = looked.explain(desk, run)
+            upload, run = read_upload(path, limits), store.run()
+            image = Shown.of(run, upload)
+            explanation = image.explain(store, run)
         except InputError as error:
             return nothing(message(str(error), "bad"))
         some = replace(explanation, classes=explanation.classes[:PANEL])
-        drawn = draw_panel(some, looked.copy, run.picture, narrow=_is_narrow(pixels))
         others = [name for name in run.class_names if name != explanation.predicted_name]
         return [
-            looked,
-            prediction(explanation, upload.note),
-            gr.Image(value=drawn, visible=True),
+            image,
+            render("prediction", explanation, upload.note),
+            gr.Image(value=draw_panel(some, image.copy, run.picture, narrow=_is_narrow(pixels)), visible=True),
             contributions(explanation.classes[0]),
             gr.Column(visible=bool(others)),
             gr.Dropdown(choices=others, value=None),
@@ -103,22 +103,21 @@ def explain_tab(desk: Desk, limits: Limits) -> None:
             "",
         ]
 
-    def why_not(looked: Looked | None, name: str | None, pixels: float | None) -> list[Any]:
+    def why_not(image: Shown | None, name: str | None, pixels: float | None) -> list[Any]:
         hidden = gr.Image(value=None, visible=False)
-        if looked is None or name is None:
+        if image is None or name is None:
             return [hidden, message("Choose the image again; this one was forgotten.", "bad") if name else ""]
         try:
-            run = desk.run()
-            found = looked.explain(desk, run, (name,))
-            drawn = draw_why_not(found, name, looked.copy, run.picture, narrow=_is_narrow(pixels))
+            run = store.run()
+            found = image.explain(store, run, (name,))
+            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=_is_narrow(pixels))
         except InputError as error:  # since somebody changed the run, it may be the predicted class
             return [hidden, message(str(error), "bad")]
         return [gr.Image(value=drawn, visible=True), ""]
 
-    quiet: dict[str, Any] = {"api_visibility": "private"}
-    file.upload(explain, [file, width], shown, js=WITH_WIDTH, **quiet)
-    file.clear(lambda: nothing(), None, shown, **quiet)
-    other.input(why_not, [kept, other, width], [beside, answer], js=WITH_WIDTH_2, **quiet)
+    file.upload(explain, [file, width], shown, js=WITH_WIDTH, **PRIVATE)
+    file.clear(lambda: nothing(), None, shown, **PRIVATE)
+    other.input(why_not, [kept, other, width], [beside, answer], js=WITH_WIDTH_2, **PRIVATE)
 
 
 def _is_narrow(pixels: float | None) -> bool:

@@ -1,40 +1,38 @@
-"""The whole page: three tabs."""
+"""Templates, messages and the theme that the tabs share."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-from markupsafe import Markup
 
-from protopush.app.decisions_tab import decisions_tab
-from protopush.app.explain_tab import explain_tab
-from protopush.app.prototypes_tab import prototypes_tab
-from protopush.app.run_store import Desk
-from protopush.app.upload import Limits
-from protopush.app.usage_worker import Lookout
+from protopush import report
+from protopush.report.build import environment
 
-STYLE = Path(__file__).with_name("style.css")
+STYLES = [Path(report.__file__).parent / "templates" / "macros.css", Path(__file__).parent / "templates" / "app.css"]
 # Of the framework's outermost box, which its own way of adding styles doesn't reach.
 HEAD = "<style>@media (max-width: 640px) { .gradio-container > .main { padding: 8px !important; } }</style>"
 OLD = (600, 3600)  # every so many seconds, files that nobody has touched for so long are deleted
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # of every event: nothing is called but by the page
 
 
-def build_page(desk: Desk, limits: Limits) -> gr.Blocks:
-    """The page for a run."""
-    run, lookout = desk.run(), Lookout(desk)
-    title = f"Review of {run.folder.resolve().name}"
-    page: gr.Blocks
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=OLD, fill_width=True) as page:
-        gr.HTML(Markup('<h1 class="pp-title">{}</h1>').format(title))
-        with gr.Tabs():
-            with gr.Tab("Explain", id="explain"):
-                explain_tab(desk, limits)
-            with gr.Tab("Prototypes", id="prototypes"):
-                prototypes_tab(desk, lookout, page)
-            with gr.Tab("Decisions", id="decisions") as tab:
-                decisions_tab(desk, tab)
-    return page
+def render(piece: str, *values: Any, **context: Any) -> str:
+    """A macro of ``templates/tabs.html.j2`` as HTML; all text from files or people is escaped by it."""
+    tabs = environment("protopush.app").get_template("tabs.html.j2")
+    return str(getattr(tabs.module, piece)(*values, **context))
+
+
+def message(text: str, kind: str = "note") -> str:
+    """A line in a box: ``note``, ``good`` or ``bad``; ``plain`` without one."""
+    return render("message", text, kind)
+
+
+def decision_fields(prefix: str) -> tuple[gr.Textbox, gr.Textbox]:
+    """Who decides, and why."""
+    who = gr.Textbox(label="Your name (needed)", max_length=200, max_lines=1, elem_id=f"{prefix}-who")
+    reason = gr.Textbox(label="Reason (needed)", max_lines=4, lines=2, max_length=2000, elem_id=f"{prefix}-reason")
+    return who, reason
 
 
 def theme() -> gr.themes.Base:

@@ -1,7 +1,8 @@
-"""A run as it is on disk now, and what people do with it; many may do so at once."""
+"""The run as it is on disk now, what people do with it, and what is computed about it in the background."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,21 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
+from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Catalog
 from protopush.data.sources import load_catalog
 from protopush.errors import InputError, listing
+from protopush.explain.neighbours import Neighbours, find_neighbours
 from protopush.models.model_folder import Run
+from protopush.nn.head import HeadOutput
+from protopush.nn.prototypes import Anchor
+from protopush.preserve_state import preserve_state
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
 from protopush.runs.undo import undo
 
+logger = logging.getLogger("protopush.training")
+
 
 @dataclass
-class Desk:
-    """Reads the run anew when somebody, here or elsewhere, has changed it.
+class RunStore:
+    """A run that many people review at once; it is read again when somebody, here or elsewhere, has changed it.
 
     Args:
         folder: the run's.
@@ -32,9 +42,9 @@ class Desk:
         num_workers: processes that read images.
 
     Attributes:
-        idle: set while nobody here is working out a decision; what can wait, waits for it.
-        closing: set when the app ends; what works in the background stops then.
-        background: threads that do so.
+        idle: set while no decision is being worked out here; what can wait, waits for it.
+        closing: set when the app ends; background work stops then.
+        background: threads that do it.
     """
 
     folder: Path
@@ -65,7 +75,7 @@ class Desk:
             return self._run
 
     def close(self, patience: float = 10.0) -> bool:
-        """Stop what works in the background; whether nothing is at work any more, decisions neither."""
+        """Stop background work; whether nothing is at work any more, decisions neither."""
         self.closing.set()
         decided = self.idle.is_set()
         self.idle.set()
@@ -74,7 +84,7 @@ class Desk:
         return decided and not any(thread.is_alive() for thread in self.background)
 
     def decisions(self) -> list[Decision]:
-        """All of them, the first first."""
+        """All of them, first to last."""
         return load_decisions(self.folder)
 
     def catalog(self, run: Run) -> Catalog:
@@ -87,11 +97,11 @@ class Desk:
         try:
             found = load_catalog(data["path"], data["source"], run.class_names, data.get("split_seed", 0))
         except InputError as error:
-            raise self._unreachable(str(error)) from error
+            raise _unreachable(str(error)) from error
         needed = [sample for sample in found.samples if sample.split in ("train", "val")]
         missing = [sample.name for sample in needed if not sample.image.is_file()]
         if missing:
-            raise self._unreachable(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")
+            raise _unreachable(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")
         return found
 
     def root(self, run: Run) -> Path:
@@ -104,28 +114,27 @@ class Desk:
     def images(self, run: Run, split: str) -> ImageDataset | None:
         """The images of a split; None where it has none."""
         catalog = self.catalog(run)
-        if not any(sample.split == split for sample in catalog.samples):
-            return None
-        return ImageDataset(catalog.split(split), run.transform)
+        known = any(sample.split == split for sample in catalog.samples)
+        return ImageDataset(catalog.split(split), run.transform) if known else None
 
     def forbid(self, prototype: str, reason: str, who: str) -> Decision:
         """Forbid the patch that ``class:number`` stands for; the next best takes its place."""
         wish = Wish(prototype=prototype, reason=reason, who=who)
-        return self._decide(
-            lambda run: forbid(run, wish, run.data | self.data, self.device, self.num_workers), reason, who
-        )
+        return self._decide(lambda run, data: forbid(run, wish, data, self.device, self.num_workers), reason, who)
 
     def undo(self, number: int, reason: str, who: str) -> Decision:
         """Take a decision back."""
         return self._decide(
-            lambda run: undo(run, number, run.data | self.data, self.device, reason, who, self.num_workers), reason, who
+            lambda run, data: undo(run, number, data, self.device, reason, who, self.num_workers), reason, who
         )
 
     def keep(self, prototype: str, reason: str, who: str) -> Decision:
         """Record that a prototype is good as it is."""
-        return self._decide(lambda run: keep(run, prototype, reason, who), reason, who, needs_images=False)
+        return self._decide(lambda run, _: keep(run, prototype, reason, who), reason, who, needs_images=False)
 
-    def _decide(self, made: Callable[[Run], Decision], reason: str, who: str, needs_images: bool = True) -> Decision:
+    def _decide(
+        self, decide: Callable[[Run, dict[str, Any]], Decision], reason: str, who: str, needs_images: bool = True
+    ) -> Decision:
         if not who.strip():
             raise InputError("Please write your name: the record says who has decided.")
         if not reason.strip():
@@ -138,7 +147,7 @@ class Desk:
                 run = self._open()
                 if needs_images:
                     self.catalog(run)
-                return made(run)
+                return decide(run, run.data | self.data)
         finally:
             with self._opening:
                 self._deciding -= 1
@@ -150,8 +159,104 @@ class Desk:
         run.model.to(self.device)
         return run
 
-    def _unreachable(self, why: str) -> InputError:
-        return InputError(
-            f"The training images can't be found ({why}). To forbid or undo, stop the app and start it again with "
-            "--data.path FOLDER (or MANIFEST.csv), where they are now. Nothing was changed."
-        )
+
+def _unreachable(why: str) -> InputError:
+    return InputError(
+        f"The training images can't be found ({why}). To forbid or undo, stop the app and start it again with "
+        "--data.path FOLDER (or MANIFEST.csv), where they are now. Nothing was changed."
+    )
+
+
+@dataclass(frozen=True)
+class Use:
+    """How often a prototype counts, on validation images.
+
+    Attributes:
+        strongest: images of which it is the strongest evidence for what the model says.
+        predicted: images that the model says its class of.
+        images: all.
+    """
+
+    strongest: int
+    predicted: int
+    images: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """By class and slot, for the anchors of that time: neighbours, and uses where there are validation images."""
+
+    anchors: list[Anchor | None]
+    neighbours: list[list[Neighbours | None]]
+    uses: list[list[Use]] | None
+
+
+class UsageWorker:
+    """Neighbours and use of the prototypes, computed when asked for, and again for what was replaced since."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._found: _Found | None = None
+        self._failed: tuple[list[Anchor | None], str] | None = None
+        self._done, self._total = 0, 1
+
+    def of(self, run: Run, row: int) -> tuple[Neighbours | None, Use | None, str]:
+        """Neighbours and use of a prototype; None, with the reason in words, where they aren't known (yet)."""
+        anchors, slots = run.head.proto_manager.anchors, run.head.proto_manager.max_prototypes
+        with self._lock:
+            found, failed = self._found, self._failed
+            if found is not None and found.anchors[row] == anchors[row]:
+                c, k = divmod(row, slots)
+                return found.neighbours[c][k], found.uses[c][k] if found.uses else None, ""
+            if failed is not None and failed[0] == anchors:
+                return None, None, failed[1]
+            if self._thread is None:
+                self._done, self._total = 0, 1
+                self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+                self.store.background[:] = [self._thread]
+                self._thread.start()
+            return None, None, f"Still searching through the images ({100 * self._done // self._total}% done)."
+
+    def _work(self, run: Run) -> None:
+        anchors = list(run.head.proto_manager.anchors)
+        try:
+            found, failed = self._search(run, anchors), None
+        except InputError as error:
+            found, failed = None, (anchors, str(error))
+        except Exception:  # the page stays, no matter what happens here
+            logger.exception("Neighbours of the prototypes were not found")
+            found, failed = None, (anchors, "What else it is like could not be worked out; the log says why.")
+        with self._lock:
+            self._found, self._failed, self._thread = found or self._found, failed, None
+
+    def _search(self, run: Run, anchors: list[Anchor | None]) -> _Found:
+        train, val = self.store.images(run, "train"), self.store.images(run, "val")
+        self._done, self._total = 0, max(1, len(train or ()) + len(val or ()))
+        if train is None:
+            raise InputError("The data have no training images.")
+        neighbours = find_neighbours(run.model, train, self.store.device, advance=self._advance)
+        return _Found(anchors, neighbours, self._uses(run, val) if val is not None else None)
+
+    def _uses(self, run: Run, val: ImageDataset) -> list[list[Use]]:
+        device, manager = self.store.device, run.head.proto_manager
+        mask = manager.mask().cpu()
+        strongest = torch.zeros(mask.shape, dtype=torch.int64)
+        loader: DataLoader[Any] = DataLoader(val, batch_size=inference_batch_size(device))
+        with preserve_state(run.model):
+            for images, *_ in loader:
+                features: Features = run.model.backbone(images.to(device))
+                output: HeadOutput = run.head(features)
+                said = output.logits.argmax(dim=1).cpu()
+                own = output.contributions.cpu()[torch.arange(len(said)), said].masked_fill(~mask[said], -torch.inf)
+                strongest.index_put_((said, own.argmax(dim=1)), torch.ones_like(said), accumulate=True)
+                self._advance(len(images))
+        # The strongest is one of the predicted class, so that a row counts the images of that answer.
+        return [[Use(count, sum(counts), len(val)) for count in counts] for counts in strongest.tolist()]
+
+    def _advance(self, images: int) -> None:
+        self._done += images
+        self.store.idle.wait()  # a decision is not slowed down
+        if self.store.closing.is_set():
+            raise InputError("The app is ending.")

@@ -1,6 +1,6 @@
-"""What the server answers at all: the page and what it needs; nothing for other sites, nothing from other places.
+"""The server: it answers with the page and what that needs; nothing for other sites, nothing from other places.
 
-Start the page and end it: one address, one folder for what is uploaded, nothing left behind.
+One address, one folder for uploads, nothing left behind at the end.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protopush.app.decisions_tab import as_csv, as_json
-from protopush.app.run_store import Desk
+from protopush.app.run_store import RunStore, UsageWorker
 from protopush.app.upload import Limits
 from protopush.errors import InputError
 
@@ -101,11 +100,11 @@ SETTINGS = {
 }
 
 
-def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Show a run until somebody presses Ctrl-C.
 
     Args:
-        desk: the run.
+        store: the run.
         limits: of uploads.
         host: the address to listen on; the page has no passwords.
         port: 0 for any that is free.
@@ -114,14 +113,14 @@ def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860)
         InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
     """
     limits.check()
-    desk.run()
+    store.run()
     with _uploads() as folder, listening(host, port) as door:
-        app = build_app(desk, limits, host, folder)
+        app = build_app(store, limits, host, folder)
         import uvicorn
 
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
         if not is_local(host):
-            logger.warning("Everybody who reaches %s may look and decide; there are no passwords", host)
+            logger.warning("Everybody who reaches %s may view and decide; there are no passwords", host)
         address = f"[{host}]" if ":" in host else host
         try:
             print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
@@ -129,13 +128,13 @@ def serve(desk: Desk, limits: Limits, host: str = "127.0.0.1", port: int = 7860)
         except KeyboardInterrupt:
             pass
         finally:
-            still = not desk.close()
+            still = not store.close()
     print("Review app ended; every decision is in the run.", flush=True)
     if still:  # a decision that is being worked out has changed nothing yet, and would keep the process for minutes
         os._exit(0)
 
 
-def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
+def build_app(store: RunStore, limits: Limits, host: str, folder: Path) -> FastAPI:
     """The application; uploads go to ``folder``."""
     os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(folder))  # gradio reads them when it is imported, and later
     try:
@@ -144,23 +143,23 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         from starlette.middleware import Middleware
     except ImportError as error:
         raise InputError(f"the review app needs gradio ({error}); pip install protopush[app]") from error
-    from protopush.app.page import HEAD, STYLE, build_page, theme
-    from protopush.app.serve import Guard
+    from protopush.app.decisions_tab import as_csv, as_json
+    from protopush.app.page import HEAD, STYLES, theme
 
     guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
 
     @app.get("/decisions.csv")
     def table() -> Response:
-        return Response(as_csv(desk.decisions()), media_type="text/csv; charset=utf-8", headers=_saved_as("csv"))
+        return Response(as_csv(store.decisions()), media_type="text/csv; charset=utf-8", headers=_saved_as("csv"))
 
     @app.get("/decisions.json")
     def details() -> Response:
-        return Response(as_json(desk.decisions()), media_type="application/json", headers=_saved_as("json"))
+        return Response(as_json(store.decisions()), media_type="application/json", headers=_saved_as("json"))
 
     page: FastAPI = gradio.mount_gradio_app(
         app,
-        build_page(desk, limits),
+        build_page(store, limits),
         path="/",
         server_name=host,
         footer_links=[],
@@ -173,9 +172,31 @@ def build_app(desk: Desk, limits: Limits, host: str, folder: Path) -> FastAPI:
         mcp_server=False,
         enable_monitoring=False,
         theme=theme(),
-        css_paths=STYLE,
+        css_paths=STYLES,
         head=HEAD,
     )
+    return page
+
+
+def build_page(store: RunStore, limits: Limits) -> Any:
+    """The page for a run (``gradio.Blocks``): three tabs."""
+    import gradio as gr
+
+    from protopush.app.decisions_tab import decisions_tab
+    from protopush.app.explain_tab import explain_tab
+    from protopush.app.page import OLD, render
+    from protopush.app.prototypes_tab import prototypes_tab
+
+    title = f"Review of {store.run().folder.resolve().name}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=OLD, fill_width=True) as page:
+        gr.HTML(render("heading", title))
+        with gr.Tabs():
+            with gr.Tab("Explain", id="explain"):
+                explain_tab(store, limits)
+            with gr.Tab("Prototypes", id="prototypes"):
+                prototypes_tab(store, UsageWorker(store), page)
+            with gr.Tab("Decisions", id="decisions") as tab:
+                decisions_tab(store, tab)
     return page
 
 

@@ -1,4 +1,4 @@
-"""An image that somebody has dropped on the page: looked at from outside, then read, or refused in plain words."""
+"""An image that somebody has dropped on the page: checked from outside, then read, or refused in plain words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from protopush.data.images import read_image
 from protopush.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content; the name is never looked at
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content, no matter what the name says
 KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
 
 
@@ -70,15 +70,15 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
         raise InputError(
             f"{name} has {size / 1e6:.1f} MB; at most {limits.megabytes:g} MB are allowed. Choose a smaller file."
         )
-    note = _look(path, limits)
+    note = _checked(path, limits)
     try:
         return Upload(name, read_image(path), note)
     except (InputError, MemoryError) as error:
         raise InputError(f"{name} is damaged or cut off and can't be read. Choose a whole file.") from error
 
 
-def _look(path: Path, limits: Limits) -> str:
-    """What the header says: refuse what should not be decoded; returns what to tell about the rest."""
+def _checked(path: Path, limits: Limits) -> str:
+    """What the header says: refuse what should not be decoded; returns a note about the rest."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is a lower one, or meant

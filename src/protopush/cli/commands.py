@@ -325,13 +325,13 @@ def app(words: list[str]) -> int:
     options = parse(parser, words)
     log()
     from protopush.api import data_of, open_with
-    from protopush.app.run_store import Desk
+    from protopush.app.run_store import RunStore
     from protopush.app.serve import serve
     from protopush.app.upload import Limits
 
     run, device = open_with(options)
-    desk = Desk(Path(options.run), data_of(run, options), device)
-    serve(desk, Limits(options.max_megabytes, options.max_megapixels), options.host, options.port)
+    store = RunStore(Path(options.run), data_of(run, options), device)
+    serve(store, Limits(options.max_megabytes, options.max_megapixels), options.host, options.port)
     return 0
 
 

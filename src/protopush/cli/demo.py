@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 from protopush.api import Measuring, explain_to, write_report
+from protopush.metrics.glossary import metric_name, metric_text
+from protopush.report.cases import select_cases
 from protopush.training.config import RunConfig
 from protopush.training.loop import train
+
+NAMES = {"right": "surest-right", "unsure": "least-sure", "wrong": "surest-wrong"}  # of the panels
 
 
 def run_demo(config: RunConfig, out: Path) -> str:
@@ -24,31 +28,13 @@ def run_demo(config: RunConfig, out: Path) -> str:
     page, measured = write_report(run, measuring, out / "report.html")
     samples = measured.dataset.samples
     panels = [
-        explain_to(run, samples[index].image, out / "explanations", name, torch.device("cpu"))["panel"]
-        for name, index in telling_cases(measured.probabilities, measured.labels).items()
+        explain_to(run, samples[i].image, out / "explanations", NAMES[kind], torch.device("cpu"))["panel"]
+        for kind, some in select_cases(measured.probabilities, measured.labels, each=1).items()
+        for i in some
     ]
     image = Path(os.path.relpath(samples[0].image))
     metrics = measured.numbers["classification"]
     return closing_words(out, page, metrics, panels, image, time.perf_counter() - started)
-
-
-def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:
-    """Three images worth a look: the surest right one, the surest wrong one, and the least sure one.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-    """
-    top, predicted = probabilities.max(dim=1)
-    right = predicted == labels
-    cases = {
-        "surest-right": int(top.masked_fill(~right, -1.0).argmax()),
-        "least-sure": int(top.argmin()),
-        "surest-wrong": int(top.masked_fill(right, -1.0).argmax()),
-    }
-    if bool(right.all()):  # then show the least sure of the right ones in its stead
-        cases["surest-wrong"] = int(top.topk(min(2, len(top)), largest=False).indices[-1])
-    return cases
 
 
 def closing_words(
@@ -57,8 +43,8 @@ def closing_words(
     """Where to look, and what to run next, with the command as it was called."""
     called = sys.argv[0] if Path(sys.argv[0]).name == "protopush" else "protopush"
     numbers = ", ".join(
-        f"{name} {metrics[key]:.3f}"
-        for name, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy"), ("AUROC", "auroc"))
+        f"{metric_name(key)} {metric_text(metrics[key])}"
+        for key in ("accuracy", "balanced_accuracy", "auroc")
         if metrics[key] is not None
     )
     looks = "\n".join(f"  {panel}" for panel in panels)

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from protopush.data.audit import SMALL, Audit, Pair
+from protopush.data.audit import Audit, Pair, audit_findings, audit_verdict
 from protopush.errors import listing
 from protopush.evaluation.evaluate import in_short
-from protopush.push.certificate import AnchorCheck
+from protopush.metrics.glossary import PER_CLASS, metric_name
+from protopush.push.certificate import AnchorCheck, anchors_verdict
 from protopush.runs.decisions import Decision
 
 SHOWN = 20  # pairs of images that a table shows
@@ -22,11 +23,13 @@ SHOWN = 20  # pairs of images that a table shows
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The metrics of a run for people."""
     sums = Table(show_header=False, box=None)
-    for name in ("n", "accuracy", "balanced_accuracy", "macro_f1", "auroc"):
-        sums.add_row(name, _number(metrics[name]))
-    table = Table("class", "n", "sensitivity", "precision", "f1", "auroc", box=None)
+    sums.add_row("images", _number(metrics["n"]))
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        sums.add_row(metric_name(key), _number(metrics[key]))
+    columns = ("sensitivity", "precision", "f1", "auroc")
+    table = Table("class", "images", *(PER_CLASS[key][0] for key in columns), box=None)
     for name, row in metrics["per_class"].items():
-        table.add_row(name, *(_number(row[key]) for key in ("n", "sensitivity", "precision", "f1", "auroc")))
+        table.add_row(name, *(_number(row[key]) for key in ("n", *columns)))
     return _text(sums) + "\n" + _text(table)
 
 
@@ -50,19 +53,19 @@ def _with_interval(value: float | int | None, interval: Sequence[float] | None) 
 
 def anchors_table(checks: Sequence[AnchorCheck]) -> str:
     """What no longer holds, or that everything does."""
-    wrong = [check for check in checks if not check.holds]
+    wrong, verdict = [check for check in checks if not check.holds], anchors_verdict(checks)[1]
     if not wrong:
-        return f"All {len(checks)} anchors hold: each prototype is where its record says."
+        return f"{verdict}: each prototype is where its record says."
     table = Table("class", "prototype", "file", "recorded", "measured", "problem", box=None)
     for check in wrong:
         told = (check.class_name, str(check.prototype), check.file)
         table.add_row(*told, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
-    return f"{len(wrong)} of {len(checks)} anchors do not hold:\n" + _text(table)
+    return f"{verdict}:\n{_text(table)}"
 
 
 def decision_table(decision: Decision, run: str) -> str:
     """What was decided, which anchors took the places, what that cost, and what to do next."""
-    lines = [f"Decision {decision.id} by {decision.who} {_verdict(decision)}: {decision.reason}"]
+    lines = [f"Decision {decision.id} by {decision.who}: {decision.summary}. Reason: {decision.reason}"]
     table = Table("prototype", "stood for", "stands for", "similarity", box=None)
     for one in decision.replaced:
         places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
@@ -73,27 +76,14 @@ def decision_table(decision: Decision, run: str) -> str:
     return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
 
 
-def _verdict(decision: Decision) -> str:
-    free = f" ({decision.unmasked} training images have no mask: unrestricted)" if decision.unmasked else ""
-    place = f"{decision.file} cell {decision.cell}"
-    name = f"{decision.class_name}:{decision.prototype}"
-    return {
-        "prototype": f"forbids {place} (was {name})",
-        "image": f"forbids every patch of {decision.file}",
-        "mask": f"forbids patches with less than {decision.min_share} of their box inside the image's mask{free}",
-        "keep": f"keeps {place} ({name})",
-        "undo": f"undoes decision {decision.undoes}",
-    }[decision.kind]
-
-
 def audit_table(found: Audit) -> str:
     """What an audit has found, for people."""
     counts = Table("split", "images", *next(iter(found.counts.values())), box=None)
     for split, row in found.counts.items():
         counts.add_row(split, str(sum(row.values())), *map(str, row.values()))
     sums = Table("check", "found", "such as", box=None)
-    for what, names in _findings(found).items():
-        sums.add_row(what, str(len(names)), listing(names, 2))
+    for check in audit_findings(found):
+        sums.add_row(check.name, str(check.count), listing(check.pairs, 2))
     parts = [_text(counts), _text(sums)]
     if found.across or found.contradictions:
         both = dict.fromkeys((*found.across, *found.contradictions))
@@ -102,26 +92,8 @@ def audit_table(found: Audit) -> str:
         parts.append("So many near duplicates are hardly copies: look at some, and raise --threshold above them.")
     if found.closest:
         parts.append(f"Nearest across splits below {found.threshold}, for a look:\n" + _pairs_table(found.closest))
-    parts.append("Leaks: what is in one split is in another." if found.leaks else "No leak between the splits.")
+    parts.append(f"{audit_verdict(found)[1]}.")
     return "\n\n".join(parts)
-
-
-def _findings(found: Audit) -> dict[str, list[str]]:
-    def names(pairs: Sequence[Pair]) -> list[str]:
-        return [f"{pair.first} = {pair.second}" for pair in pairs]
-
-    within = [pair for pair in found.duplicates if not pair.across]
-    return {
-        "groups in several splits": [f"{name} ({', '.join(row)})" for name, row in found.shared_groups.items()],
-        "identical files across splits": names([pair for pair in found.across if pair.identical]),
-        "near duplicates across splits": names([pair for pair in found.across if not pair.identical]),
-        "identical files in one split": names([pair for pair in within if pair.identical]),
-        "near duplicates in one split": names([pair for pair in within if not pair.identical and not pair.same_group]),
-        "near duplicates in one group": names([pair for pair in within if not pair.identical and pair.same_group]),
-        "duplicates with different labels": names(found.contradictions),
-        "unreadable files": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
-        f"images with a side below {SMALL} pixels": list(found.small),
-    }
 
 
 def _pairs_table(pairs: Sequence[Pair]) -> str:

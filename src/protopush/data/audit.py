@@ -54,6 +54,9 @@ class Pair:
         """They have different labels."""
         return self.labels[0] != self.labels[1]
 
+    def __str__(self) -> str:
+        return f"{self.first} = {self.second}"
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -107,6 +110,44 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON has it."""
         return {"images": self.images, "leaks": self.leaks, "alike_by_nature": self.alike_by_nature, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of an audit: its words, the pairs or names found, their number, and whether that is a leak."""
+
+    name: str
+    pairs: list[Pair] | list[str]
+    count: int
+    is_leak: bool
+
+
+def audit_findings(found: Audit) -> list[Finding]:
+    """All checks of an audit, the gravest first; a pair is counted once, and again where its labels differ."""
+    groups = [f"{name} ({', '.join(splits)})" for name, splits in found.shared_groups.items()]
+    near = [pair for pair in found.duplicates if not pair.identical]
+    same = [pair for pair in found.duplicates if pair.identical]
+    checks: list[tuple[str, list[Pair] | list[str], bool]] = [
+        ("groups (lesions, patients) in several splits", groups, True),
+        ("identical files across splits", [pair for pair in same if pair.across], True),
+        ("near duplicates across splits", [pair for pair in near if pair.across], True),
+        ("identical files in one split", [pair for pair in same if not pair.across], False),
+        ("near duplicates in one split", [pair for pair in near if not (pair.across or pair.same_group)], False),
+        ("near duplicates in one group", [pair for pair in near if pair.same_group and not pair.across], False),
+        ("duplicates with different labels", list(found.contradictions), False),
+        ("unreadable files", [f"{name} ({reason})" for name, reason in found.unreadable.items()], False),
+        (f"images with a side below {SMALL} pixels", list(found.small), False),
+    ]
+    return [Finding(name, pairs, len(pairs), leak and bool(pairs)) for name, pairs, leak in checks]
+
+
+def audit_verdict(found: Audit) -> tuple[str, str]:
+    """What an audit comes to: ``good``, ``warn`` or ``bad``, and that in words."""
+    if not found.leaks:
+        return "good", "No leak between the splits"
+    if found.alike_by_nature and not found.shared_groups and not any(pair.identical for pair in found.across):
+        return "warn", "Many images of different splits are alike"
+    return "bad", "Leaks: what is in one split is in another"
 
 
 @dataclass(frozen=True)

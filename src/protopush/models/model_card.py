@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from protopush import __version__
+from protopush.metrics.glossary import metric_name, metric_text
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
     from protopush.nn.prototypes import PrototypeManager
 
 MARK = "<!-- written by protopush; remove this line and the text is yours: it won't be written again -->"
-SHOWN = {"n": "images", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1",
-         "auroc": "AUROC", "ece": "calibration error (ECE)"}  # fmt: skip
+SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 
 
 def card(model: ProtoModel, metrics: Path | None = None) -> str:
@@ -72,11 +72,8 @@ def _what_it_is(model: ProtoModel) -> str:
 def _numbers(metrics: Path | None) -> Iterator[str]:
     measured = _last_validation(metrics) if metrics is not None else None
     if measured:
-        rows = [
-            f"| {name} | {_number(measured[key])} |"
-            for key, name in SHOWN.items()
-            if isinstance(measured.get(key), (int, float))
-        ]
+        named = {"images": measured.get("n")} | {metric_name(key): measured.get(key) for key in SHOWN}
+        rows = [f"| {name} | {metric_text(value)} |" for name, value in named.items() if value is not None]
         table = "\n".join(["| on the validation images | |", "| --- | --- |", *rows])
         yield f"## Numbers\n\n{table}\n\nThese images chose the best epoch: on others the model is likely to be worse."
 
@@ -92,10 +89,6 @@ def _last_validation(metrics: Path) -> dict[str, Any] | None:
             if isinstance(row, dict) and isinstance(row.get(key), dict):
                 return dict(row[key])
     return None
-
-
-def _number(value: float | int) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _prototypes(manager: PrototypeManager, names: list[str]) -> str:

@@ -137,6 +137,25 @@ class AnchorCheck:
         return asdict(self) | {"problem": self.problem, "holds": self.holds}
 
 
+def anchors_verdict(checks: Sequence[AnchorCheck]) -> tuple[str, str]:
+    """What the checks come to: ``good``, ``warn`` or ``bad``, and that in words; never pushed is no broken record.
+
+    Example:
+        >>> held = AnchorCheck("cat", 0, "a.png", 1.0, 1.0, "")
+        >>> anchors_verdict([held, AnchorCheck("cat", 1, "", None, None, "no_anchor")])
+        ('warn', '1 of 2 anchors hold, 1 was never pushed')
+    """
+    total, holding = len(checks), sum(check.holds for check in checks)
+    never = sum(check.fault == "no_anchor" for check in checks)
+    if never == total:
+        return "warn", "Never pushed"
+    if broken := total - holding - never:
+        return "bad", f"{broken} of {total} anchors do not hold"
+    if never:
+        return "warn", f"{holding} of {total} anchors hold, {never} {'was' if never == 1 else 'were'} never pushed"
+    return "good", f"All {total} anchors hold"
+
+
 def verify_anchors(
     model: Pushable,
     manager: PrototypeManager,

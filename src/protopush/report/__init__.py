@@ -1,1 +1,1 @@
-"""What a run can show for itself: its numbers, side by side with other runs', and one page to show around."""
+"""The report: one page that shows what a run is worth, and why it answers as it does."""

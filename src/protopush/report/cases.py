@@ -1,40 +1,30 @@
-"""A few images that tell how the model works and fails, each with the reasons for its answer."""
+"""A few images that show how the model works and fails, each with the reasons for its answer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
-from protopush.explain import ClassEvidence, Explanation, explain_image
+from protopush.evaluation.measure import Measured
+from protopush.explain import ClassEvidence, Explanation, explain_batch
 from protopush.explain.drawing import COLOURS, Rect
-from protopush.models.model_folder import Run
-from protopush.report.context import Case, Look, Picture, Score
-from protopush.report.inline_pictures import embed, framed, heat, part
+from protopush.explain.rows import file_name
+from protopush.report.inline_pictures import Picture, embed, framed, heat, part
+from protopush.report.prototype_cards import Cards, ident
 
 EACH = 3  # cases of a kind
-ROWS = 5  # prototypes in a panel
+ROWS = 5  # prototypes in a case
 LARGE, PART, SIDE = 380, 104, 200  # CSS pixels of the image, of a part, and of the similarity map
+TITLES = {"right": "Right, and sure of it", "wrong": "Wrong, and sure of it", "unsure": "Not sure"}
 
 
-class Training(NamedTuple):
-    """A prototype's part of its training image, that image, its anchor in the page and its file."""
-
-    part: Picture | None
-    source: Picture | None
-    ident: str
-    name: str
-    file: str
-
-
-def telling(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str, list[int]]:
+def select_cases(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str, list[int]]:
     """The surest right images, the surest wrong ones, the least sure ones; of different classes where that goes.
 
     No image is named twice: one that is right or wrong for sure isn't among the least sure.
@@ -45,13 +35,13 @@ def telling(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str
         each: how many of a kind.
 
     Example:
-        >>> telling(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.3, 0.7]]), torch.tensor([0, 0, 0, 0]), each=1)
+        >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.3, 0.7]])
+        >>> select_cases(probabilities, torch.tensor([0, 0, 0, 0]), each=1)
         {'right': [0], 'wrong': [3], 'unsure': [2]}
     """
     top, predicted = probabilities.max(dim=1)
-    right = (predicted == labels).tolist()
+    right, truth = (predicted == labels).tolist(), labels.tolist()
     surest = top.argsort(descending=True, stable=True).tolist()
-    truth = labels.tolist()
     found = {
         "right": _varied([i for i in surest if right[i]], truth, each),
         "wrong": _varied([i for i in surest if not right[i]], truth, each),
@@ -61,72 +51,77 @@ def telling(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str
 
 
 def _varied(ranked: Sequence[int], labels: Sequence[int], each: int) -> list[int]:
-    """The first of each class, in order, then whatever comes first."""
-    seen: set[int] = set()
-    firsts = [i for i in ranked if labels[i] not in seen and not seen.add(labels[i])]  # type: ignore[func-returns-value]
-    return sorted((firsts + [i for i in ranked if i not in set(firsts)])[:each], key=list(ranked).index)
+    """The first of each class, then the first of the others; in their order."""
+    firsts = sorted({labels[i]: i for i in reversed(ranked)}.values(), key=ranked.index)
+    return sorted((firsts + [i for i in ranked if i not in firsts])[:each], key=ranked.index)
 
 
-TITLES = {"right": "Right, and sure of it", "wrong": "Wrong, and sure of it", "unsure": "Not sure"}
-
-
-def make_cases(
-    run: Run,
-    dataset: ImageDataset,
-    probabilities: Tensor,
-    labels: Tensor,
-    training: Callable[[int, int], Training],
-    device: str | torch.device = "cpu",
-) -> list[Case]:
-    """The telling cases as panels.
+def make_cases(measured: Measured, cards: Cards, device: str | torch.device = "cpu") -> list[dict[str, Any]]:
+    """The selected cases, each image decoded once.
 
     Args:
-        run: its model is on ``device``.
-        dataset: the images.
-        probabilities: (N, C) of them.
-        labels: (N,).
-        training: (class, prototype) to its part of its training image.
+        measured: images and answers.
+        cards: of the run's prototypes; its model is on ``device``.
         device: where the model is.
     """
-    cases = []
-    for kind, numbers in telling(probabilities, labels).items():
-        for number in numbers:
-            sample = dataset.samples[number]
-            truth = run.class_names[int(labels[number])]
-            found = explain_image(run.model, sample.image, run.transform, run.class_names, device, also=[truth])
-            cases.append(_case(TITLES[kind], sample.image, sample.name, truth, found, training))
-    return cases
+    selected = select_cases(measured.probabilities, measured.labels)
+    return [_case(TITLES[kind], measured, i, cards, device) for kind, some in selected.items() for i in some]
 
 
-def _case(
-    title: str,
-    path: Path,
-    name: str,
-    truth: str,
-    found: Explanation,
-    training: Callable[[int, int], Training],
-) -> Case:
-    image = read_image(path)
-    said = found.classes[0]
-    shown = said.matches[:ROWS]
-    rest = said.matches[ROWS:]
-    best = shown[0]
-    warm, span = heat(image, found.seen, best.map, SIDE, f"where {name} is like the first prototype")
-    return Case(
-        title=title,
-        file=name,
-        truth=truth,
-        predicted=said.class_name,
-        probability=said.probability,
-        right=said.class_name == truth,
-        picture=_numbered(image, name, [match.box for match in shown]),
-        heat=framed(warm, [best.box], image.size, ["1"]) if best.grid != (1, 1) else None,
-        heat_range=span,
-        looks=_looks(image, name, said, training),
-        others=len(rest),
-        others_sum=math.fsum(match.contribution for match in rest),
-        scores=_scores(found, truth),
-    )
+def _case(title: str, measured: Measured, number: int, cards: Cards, device: str | torch.device) -> dict[str, Any]:
+    run, sample = cards.run, measured.dataset.samples[number]
+    image, name, truth = read_image(sample.image), sample.name, run.class_names[int(measured.labels[number])]
+    pixels, view = run.transform(image).unsqueeze(0).to(device), run.transform.view(image.size)
+    (found,) = explain_batch(run.model, pixels, [view], [name], run.class_names, also=[truth])
+    first = found.classes[0]
+    shown, rest = first.matches[:ROWS], first.matches[ROWS:]
+    warm = heat(image, shown[0].map, view, SIDE, f"where {name} is like the first prototype")
+    return {
+        "title": title,
+        "file": name,
+        "truth": truth,
+        "predicted": first.class_name,
+        "probability": first.probability,
+        "right": first.class_name == truth,
+        "picture": _numbered(image, name, [match.box for match in shown]),
+        "heat": framed(warm, [shown[0].box], image.size, ["1"]) if shown[0].grid != (1, 1) else None,
+        "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
+        "rows": [row | _pictures(image, name, row, cards) for row in contribution_rows(first)[:ROWS]],
+        "others": len(rest),
+        "others_sum": math.fsum(match.contribution for match in rest),
+        "scores": _scores(found, truth),
+    }
+
+
+def contribution_rows(evidence: ClassEvidence) -> list[dict[str, Any]]:
+    """What each prototype of a class adds to its score, the largest first; ``share`` of the longest bar."""
+    longest = max((abs(match.contribution) for match in evidence.matches), default=0.0) or 1.0
+    return [
+        {
+            "number": i + 1,
+            "colour": i % len(COLOURS),
+            "name": f"{evidence.class_name} #{match.prototype}",
+            "file": file_name(match.anchor),
+            "similarity": match.similarity,
+            "weight": match.weight,
+            "contribution": match.contribution,
+            "share": abs(match.contribution) / longest,
+            "match": match,
+        }
+        for i, match in enumerate(evidence.matches)
+    ]
+
+
+def _pictures(image: Image.Image, name: str, row: dict[str, Any], cards: Cards) -> dict[str, Any]:
+    """This part of the image, that part of the training image, and the training image."""
+    match, number, colour = row["match"], row["number"], row["colour"]
+    there, source = cards.pictures(match.class_index, match.prototype)
+    return {
+        "ident": ident(match.class_index, match.prototype),
+        "here": part(image, match.box, PART, f"part {number} of {name}", colour),
+        "there": there,
+        "source": source,
+    }
 
 
 def _numbered(image: Image.Image, name: str, boxes: Sequence[Rect]) -> Picture:
@@ -143,47 +138,21 @@ def _numbered(image: Image.Image, name: str, boxes: Sequence[Rect]) -> Picture:
     )
 
 
-def _looks(image: Image.Image, name: str, said: ClassEvidence, training: Callable[[int, int], Training]) -> list[Look]:
-    strongest = max(abs(match.contribution) for match in said.matches) or 1.0
-    looks = []
-    for i, match in enumerate(said.matches[:ROWS]):
-        there = training(match.class_index, match.prototype)
-        looks.append(
-            Look(
-                number=i + 1,
-                colour=i % len(COLOURS),
-                here=part(image, match.box, PART, f"part {i + 1} of {name}", i % len(COLOURS)),
-                there=there.part,
-                source=there.source,
-                ident=there.ident,
-                prototype=there.name,
-                file=there.file,
-                similarity=match.similarity,
-                weight=match.weight,
-                contribution=match.contribution,
-                bar=abs(match.contribution) / strongest,
-            )
-        )
-    return looks
-
-
-def _scores(found: Explanation, truth: str) -> list[Score]:
-    """The answer, the runner-up, and the true class where it is neither."""
+def _scores(found: Explanation, truth: str) -> list[dict[str, Any]]:
+    """The answer, the runner-up, and the true class where it is neither, each with its score's terms."""
     first = found.classes[0]
-    roles = {first.class_name: "answer"}
-    if len(found.classes) > 1:
-        roles[found.classes[1].class_name] = "runner-up"
+    roles = {evidence.class_name: role for evidence, role in zip(found.classes, ("answer", "runner-up"), strict=False)}
     roles[truth] = f"{roles[truth]}, true class" if truth in roles else "true class"
     return [
-        Score(
-            name=evidence.class_name,
-            role=roles[evidence.class_name],
-            probability=evidence.probability,
-            contributions=evidence.contributions_sum,
-            bias=evidence.bias,
-            logit=evidence.logit,
-            behind=first.logit - evidence.logit,
-        )
+        {
+            "name": evidence.class_name,
+            "role": roles[evidence.class_name],
+            "probability": evidence.probability,
+            "contributions": evidence.contributions_sum,
+            "bias": evidence.bias,
+            "logit": evidence.logit,
+            "behind": first.logit - evidence.logit,
+        }
         for evidence in found.classes
         if evidence.class_name in roles
     ]

@@ -1,26 +1,53 @@
-"""Small inline pictures. What is drawn over them is SVG, so that the pixels below stay as they were."""
+"""Small inline pictures. Boxes lie over them as HTML, so that the pixels below stay as they were."""
 
 from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
 from protopush.data.images import read_image
-from protopush.data.transforms import Box
+from protopush.data.transforms import Box, View
 from protopush.errors import InputError
 from protopush.explain.drawing import Rect, scaled
-from protopush.report.context import Frame, Picture
+from protopush.explain.overlay import Map, colour_bar, with_map
+from protopush.push.certificate import file_within
 
 QUALITY = 80
 SHARP = 1.5  # pixels of the file to one of the page, for finer screens
-HEAT = 0.55  # how much of the picture the similarity map hides
+
+
+class Frame(NamedTuple):
+    """A box over a picture, in percent of the picture; ``colour`` numbers the page's palette from 0."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str = ""
+    colour: int = 0
+
+
+class Picture(NamedTuple):
+    """An inline picture.
+
+    Attributes:
+        uri: ``data:image/jpeg;base64,...``.
+        width, height: as shown where there is room, in CSS pixels.
+        alt: what it shows, in words.
+        frames: boxes drawn over it.
+    """
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    frames: tuple[Frame, ...] = ()
 
 
 def embed(picture: Image.Image, width: int, height: int, alt: str, sharp: float = SHARP) -> Picture:
@@ -36,29 +63,24 @@ def embed(picture: Image.Image, width: int, height: int, alt: str, sharp: float 
     if scale * sharp < 1:
         stored = (max(1, round(size[0] * sharp)), max(1, round(size[1] * sharp)))
         picture = picture.resize(stored, Image.Resampling.LANCZOS)
-    return Picture(_uri(picture), size[0], size[1], alt)
-
-
-def _uri(picture: Image.Image) -> str:
     data = io.BytesIO()
     picture.convert("RGB").save(data, format="JPEG", quality=QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + b64encode(data.getvalue()).decode("ascii")
+    return Picture("data:image/jpeg;base64," + b64encode(data.getvalue()).decode("ascii"), *size, alt)
 
 
 def part(picture: Image.Image, box: Rect, side: int, alt: str, colour: int = 0, sharp: float = SHARP) -> Picture:
     """The box, framed, with half its size around it on every side where the picture has that."""
     reach = 2 * max(box[2] - box[0], box[3] - box[1])
-    seen = [*_around(box[0], box[2], reach, picture.width), *_around(box[1], box[3], reach, picture.height)]
-    x0, x1, y0, y1 = (round(edge) for edge in seen)
-    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+    x0, x1 = _around(box[0], box[2], reach, picture.width)
+    y0, y1 = _around(box[1], box[3], reach, picture.height)
     shown = embed(picture.crop((x0, y0, x1, y1)), side, side, alt, sharp)
     return framed(shown, [(box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)], (x1 - x0, y1 - y0), colours=[colour])
 
 
-def _around(low: float, high: float, reach: float, limit: int) -> tuple[float, float]:
+def _around(low: float, high: float, reach: float, limit: int) -> tuple[int, int]:
     span = min(reach, limit)
     start = min(max((low + high - span) / 2, 0), limit - span)
-    return start, start + span
+    return round(start), max(round(start + span), round(start) + 1)
 
 
 def framed(
@@ -74,53 +96,47 @@ def framed(
         x0, y0, x1, y1 = (round(edge, 2) for edge in scaled(box, size, (100, 100)))
         label, colour = labels[i] if labels else "", colours[i % len(colours)]
         frames.append(Frame(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2), label, colour))
-    return replace(shown, frames=tuple(frames))
+    return shown._replace(frames=tuple(frames))
 
 
-def heat(
-    picture: Image.Image, seen: Rect, values: Sequence[Sequence[float]], side: int, alt: str, sharp: float = SHARP
-) -> tuple[Picture, tuple[float, float]]:
-    """A similarity map over the part of a picture that the model sees, and its lowest and highest value.
+def heat(picture: Image.Image, similarities: Map, view: View, side: int, alt: str) -> Picture:
+    """A similarity map over its picture, in the colours of every similarity map here.
 
     Args:
-        picture: RGB.
-        seen: what the model sees, in the picture's pixels.
-        values: rows of the map.
+        picture: RGB, the upright original or a smaller copy.
+        similarities: (rows, columns), the model's grid.
+        view: the geometry of the original.
         side: of the square that the result fits in, CSS pixels.
         alt: what it shows.
-        sharp: as in :func:`embed`.
     """
-    cells = np.asarray(values, dtype=np.float64)
-    low, high = float(cells.min()), float(cells.max())
-    x0, y0, x1, y1 = (round(edge) for edge in seen)
-    even = (cells - low) / (high - low) if high > low else np.zeros_like(cells)
-    smooth = Image.fromarray(even.astype(np.float32)).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
-    colours = colormaps["viridis"](np.asarray(smooth).clip(0, 1), bytes=True)[..., :3]
-    result = picture.convert("L").convert("RGB")
-    result.paste(Image.blend(result.crop((x0, y0, x1, y1)), Image.fromarray(colours), HEAT), (x0, y0))
-    return embed(result, side, side, alt, sharp), (low, high)
+    small = picture.copy()
+    small.thumbnail((round(side * SHARP), round(side * SHARP)))
+    return embed(with_map(small, similarities, view), side, side, alt)
 
 
-class Shelf:
-    """Pictures of the data, each read once, and each of its parts made once.
+def ramp() -> Picture:
+    """The colours of a similarity map, the lowest value first."""
+    return embed(colour_bar(108, 12), 72, 8, "from the lowest to the highest similarity")
+
+
+def parts(
+    root: Path, wanted: Iterable[tuple[str, Box]], side: int, sharp: float = SHARP
+) -> dict[tuple[str, Box], Picture]:
+    """Parts of images by (file, box), each file decoded once; what can't be read any more, or lies elsewhere, lacks.
 
     Args:
-        root: the folder that names are relative to.
+        root: the folder that files are relative to.
+        wanted: files and boxes, in pixels of the upright original.
+        side: of the squares that the results fit in, CSS pixels.
         sharp: as in :func:`embed`.
     """
-
-    def __init__(self, root: Path, sharp: float = SHARP) -> None:
-        self.root = root
-        self.sharp = sharp
-        self._parts: dict[tuple[str, Box, int], Picture | None] = {}
-
-    def part(self, name: str, box: Box, side: int, alt: str) -> Picture | None:
-        """A part of an image; None where the file can't be read any more."""
-        key = (name, box, side)
-        if key not in self._parts:
-            try:
-                self._parts[key] = part(read_image(self.root / name), box, side, alt, sharp=self.sharp)
-            except InputError:
-                self._parts[key] = None
-        found = self._parts[key]
-        return None if found is None else replace(found, alt=alt)
+    found: dict[tuple[str, Box], Picture] = {}
+    for name, places in groupby(sorted(set(wanted)), key=lambda place: place[0]):
+        file = file_within(root, name)
+        try:
+            picture = read_image(file) if file is not None else None
+        except InputError:
+            continue
+        if picture is not None:
+            found |= {place: part(picture, place[1], side, f"part of {name}", sharp=sharp) for place in places}
+    return found

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from protopush.data.files import changing
 from protopush.errors import InputError
+from protopush.metrics.glossary import metric_text
 from protopush.models.model_folder import Run, save_run
 from protopush.nn.prototypes import Anchor
 
@@ -100,6 +101,34 @@ class Decision:
     replaced: tuple[Replacement, ...] = ()
     val_before: dict[str, Any] | None = None
     val_after: dict[str, Any] | None = None
+
+    @property
+    def summary(self) -> str:
+        """What was decided, in a few words."""
+        name, place = f"{self.class_name} #{self.prototype}", f"{self.file}, cell {self.cell}"
+        free = f"; {self.unmasked} training images have no mask and stay unrestricted" if self.unmasked else ""
+        return {
+            "prototype": f"{name} must not stand for its part of {place}",
+            "image": f"no prototype may stand for a part of {self.file}",
+            "mask": f"prototypes must lie inside the masks (at least {self.min_share} of the part){free}",
+            "keep": f"{name} is kept ({place})",
+            "undo": f"decision no. {self.undoes} is undone",
+        }[self.kind]
+
+    @property
+    def effect(self) -> str:
+        """What it has changed, in sentences: new anchors, and the balanced accuracy on the validation images."""
+        if self.kind == "keep":
+            return "Nothing was changed."
+        moved = [f"{one.class_name} #{one.prototype} now stands for a part of {one.new.file}" for one in self.replaced]
+        text = "; ".join(moved) + "." if moved else "No prototype was replaced."
+        before, after = self.val_before or {}, self.val_after or {}
+        was, now = before.get("balanced_accuracy"), after.get("balanced_accuracy")
+        if was is None or now is None:
+            return f"{text} There are no validation images to measure the effect on."
+        change = "unchanged" if round(was, 3) == round(now, 3) else f"{100 * (now - was):+.1f} points"
+        numbers = f"{metric_text(was)} before, {metric_text(now)} after ({change})"
+        return f"{text} Balanced accuracy on {before.get('n')} validation images: {numbers}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -1,8 +1,10 @@
-"""What the metrics are called and what they mean, in one sentence that needs no statistics."""
+"""Names of the metrics and what they mean, in one sentence that needs no statistics; measured numbers under them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 
 class Term(NamedTuple):
@@ -11,7 +13,7 @@ class Term(NamedTuple):
     Attributes:
         name, meaning: in words.
         better: ``higher``, ``lower`` or empty where neither is.
-        chance: what guessing would give: a number, or the key of the metric that tells it (``one_of_classes``: a
+        chance: what guessing would give: a number, or the key of the metric that holds it (``one_of_classes``: a
             class drawn at random).
         share: whether it lies between 0 and 1.
     """
@@ -26,7 +28,7 @@ class Term(NamedTuple):
 GROUPS = {
     "classification": ("Classification", "How often the answer is right."),
     "prototypes": ("Prototypes", "Whether the prototypes are real, different from each other, and used."),
-    "localization": ("Where it looks", "Whether the evidence lies on the marked region (the masks of the data)."),
+    "localization": ("Where the evidence lies", "Whether it lies on the marked region (the masks of the data)."),
     "faithfulness": ("Faithfulness", "Whether the parts that are shown are those that decide."),
 }
 
@@ -78,7 +80,7 @@ TERMS: dict[str, dict[str, Term]] = {
             "never the strongest", "The share of prototypes that lead in no image of their class.", "lower"
         ),
         "coverage.share": Term(
-            "coverage", "The share of images that look much like a prototype of their class; mean over classes."
+            "coverage", "The share of images that are much like a prototype of their class; mean over classes."
         ),
         "coverage.mean_similarity": Term(
             "similarity of the best prototype", "Of each image to its class's nearest prototype; mean over classes."
@@ -86,7 +88,7 @@ TERMS: dict[str, dict[str, Term]] = {
         "sparsity.global_size": Term("prototypes that weigh", "How many have any weight at all.", "", share=False),
         "sparsity.local_size": Term(
             "prototypes for 90 % of an answer",
-            "How many make up nine tenths of what speaks for the answer; mean over images.",
+            "How many make up nine tenths of the evidence for the answer; mean over images.",
             "lower",
             share=False,
         ),
@@ -176,3 +178,90 @@ PER_CLASS = {
     "auroc": ("AUROC", "how well its probability ranks images of this class above all others"),
 }
 HEADLINE = ("balanced_accuracy", "auroc", "accuracy")
+APART = {"n", "confusion", "per_class", "intervals"}  # shown elsewhere, at any depth
+
+
+def metric_name(key: str, kind: str = "classification") -> str:
+    """The words for a metric; one that the glossary doesn't know keeps its key.
+
+    Example:
+        >>> metric_name("balanced_accuracy"), metric_name("novel")
+        ('balanced accuracy', 'novel')
+    """
+    return TERMS[kind][key].name if key in TERMS.get(kind, {}) else key
+
+
+def metric_text(value: Any, digits: int = 3) -> str:
+    """A measured number for people: three digits, counts as they are, a dash where there is none.
+
+    Example:
+        >>> metric_text(0.12345), metric_text(7), metric_text(None), metric_text([0.5, None])
+        ('0.123', '7', '–', '0.500, –')
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(metric_text(one, digits) for one in value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def number_groups(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All metrics by kind: ``title``, ``about`` and ``numbers``; a kind that was not measured is left out.
+
+    Example:
+        >>> (group,) = number_groups({"classification": {"n": 9, "accuracy": 0.5, "novel": 2.0}, "faithfulness": None})
+        >>> [(number["name"], number["text"]) for number in group["numbers"]]
+        [('accuracy', '0.500'), ('novel', '2.000')]
+    """
+    found = []
+    for kind, values in numbers.items():
+        if isinstance(values, Mapping):
+            title, about = GROUPS.get(kind, (kind, ""))
+            found.append({"title": title, "about": about, "numbers": list(named_numbers(values, kind).values())})
+    return found
+
+
+def named_numbers(values: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """The metrics of one kind by key, in the glossary's order; those that it doesn't know come last.
+
+    Returns:
+        ``name``, ``meaning``, ``better`` as in :class:`Term`; ``value``, its ``text``, its 95 % ``interval`` and what
+        guessing would give, ``chance``, each None where it is not known; ``share``: whether a bar can show it.
+    """
+    terms = TERMS.get(kind, {})
+    flat, intervals = dict(_flat(values)), dict(_flat(values.get("intervals") or {}))
+    chances = flat | {"one_of_classes": 1 / len(values["per_class"]) if values.get("per_class") else None}
+    found = {}
+    for key in [*(key for key in terms if key in flat), *(key for key in flat if key not in terms)]:
+        term = terms.get(key, Term(key, "", "", share=False))
+        value = finite(flat[key])
+        found[key] = {
+            "name": term.name,
+            "meaning": term.meaning,
+            "better": term.better,
+            "value": value,
+            "text": metric_text(flat[key]),
+            "interval": finite_interval(intervals.get(key)),
+            "chance": finite(chances.get(term.chance) if isinstance(term.chance, str) else term.chance),
+            "share": term.share and value is not None and 0 <= value <= 1,
+        }
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key not in APART:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key not in APART:
+            yield f"{prefix}{key}", value
+
+
+def finite(value: Any) -> float | None:
+    """A number, None where there is none or it is not finite."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def finite_interval(value: Any) -> tuple[float, float] | None:
+    """Both ends of an interval, None where one is missing."""
+    low, high = map(finite, value or (None, None))
+    return None if low is None or high is None else (low, high)
