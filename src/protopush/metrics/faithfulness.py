@@ -122,7 +122,7 @@ def location_misalignment(
     """How much changes outside a prototype's box change what the map says of the inside.
 
     Pixels outside the box are changed, each by at most ``epsilon``, so that the similarity at the peak becomes as small
-    as can be (projected gradient descent; Madry et al., 2018); the box stays as it is. If the box told all that the
+    as can be (projected gradient descent; Madry et al., 2018); the box stays as it is. If the box showed all that the
     prototype sees, nothing could happen. Source: Sacha et al., 2024 (Interpretability benchmark for evaluating spatial
     misalignment of prototypical parts explanations), whose PLC and PAC are these, with the cell of the peak for their
     box around the highest activations.

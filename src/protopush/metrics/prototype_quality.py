@@ -192,8 +192,9 @@ def coverage(similarities: Tensor, labels: Tensor, mask: Tensor, threshold: floa
         own = best[labels == c]
         row = {"share": _mean(own >= threshold), "mean_similarity": _mean(own)}
         per_class.append(row if len(own) and bool(used.any()) else None)
-    keys = ("share", "mean_similarity")
-    return {key: mean_of_defined([row and row[key] for row in per_class]) for key in keys} | {"per_class": per_class}
+    known = [row for row in per_class if row is not None]
+    means = {key: mean_of_defined([row[key] for row in known]) for key in ("share", "mean_similarity")}
+    return {**means, "per_class": per_class}
 
 
 def sparsity(
