@@ -1,7 +1,4 @@
-"""Fingerprints: one short string that changes when weights change.
-
-Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean).
-"""
+"""Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean)."""
 
 from __future__ import annotations
 
@@ -23,6 +20,9 @@ from protopush.data.files import atomic, write_json
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
 
+FORMAT = 1
+MANY_BAD = 20  # samples with NaN after which the search for more ends
+
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names.
@@ -39,10 +39,6 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-FORMAT = 1
-MANY_BAD = 20  # samples with NaN after which no more are looked for
 
 
 class HasPatches(Protocol):
@@ -140,9 +136,9 @@ def cache_features(
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
     transform = view.eval_transform
     recipe: dict[str, Any] = getattr(backbone, "recipe", None) or {}
-    # What equal weights don't tell apart: an activation, the normalisation of a fusion's part.
+    # What makes a difference although weights are equal: an activation, the normalisation of a fusion's part.
     options = {key: value for key, value in recipe.items() if key not in ("name", "name_or_module")}
-    told = {
+    content = {
         "format": FORMAT,
         "weights": weights_fingerprint(backbone.state_dict()),
         "backbone": f"{getattr(backbone, 'name', '')} {getattr(backbone, 'layout', '')}",
@@ -151,7 +147,7 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
         "crop_pct": transform.crop_pct,
         "files": list(hashes),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _compute(
@@ -178,7 +174,12 @@ def _compute(
             array[done : done + len(patches)] = patches.numpy()
             done += len(patches)
             advance(len(patches))
-        _refuse_non_finite(bad)
+        if bad:
+            count = f"{len(bad)} samples" if len(bad) < MANY_BAD else f"at least {len(bad)} samples"
+            raise InputError(
+                f"NaN or infinite features in {count}: {listing(bad)}; expected finite ones; "
+                "check these images and the backbone's weights"
+            )
         if array is not None:
             array.flush()
     return grid
@@ -193,12 +194,3 @@ def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
             "make room or choose --trainer.cache_dir"
         )
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-
-
-def _refuse_non_finite(names: list[str]) -> None:
-    if names:
-        count = f"{len(names)} samples" if len(names) < MANY_BAD else f"at least {len(names)} samples"
-        raise InputError(
-            f"NaN or infinite features in {count}: {listing(names)}; expected finite ones; "
-            "look at these images and at the backbone's weights"
-        )

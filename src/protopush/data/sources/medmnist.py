@@ -1,7 +1,4 @@
-"""The published class names of MedMNIST's 2D data sets with one label an image (medmnist.INFO).
-
-MedMNIST: arrays of small images in one .npz, taken out once as PNG files.
-"""
+"""MedMNIST: arrays of small images in one .npz, taken out once as PNG files."""
 
 from __future__ import annotations
 
@@ -24,14 +21,19 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from protopush.data.manifest import SPLITS, Catalog, Sample
+from protopush.data.manifest import SPLITS, Catalog, Sample, numbering
 from protopush.errors import InputError, listing
+
+logger = logging.getLogger("protopush.data")
+
+AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
 
 _ORGANS = (
     "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
     "pancreas", "spleen",
 )  # fmt: skip
 
+# The published class names of the 2D data sets with one label an image (medmnist.INFO).
 CLASSES: dict[str, tuple[str, ...]] = {
     "pathmnist": (
         "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
@@ -59,11 +61,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-logger = logging.getLogger("protopush.data")
-
-AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
-
-
 def medmnist(path: str, classes: Sequence[str] | None = None) -> Catalog:
     """A 2D data set of MedMNIST (Yang et al., Sci. Data 10:41, 2023) of any size: ``dermamnist_224.npz``.
 
@@ -82,17 +79,14 @@ def medmnist(path: str, classes: Sequence[str] | None = None) -> Catalog:
     published = CLASSES.get(re.sub(r"(_[ce])?(_\d+)?$", "", file.stem.lower(), count=1), ())
     highest = max(int(values.max(initial=0)) for values in labels.values())
     own = published if highest < len(published) else tuple(str(number) for number in range(highest + 1))
-    names = tuple(classes) if classes is not None else own
-    unknown = [name for name in own if name not in names]
-    if unknown:
-        raise InputError(f"unknown labels in {file}: {listing(unknown)}; the model knows: {listing(names)}")
+    number = numbering(own, own if classes is None else classes, file)
     root = _extracted(file, key, {split: len(values) for split, values in labels.items()})
     samples = tuple(
-        Sample(root / _name(split, index), _name(split, index), names.index(own[label]), split)
+        Sample(root / _name(split, index), _name(split, index), number[own[label]], split)
         for split, values in labels.items()
         for index, label in enumerate(values.tolist())
     )
-    return Catalog(samples, names, root)
+    return Catalog(samples, tuple(number), root)
 
 
 def _name(split: str, index: int) -> str:
@@ -104,8 +98,8 @@ def _labels_and_key(file: Path) -> tuple[dict[str, NDArray[Any]], str]:
     try:
         with zipfile.ZipFile(file) as archive:
             # The zip's directory has a checksum of each array: many gigabytes needn't be read to know them again.
-            told = sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
-            names = {name for name, _, _ in told}
+            content = sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
+            names = {name for name, _, _ in content}
             found = [split for split in SPLITS if {f"{split}_images.npy", f"{split}_labels.npy"} <= names]
             if "train" not in found:
                 raise InputError(f"{file} has no train_images and train_labels; it has: {listing(sorted(names))}")
@@ -119,7 +113,7 @@ def _labels_and_key(file: Path) -> tuple[dict[str, NDArray[Any]], str]:
     for split in found:
         if lengths[split] != len(labels[split]):
             raise InputError(f"{file}: {lengths[split]} {split}_images but {len(labels[split])} {split}_labels")
-    return labels, hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    return labels, hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 def _length(file: Path, archive: zipfile.ZipFile, split: str) -> int:
@@ -182,15 +176,15 @@ def _extracted(file: Path, key: str, counts: dict[str, int]) -> Path:
 
 def _extract(file: Path, split: str, folder: Path) -> None:
     """Write a split's images as PNG files, a few hundred in memory at a time."""
+
+    def save(item: tuple[int, NDArray[Any]]) -> None:
+        Image.fromarray(item[1]).save(folder / f"{item[0]:06d}.png", compress_level=1)
+
     folder.mkdir()
     pictures = enumerate(_pictures(file, split))
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(pictures, AT_ONCE)):
-            list(
-                pool.map(
-                    lambda item: Image.fromarray(item[1]).save(folder / f"{item[0]:06d}.png", compress_level=1), batch
-                )
-            )
+            list(pool.map(save, batch))
 
 
 def _pictures(file: Path, split: str) -> Iterator[NDArray[Any]]:
