@@ -17,7 +17,7 @@ from protopush.metrics.localization import (
     purity,
     stability,
 )
-from protopush.testing.drawn_images import PARTS, PARTS_EACH, ProceduralParts
+from protopush.testing import PARTS, PARTS_EACH, ProceduralParts
 
 # Against loops.
 
