@@ -35,10 +35,7 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "regi
 MORE_PREFIX_TOKENS = {"dinov3_convnext": 1}  # that no parameter makes: its pooled feature
 # Left out of a recipe: the labels of a dropped classifier, where the checkpoint lay, and the kernel of its attention,
 # which may be the name of code in the hub.
-NOT_ARCHITECTURE = (
-    "id2label", "label2id", "_name_or_path", "transformers_version", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_internal",
-)  # fmt: skip
+NOT_ARCHITECTURE = ("id2label", "label2id", "_name_or_path", "transformers_version", "attn_implementation")
 REFUSED = {
     "vit_mae": "it shuffles its cells at random; load its weights into a ViT of timm: vit_base_patch16_224.mae",
     "timm_wrapper": "it is one of timm's; give hf-hub:<model> instead of hf:<model>",
@@ -224,8 +221,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _architecture(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in NOT_ARCHITECTURE}
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not any(name in key for name in NOT_ARCHITECTURE)}
 
 
 def _config(name: str, options: Mapping[str, Any], folder: Path | None) -> Any:

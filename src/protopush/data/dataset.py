@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,17 +15,8 @@ from torch.utils.data import Dataset
 
 from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Sample
-from protopush.data.transforms import EvalTransform
+from protopush.data.transforms import EvalTransform, View
 from protopush.errors import InputError, listing
-
-
-class CellBoxes(Protocol):
-    """Where cells lie in the original picture of size (width, height), as :class:`protopush.data.transforms.View`."""
-
-    @property
-    def original(self) -> tuple[int, int]: ...
-
-    def cell_box(self, cell: int, grid: tuple[int, int]) -> tuple[int, int, int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,15 @@ class Provenance:
         file: path of the image file, relative to the data's root.
         sha256: of the file's bytes.
         group: lesion, patient, module, ...
-        view: where its cells lie in the file (None: unknown, then an anchor has no box).
+        view: where its cells lie in the file (None: unknown, then an anchor has no box); also any object that has
+            ``original``, (width, height), and ``cell_box(cell, grid)``.
     """
 
     sample_id: int | str
     file: str | None = None
     sha256: str | None = None
     group: str | None = None
-    view: CellBoxes | None = None
+    view: View | None = None
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):

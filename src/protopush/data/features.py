@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.dataset import ImageDataset, Provenance
-from protopush.data.files import atomic, write_json
+from protopush.data.files import atomic, default_cache_dir, write_json
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
 
@@ -39,15 +38,6 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-class HasPatches(Protocol):
-    """What a backbone returns."""
-
-    @property
-    def patches(self) -> Tensor: ...
-    @property
-    def grid(self) -> tuple[int, int]: ...
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
@@ -85,12 +75,6 @@ class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
         return self.images.describe(index)
 
 
-def default_cache_dir() -> Path:
-    """``$PROTOPUSH_CACHE``, or ``protopush`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
-
-
 def inference_batch_size(device: torch.device) -> int:
     """Images a forward pass without gradients: few on a CPU, where memory for large activations is dear."""
     return 8 if device.type == "cpu" else 64
@@ -126,8 +110,9 @@ def cache_features(
     stem = folder / _key(backbone, view, hashes)
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        batch_size = batch_size or inference_batch_size(device)
-        grid = _compute(backbone, view, array, device, batch_size, num_workers, advance)
+        size = batch_size or inference_batch_size(device)
+        loader = DataLoader(view, batch_size=size, num_workers=num_workers)
+        grid = _compute(backbone, view, loader, array, device, advance)
         write_json(meta, {"grid": list(grid), "images": len(view)})
     rows, columns = json.loads(meta.read_text())["grid"]
     return CachedFeatures(view, array, (rows, columns))
@@ -153,18 +138,16 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
 def _compute(
     backbone: nn.Module,
     view: ImageDataset,
+    loader: DataLoader[Any],
     file: Path,
     device: torch.device,
-    batch_size: int,
-    num_workers: int,
     advance: Callable[[int], None],
 ) -> tuple[int, int]:
-    loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
     grid, done, bad = (0, 0), 0, list[str]()
     with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
         for images, _, ids in loader:
-            features: HasPatches = backbone(images.to(device))
+            features: Any = backbone(images.to(device))
             patches = features.patches.half().cpu()
             bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
             if len(bad) >= MANY_BAD:

@@ -19,6 +19,12 @@ from typing import Any
 from protopush.errors import InputError
 
 
+def default_cache_dir() -> Path:
+    """``$PROTOPUSH_CACHE``, or ``protopush`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``; when the block ends well, the file written there takes its place.

@@ -2,12 +2,12 @@
 
 Maps are (N, h, w) on the model's grid, of any h and w; negative values count as 0. Masks are (N, H, W), bool or in
 [0, 1], of the same view of the images: what the model saw, resized and cropped alike. A mask is brought onto the grid
-exactly, as the share of each cell that it covers. Results are float64, NaN where a number is undefined.
+exactly, as the share of each cell that it covers. Results are float64 (N,), NaN where a number is undefined.
 
 Parts, with P prototypes and K parts: points (N, K, 2) are x and y in pixels, visible (N, K) says which parts an image
 shows, boxes (N, P, 4) are x0, y0, x1, y1 in pixels, inside (N, P, K) says whether a visible part's point lies in the
-box of a prototype, owners (P,) is the class of each prototype, labels (N,) that of each image. The published scores
-are means over prototypes.
+box of a prototype, owners (P,) is the class of each prototype, labels (N,) that of each image. Scores are float64
+(P,); the published ones are their means over prototypes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ from protopush.errors import InputError
 
 
 def activation_share(maps: Tensor, masks: Tensor) -> Tensor:
-    """The share (N,) of the activation that lies on the mask, ``sum(map * share) / sum(map)``; higher is better.
+    """The share of the activation of maps (N, h, w) that lies on masks (N, H, W), [0, 1], higher is better.
 
-    A map that is the same everywhere has the mask's share of the area: that is the value by chance. NaN where there is
-    no positive activation. Source: the energy-based pointing game of Score-CAM (Wang et al., 2020).
-
-    Args:
-        maps: (N, h, w).
-        masks: (N, H, W).
+    ``sum(map * share) / sum(map)``; a map that is the same everywhere has the mask's share of the area: that is the
+    value by chance. NaN where there is no positive activation. Source: the energy-based pointing game of Score-CAM
+    (Wang et al., 2020).
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
@@ -41,15 +38,11 @@ def activation_share(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 where the map's peak lies on the mask, 0 where it lies beside it (Zhang et al., 2018); (N,), higher is better.
+    """1 where the peak of maps (N, h, w) lies on masks (N, H, W), 0 where it lies beside; higher is better.
 
     The peak is the middle of the largest cell (the first of equals), and lies on the mask if the pixel there does:
     where four pixels meet, the lower right one. A peak put anywhere by chance hits with the mask's share of the area.
-    NaN where the map is not finite.
-
-    Args:
-        maps: (N, h, w).
-        masks: (N, H, W).
+    NaN where the map is not finite. Source: Zhang et al., 2018.
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
@@ -67,15 +60,11 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def outside_inside_ratio(maps: Tensor, masks: Tensor) -> Tensor:
-    """The mean relevance outside the mask over the mean inside it, (N,) in [0, inf), lower is better, 1 by chance.
+    """The mean of maps (N, h, w) outside masks (N, H, W) over the mean inside, [0, inf), lower is better, 1 by chance.
 
     ``(sum(map * (1 - share)) / sum(1 - share)) / (sum(map * share) / sum(share))``; NaN where the mask is empty or
     covers all, infinite where all relevance lies outside. Source: Lapuschkin et al., 2016 (Analyzing classifiers:
     Fisher vectors and deep neural networks).
-
-    Args:
-        maps: (N, h, w).
-        masks: (N, H, W).
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
@@ -182,9 +171,6 @@ def consistency(inside: Tensor, visible: Tensor, owners: Tensor, labels: Tensor,
         inside, visible, owners, labels: see the module.
         threshold: share of images, in (0, 1].
 
-    Returns:
-        float64 (P,).
-
     Example:
         >>> inside = torch.tensor([[[True, False]], [[True, True]]])
         >>> consistency(inside, torch.ones(2, 2, dtype=torch.bool), torch.tensor([0]), torch.tensor([0, 0]))
@@ -207,9 +193,6 @@ def stability(inside: Tensor, perturbed: Tensor, owners: Tensor, labels: Tensor)
         perturbed: (N, P, K), inside, of the same images with noise (Gaussian, deviation 0.2 in normalised pixels, at
             most 0.25).
 
-    Returns:
-        float64 (P,).
-
     Example:
         >>> inside = torch.tensor([[[True, False]], [[True, True]]])
         >>> stability(inside, torch.tensor([[[True, False]], [[False, True]]]), torch.tensor([0]), torch.tensor([0, 0]))
@@ -230,9 +213,6 @@ def purity(inside: Tensor, similarities: Tensor, top: int = 10) -> Tensor:
         inside: (N, P, K).
         similarities: (N, P).
         top: how many images.
-
-    Returns:
-        float64 (P,).
 
     Example:
         >>> inside = torch.tensor([[[True, False]], [[True, True]], [[False, True]]])

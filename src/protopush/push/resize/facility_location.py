@@ -78,13 +78,8 @@ class _Sample(NamedTuple):
     grid: tuple[int, int]
 
 
-class _Choice(NamedTuple):
-    """A chosen patch, by its sample's row; ``gain`` and ``reach`` as in :class:`Gain`."""
-
-    row: int
-    cell: int
-    gain: float
-    reach: Tensor
+# A chosen patch: the row and the cell of its sample; gain and reach as in Gain.
+_Choice = tuple[int, int, float, Tensor]
 
 
 def find_gains(
@@ -127,7 +122,7 @@ def _gains_of(
         choices[c] = _best_patches(patches, coverage[own], torch.isin(own, rows), limit, wish, device)
     choices = all_gather_objects(choices)[0]  # other hardware may round otherwise: all take those of one rank
     new = [
-        (c, slot, int(before.ids[worst[c][choice.row]]), choice)
+        (c, slot, int(before.ids[worst[c][choice[0]]]), choice)
         for c, of_class in choices.items()
         for slot, choice in zip(free[c].nonzero().flatten().tolist(), of_class, strict=False)
     ]
@@ -200,7 +195,7 @@ def _best_patches(
         if gains[first] <= tie:
             break
         row, cell = candidates[first].tolist()
-        found.append(_Choice(row, cell, float(gains[first]), reach[first].clone()))
+        found.append((row, cell, float(gains[first]), reach[first].clone()))
         coverage[worst] = torch.maximum(coverage[worst], reach[first])
     return found
 
