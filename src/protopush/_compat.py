@@ -1,4 +1,4 @@
-"""Mends of other libraries' traps, each only where the trap has shut.
+"""Cures of traps in other libraries, each only where the trap has shut.
 
 torchvision is built for one torch. Beside another build of torch (the wheels of PyPI are CUDA builds, beside a CPU-only
 torch) its C++ operators cannot be loaded, and ``import torchvision`` dies where it describes them:
@@ -10,7 +10,7 @@ these operators. After such a failure, and only then, :func:`ensure_torchvision`
 missed, by name and without arguments, and imports torchvision again. All of it that is plain Python then works;
 the operators themselves (``torchvision.ops.nms``) still say that they could not be loaded.
 
-Why a mend and not an error: ``pip install protopush`` beside a CPU-only torch is the ordinary install of a laptop, and
+Why a cure and not an error: ``pip install protopush`` beside a CPU-only torch is the ordinary install of a laptop, and
 nothing that protopush does is missing from it.
 """
 

@@ -89,10 +89,10 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
     except Exception as error:
         done, problem = None, error
     if rank_and_size()[1] > 1:
-        lines = all_gather_objects(None if problem is None else first_line(problem))
-        failed = next((number for number, line in enumerate(lines) if line is not None), None)
+        problems = all_gather_objects(None if problem is None else first_line(problem))
+        failed = next((rank for rank, line in enumerate(problems) if line is not None), None)
         if failed is not None and problem is None:
-            raise FailedElsewhere(f"rank {failed}: {lines[failed]}")
+            raise FailedElsewhere(f"rank {failed}: {problems[failed]}")
     if problem is not None:
         raise problem
     return cast(T, done)

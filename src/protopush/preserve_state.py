@@ -1,4 +1,4 @@
-"""A push leaves no trace: modes, gradients, random states and the loader's own state are as before."""
+"""Modes, gradients, random states and the loader's own state, preserved over a pass that leaves no trace."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ def test_a_missing_or_strange_weights_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such weights file: .*none\.pt; expected"):
         create_backbone("test_resnet", pretrained=tmp_path / "none.pt")
     (tmp_path / "weights.h5").touch()
-    with pytest.raises(InputError, match=r"cannot tell what .*weights\.h5 is; expected one of \.safetensors, \.pt"):
+    with pytest.raises(InputError, match=r"unknown ending of .*weights\.h5; expected one of \.safetensors, \.pt"):
         create_backbone("test_resnet", pretrained=tmp_path / "weights.h5")
 
 

@@ -17,7 +17,7 @@ from conftest import assert_prototypes_are_patches
 from protopush import ProtoModel, load
 from protopush._compat import ensure_torchvision
 from protopush.backbones.create import Backbone, create_backbone
-from protopush.backbones.hf_preprocessing import read_processor
+from protopush.backbones.hugging_face import read_processor
 from protopush.data.features import weights_fingerprint
 from protopush.data.transforms import EvalTransform, Preprocessing
 from protopush.errors import InputError

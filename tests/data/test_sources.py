@@ -19,7 +19,7 @@ from protopush.cli import main
 from protopush.data.images import read_image
 from protopush.data.manifest import Catalog
 from protopush.data.sources import SOURCES, load_catalog, recognise
-from protopush.data.sources.isic2018 import CLASSES as ISIC_CLASSES
+from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 
 HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 

@@ -13,7 +13,7 @@ from protopush.data.manifest import DataConfig
 from protopush.evaluation.measure import measure, observe
 from protopush.runs.run import open_run
 from protopush.runs.splits import open_split
-from protopush.testing.drawn_images import ProceduralParts
+from protopush.testing import ProceduralParts
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from protopush.metrics.faithfulness import (
     location_misalignment,
     relevance_ordering,
 )
-from protopush.testing.drawn_images import ProceduralParts
+from protopush.testing import ProceduralParts
 
 
 def weighted(weights):

@@ -9,11 +9,15 @@ from protopush.metrics.localization import (
     activation_share,
     anchor_share,
     cell_shares,
+    consistency,
     outside_inside_ratio,
+    parts_in_boxes,
+    peak_boxes,
     pointing_game,
+    purity,
+    stability,
 )
-from protopush.metrics.parts import consistency, parts_in_boxes, peak_boxes, purity, stability
-from protopush.testing.drawn_images import PARTS, PARTS_EACH, ProceduralParts
+from protopush.testing import PARTS, PARTS_EACH, ProceduralParts
 
 # Against loops.
 

@@ -1,8 +1,8 @@
-"""Feature extractors: any model or module becomes images -> one feature vector per cell of the last feature map.
+"""Backbones: any model or module becomes images -> one feature vector per cell of the last feature map.
 
 What a model returns differs from family to family (maps, channels-last maps, tokens with class and register tokens in
 front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, in ``layouts.py``, turns each
-into cells in row-major order. Where models come from is told by ``BUILDERS``, at the end of this file.
+into cells in row-major order. Where models come from is listed in ``BUILDERS``, at the end of this file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protopush.backbones.dry_run import features_of, probe, stop_unused
 from protopush.backbones.fusion import fused_model
 from protopush.backbones.hugging_face import hugging_face_model
-from protopush.backbones.layouts import LAYOUTS, Tokens, choose_layout, token_stride
-from protopush.backbones.timm_models import preprocessing_of, timm_model
+from protopush.backbones.layouts import (
+    LAYOUTS,
+    Tokens,
+    choose_layout,
+    dry_run,
+    features_of,
+    stop_unused,
+    token_stride,
+)
+from protopush.backbones.timm_models import BuiltModel, preprocessing_of, timm_model
 from protopush.backbones.weights import load_weights
 from protopush.data.transforms import Preprocessing
 from protopush.errors import InputError, first_line, listing
@@ -49,7 +56,7 @@ class Backbone(nn.Module):
     Args:
         model: ``model.forward_features(images)``, or ``model(images)`` where it has none, gives features in a layout.
         name: what to call it in messages and records.
-        preprocessing: what its images should look like.
+        preprocessing: of its images.
         layout: a key of ``LAYOUTS``. Default: tokens "NLC" if the output has three dimensions, else the model's own
             ``output_fmt``, else "NCHW".
         prefix_tokens: class and register tokens before the cells. Default: the model's ``num_prefix_tokens``, or 0.
@@ -91,8 +98,8 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.frozen = False
         self._trainable: tuple[str, ...] = ()
-        self.recipe = _plain(recipe)
-        output = probe(model, preprocessing.size, name, with_graph=only_used)
+        self.recipe = _as_json(recipe)
+        output = dry_run(model, preprocessing.size, name, with_graph=only_used)
         self.layout = choose_layout(model, output, name, layout)
         prefix = getattr(model, "num_prefix_tokens", 0) if prefix_tokens is None else prefix_tokens
         self.tokens = Tokens(prefix, token_stride(model, output, preprocessing.size, prefix))
@@ -206,11 +213,9 @@ def create_backbone(
         >>> create_backbone("fusion:resnet18+convnext_atto", pretrained=False).channels
         512
     """
-    look: dict[str, Any] = {
-        key: overrides.pop(key) for key in ("mean", "std", "size", "interpolation") if key in overrides
-    }
-    reading: dict[str, Any] = {key: overrides.pop(key) for key in ("layout", "prefix_tokens") if key in overrides}
-    named = {"name": overrides.pop("name")} if overrides.get("name") else {}
+    given = _take(overrides, "mean", "std", "size", "interpolation")
+    reading = _take(overrides, "layout", "prefix_tokens")
+    name = overrides.pop("name", None)
     if isinstance(name_or_module, nn.Module):
         if overrides:
             raise InputError(
@@ -219,44 +224,39 @@ def create_backbone(
             )
         model, own, recipe = name_or_module, preprocessing_of(name_or_module), {"name": type(name_or_module).__name__}
     else:
-        model, own, recipe = _build(name_or_module, pretrained is True, overrides, look)
+        prefix, _, rest = name_or_module.partition(":")
+        if prefix in BUILDERS:
+            model, own, recipe = BUILDERS[prefix](rest, pretrained is True, overrides, given)
+        else:
+            model, own, recipe = timm_model(name_or_module, pretrained is True, overrides)
         recipe = {"name": name_or_module, **recipe}
-    recipe = {**recipe, **named, **reading}
+    recipe |= reading | ({"name": name} if name else {})
     if not isinstance(pretrained, bool):
         load_weights(model, Path(pretrained), recipe["name"])
-    preprocessing = Preprocessing.from_dict({**own.to_dict(), **look})
-    set_input_size: Callable[[tuple[int, int]], None] | None = getattr(model, "set_input_size", None)
-    if "size" in look and set_input_size is not None:
+    preprocessing = Preprocessing.from_dict({**own.to_dict(), **given})
+    set_input_size: Any = getattr(model, "set_input_size", None)
+    if "size" in given and set_input_size is not None:
         set_input_size(preprocessing.size)  # timm's ViTs and Swins are built for one size of images
     only_used = model is not name_or_module
     return Backbone(model, recipe["name"], preprocessing, only_used=only_used, recipe=recipe, **reading)
 
 
-def _build(
-    name: str, pretrained: bool, options: Mapping[str, Any], look: Mapping[str, Any]
-) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """The named model, what its images should look like, and its recipe."""
-    prefix, _, rest = name.partition(":")
-    if prefix in BUILDERS:
-        return BUILDERS[prefix](rest, pretrained, options, look)
-    return timm_model(name, pretrained, options)
+def _take(overrides: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: overrides.pop(key) for key in keys if key in overrides}
 
 
-def _plain(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The recipe as JSON knows it; None if it holds what JSON does not know, a class or a function."""
+def _as_json(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The recipe as it is read back from JSON; None if it holds what JSON does not know, a class or a function."""
     try:
-        plain: dict[str, Any] | None = json.loads(json.dumps(recipe))
+        read_back: dict[str, Any] | None = json.loads(json.dumps(recipe))
     except (TypeError, ValueError):
         return None
-    return plain
+    return read_back
 
 
 # The part of a name before its ":" -> (the rest of the name, pretrained, options, overrides of the preprocessing) ->
-# the model, what its images should look like, the recipe that builds it again without a network.
-BUILDERS: dict[
-    str,
-    Callable[[str, bool, Mapping[str, Any], Mapping[str, Any]], tuple[nn.Module, Preprocessing, dict[str, Any]]],
-] = {
+# the model, its preprocessing, the recipe that builds it again without a network.
+BUILDERS: dict[str, Callable[[str, bool, Mapping[str, Any], Mapping[str, Any]], BuiltModel]] = {
     "fusion": partial(fused_model, create_backbone),
     "hf": hugging_face_model,
 }

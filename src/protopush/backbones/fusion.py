@@ -1,4 +1,4 @@
-"""Two or more backbones as one: their feature maps, cell by cell, mixed by a learned gate."""
+"""Fusion of two or more backbones: their feature maps, cell by cell, mixed by a learned gate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protopush.backbones.timm_models import BuiltModel
 from protopush.data.transforms import Preprocessing
 from protopush.errors import InputError, listing
 
@@ -47,7 +48,12 @@ class FusedModel(nn.Module):
 
     def __init__(self, parts: Sequence[Any], width: int | None = None, gate: str = "channel") -> None:
         super().__init__()
-        _check(parts, width, gate)
+        _check_count([part.name for part in parts])
+        if gate not in GATES:
+            raise InputError(f"unknown gate {gate!r}; expected one of {', '.join(GATES)}; choose one")
+        if width is not None and (not isinstance(width, int) or width < 1):
+            raise InputError(f"fused_dim is {width!r}; expected a number of channels above 0; correct it")
+        _check_grids([(part.name, part.grid) for part in parts], parts[0].preprocessing.size)
         width = width or parts[0].channels
         count = len(parts)
         self.parts = nn.ModuleList(parts)
@@ -82,8 +88,12 @@ class FusedModel(nn.Module):
 
 
 def fused_model(
-    create: Callable[..., Any], names: str, pretrained: bool, options: Mapping[str, Any], look: Mapping[str, Any]
-) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    create: Callable[..., Any],
+    names: str,
+    pretrained: bool,
+    options: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+) -> BuiltModel:
     """The fusion of ``a+b``, the first part's preprocessing, and the recipe.
 
     Args:
@@ -92,45 +102,35 @@ def fused_model(
         pretrained: of all parts.
         options: ``fused_dim`` and ``gate``: width and gate of :class:`FusedModel`; ``parts``: for each part a dict of
             overrides for ``create``.
-        look: overrides of the first part's preprocessing. The others are built for its size.
+        preprocessing: overrides of the first part's. The others are built for its size.
 
     Raises:
         InputError: unknown options, or what ``create`` and :class:`FusedModel` refuse.
     """
     overrides = {"fused_dim": None, "gate": "channel", "parts": None, **options}
-    unknown = [key for key in options if key not in ("fused_dim", "gate", "parts")]
-    if unknown:
+    if unknown := [key for key in options if key not in ("fused_dim", "gate", "parts")]:
         raise InputError(
             f"a fusion takes no {listing(unknown)}; expected fused_dim, gate, parts and the preprocessing; give what "
             "is meant for one part in parts=[{...}, {...}]"
         )
     split = names.split("+")
     _check_count(split)
-    told = overrides["parts"] or [{}] * len(split)
-    if len(told) != len(split):
+    given = overrides["parts"] or [{}] * len(split)
+    if len(given) != len(split):
         raise InputError(
-            f"parts has {len(told)} entries, but fusion:{names} has {len(split)} parts; expected a dict of overrides "
+            f"parts has {len(given)} entries, but fusion:{names} has {len(split)} parts; expected a dict of overrides "
             "for each; add or remove entries"
         )
-    recipes = [{"name_or_module": name, **own} for name, own in zip(split, told, strict=True)]
-    first = create(pretrained=pretrained, **{**recipes[0], **look})
-    size = first.preprocessing.size
-    parts = [first, *(create(pretrained=pretrained, **{**recipe, "size": size}) for recipe in recipes[1:])]
+    recipes = [{"name_or_module": name, **own} for name, own in zip(split, given, strict=True)]
+    parts = [create(pretrained=pretrained, **{**recipes[0], **preprocessing})]
+    size = parts[0].preprocessing.size
+    parts += [create(pretrained=pretrained, **{**recipe, "size": size}) for recipe in recipes[1:]]
     model = FusedModel(parts, overrides["fused_dim"], overrides["gate"])
     kept = [
         {**(part.recipe or recipe), **part.preprocessing.to_dict()} for part, recipe in zip(parts, recipes, strict=True)
     ]
     recipe = {"fused_dim": overrides["fused_dim"], "gate": overrides["gate"], "parts": kept}
-    return model, first.preprocessing, {"name_or_module": f"fusion:{names}", **recipe}
-
-
-def _check(parts: Sequence[Any], width: int | None, gate: str) -> None:
-    _check_count([part.name for part in parts])
-    if gate not in GATES:
-        raise InputError(f"unknown gate {gate!r}; expected one of {', '.join(GATES)}; choose one")
-    if width is not None and (not isinstance(width, int) or width < 1):
-        raise InputError(f"fused_dim is {width!r}; expected a number of channels above 0; correct it")
-    _check_grids([(part.name, part.grid) for part in parts], parts[0].preprocessing.size)
+    return model, parts[0].preprocessing, {"name_or_module": f"fusion:{names}", **recipe}
 
 
 def _check_count(names: Sequence[str]) -> None:

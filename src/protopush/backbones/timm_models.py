@@ -14,10 +14,10 @@ from protopush.backbones.weights import PRETRAINED_SOURCES, load_in_order
 from protopush.data.transforms import Preprocessing
 from protopush.errors import InputError, first_line, listing
 
+BuiltModel = tuple[nn.Module, Preprocessing, dict[str, Any]]  # with its recipe
 
-def timm_model(
-    name: str, pretrained: bool, options: Mapping[str, Any]
-) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+
+def timm_model(name: str, pretrained: bool, options: Mapping[str, Any]) -> BuiltModel:
     """The timm model without classifier, the preprocessing that its weights want, and its recipe.
 
     Args:
@@ -29,8 +29,8 @@ def timm_model(
         InputError: an unknown name, weights or options, or no network.
 
     Example:
-        >>> model, look, recipe = timm_model("resnet18", pretrained=False, options={"drop_rate": 0.1})
-        >>> look.size, recipe
+        >>> model, preprocessing, recipe = timm_model("resnet18", pretrained=False, options={"drop_rate": 0.1})
+        >>> preprocessing.size, recipe
         ((224, 224), {'name_or_module': 'resnet18', 'drop_rate': 0.1})
     """
     ensure_torchvision()
@@ -70,8 +70,8 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     from timm.data.config import resolve_model_data_config
 
     found = resolve_model_data_config(model, pretrained_cfg=config)  # type: ignore[no-untyped-call]
-    look = {key: found[key] for key in ("mean", "std", "interpolation")}
-    return Preprocessing.from_dict({**look, "size": found["input_size"][1:]})
+    values = {key: found[key] for key in ("mean", "std", "interpolation")}
+    return Preprocessing.from_dict({**values, "size": found["input_size"][1:]})
 
 
 def _recipe(model: nn.Module, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _recipe(model: nn.Module, name: str, options: Mapping[str, Any]) -> dict[str
 
 
 def _check_name(name: str, weights_needed: bool) -> None:
-    """Raise for a name, a tag or weights that timm does not have, before it begins to build or to download."""
+    """Raise for a name, a tag or weights that timm does not have, before it builds or downloads anything."""
     import timm
 
     if ":" in name:  # a hub or a folder ("hf-hub:...", "local-dir:..."): timm finds out

@@ -1,11 +1,13 @@
-"""Pretrained weights: from files, without unpickling anything, and from packages that bring them along."""
+"""Pretrained weights, from files (nothing is unpickled) and from packages that bring them along."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +59,11 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     state = _read_weights(path)
     if all(key.startswith("model.") for key in state) and not all(key.startswith("model.") for key in own):
         state = {key.removeprefix("model."): value for key, value in state.items()}  # the state dict of a Backbone
-    for layer in _classifiers(model):
+    # timm takes these layers away with num_classes=0; published weights still hold them.
+    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    for layer in (classifiers,) if isinstance(classifiers, str) else classifiers:
         state = {key: value for key, value in state.items() if key in own or not key.startswith(f"{layer}.")}
-    found = misfit(own, state)
-    if found:
+    if found := misfit(own, state):
         raise InputError(
             f"the weights in {path} do not fit {name} ({found}); expected a state dict of this very model; "
             "give the model that they were saved from, or other weights"
@@ -91,7 +94,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"no such weights file: {path}; expected a .safetensors, .pt or .pth; correct pretrained=")
     if path.suffix not in WEIGHT_READERS:
-        raise InputError(f"cannot tell what {path} is; expected one of {', '.join(WEIGHT_READERS)}; convert the file")
+        raise InputError(f"unknown ending of {path}; expected one of {', '.join(WEIGHT_READERS)}; convert the file")
     try:
         state = dict(WEIGHT_READERS[path.suffix](path))
         state = dict(state.get("state_dict", state))  # many training scripts wrap it so
@@ -105,28 +108,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """The layers that timm takes away with num_classes=0, but that published weights still hold."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
 # A weights file's ending -> how to read it without unpickling anything.
-WEIGHT_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+WEIGHT_READERS: dict[str, Callable[[Path], Mapping[str, Any]]] = {
     ".safetensors": _read_safetensors,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
+    **dict.fromkeys((".pt", ".pth"), partial(torch.load, map_location="cpu", weights_only=True)),
 }
 
 # A timm name -> weights that need no network. Their images: (x - 127) / 128 on pixels of 0..255.

@@ -1,25 +1,23 @@
-"""What is wrong with a data set, before a model learns it: leaks between splits, duplicates, damaged and tiny files."""
+"""Audit of a data set before a model learns it: leaks between splits, duplicates, damaged and tiny files."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from protopush.data.images import read_image, sha256_of
-from protopush.data.manifest import SPLITS, Catalog, Sample
+from protopush.data.images import read_image, sha256_of, why_unreadable
+from protopush.data.manifest import SPLITS, Catalog, Sample, groups_in_several_splits
 from protopush.data.similar import SIDE, THRESHOLD, Array, near_pairs, thumbnail
 from protopush.errors import InputError
 
 SMALL = 32  # pixels: one of 7x7 cells of a 224-pixel input; a smaller image is blown up so far that cells show nothing
-CLOSEST = 5  # pairs below the threshold that are told
-MARGIN = 0.1  # below the threshold, where those are looked for
+CLOSEST = 5  # pairs below the threshold that are reported
+MARGIN = 0.1  # below the threshold, where those are searched
 MANY = 0.02  # near duplicates an image, across splits, above which they are doubted
 BATCH = 4096  # images read ahead
 
@@ -32,7 +30,7 @@ class Pair:
         first, second: their names.
         splits, labels: of the first and of the second.
         same_group: they are known to belong together (one lesion, one patient).
-        identical: the files have the same bytes; otherwise they only look alike.
+        identical: the files have the same bytes; otherwise they only seem alike.
         similarity: 1 for identical files, else as :func:`protopush.data.similar.near_pairs` gives it.
     """
 
@@ -67,7 +65,7 @@ class Audit:
         shared_groups: groups in several splits: images by group and split.
         duplicates: pairs that show the same, identical ones first. Of files with the same bytes each is paired with the
             first, and only that one is compared with other pictures.
-        closest: the pairs across splits that came nearest to the threshold without reaching it, for a look: known to
+        closest: the pairs across splits that came nearest to the threshold without reaching it, to be viewed: known to
             be apart if their groups say so, yet perhaps the same thing photographed twice.
         unreadable: images that can't be read, and why.
         small: images with a side of less than 32 pixels: (width, height).
@@ -84,7 +82,7 @@ class Audit:
 
     @property
     def images(self) -> int:
-        """How many images were looked at."""
+        """How many images were read."""
         return sum(sum(row.values()) for row in self.counts.values())
 
     @property
@@ -104,7 +102,7 @@ class Audit:
 
     @property
     def alike_by_nature(self) -> bool:
-        """So many near duplicates across splits are hardly copies: a machine's pictures in one pose all look alike."""
+        """So many near duplicates across splits are hardly copies: a machine's pictures in one pose are all alike."""
         return sum(not pair.identical for pair in self.across) > max(MANY * self.images, 20)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,25 +148,15 @@ def audit_verdict(found: Audit) -> tuple[str, str]:
     return "bad", "Leaks: what is in one split is in another"
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What one file gives."""
-
-    digest: str = ""
-    thumbnail: Array | None = None
-    size: tuple[int, int] = (0, 0)
-    problem: str = ""
-
-
 def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int], None] = lambda _: None) -> Audit:
-    """Look at every image of a catalog once, and compare all with all.
+    """Read every image of a catalog once, and compare all with all.
 
     Reading is divided among threads, a few thousand images at a time; what is kept of an image is a thumbnail of 4 KB
     and a signature of 256 bytes.
 
     Args:
         catalog: from :func:`protopush.data.sources.load_catalog` with ``refuse_leaks=False``.
-        threshold: similarity, at most 1, from which two images count as duplicates (docs/data.md tells more).
+        threshold: similarity, at most 1, from which two images count as duplicates (see docs/data.md).
         advance: called with a number of steps, two for each image in all (read, compared).
 
     Raises:
@@ -188,22 +176,40 @@ def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int
         [('a', 'b', False)]
     """
     check_threshold(threshold)
-    read = _read(catalog.samples, advance)
-    advance(len(catalog.samples) - len(read.distinct))  # not compared: they can't be read, or are the same file
-    pair_of = partial(_pair, catalog)
+    samples = catalog.samples
+    thumbnails = np.empty((len(samples), SIDE, SIDE), dtype=np.uint8)
+    distinct: list[int] = []  # images that are the first with their bytes; their thumbnails, in this order
+    same: list[Pair] = []
+    unreadable, small = dict[str, str](), dict[str, tuple[int, int]]()
+    first_of: dict[str, int] = {}
+    for number, read in enumerate(_read_all(samples)):
+        advance(1)
+        name = samples[number].name
+        if isinstance(read, str):
+            unreadable[name] = read
+            continue
+        digest, picture, size = read
+        if min(size) < SMALL:
+            small[name] = size
+        first = first_of.setdefault(digest, number)
+        if first == number:
+            thumbnails[len(distinct)] = picture
+            distinct.append(number)
+        else:
+            same.append(_pair(catalog, first, number, similarity=1.0, identical=True))
+    advance(len(samples) - len(distinct))  # not compared: they can't be read, or are the same file
     near = [
-        pair_of(read.distinct[first], read.distinct[second], similarity=value, identical=False)
-        for first, second, value in near_pairs(read.thumbnails, threshold, MARGIN, advance)
+        _pair(catalog, distinct[first], distinct[second], similarity=value, identical=False)
+        for first, second, value in near_pairs(thumbnails[: len(distinct)], threshold, MARGIN, advance)
     ]
-    same = [pair_of(first, second, similarity=1.0, identical=True) for first, second in read.identical]
     below = [pair for pair in near if pair.similarity < threshold and pair.across]
     return Audit(
         counts=_counts(catalog),
-        shared_groups=_shared_groups(catalog.samples),
+        shared_groups=groups_in_several_splits(samples),
         duplicates=(*same, *(pair for pair in near if pair.similarity >= threshold)),
         closest=tuple(below[:CLOSEST]),
-        unreadable=read.unreadable,
-        small=read.small,
+        unreadable=unreadable,
+        small=small,
         threshold=threshold,
     )
 
@@ -218,56 +224,19 @@ def check_threshold(threshold: float) -> None:
         raise InputError(f"the threshold is {threshold}; expected a similarity between 0.5 and 1, such as {THRESHOLD}")
 
 
-@dataclass
-class _Read:
-    """What reading all files gives."""
-
-    thumbnails: Array  # of the distinct ones
-    distinct: list[int] = field(default_factory=list)  # images that are the first with their bytes
-    identical: list[tuple[int, int]] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    small: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-def _read(samples: Sequence[Sample], advance: Callable[[int], None]) -> _Read:
-    read = _Read(np.empty((len(samples), SIDE, SIDE), dtype=np.uint8))
-    first_of: dict[str, int] = {}
-    for number, look in enumerate(_looks(samples)):
-        advance(1)
-        name = samples[number].name
-        if look.thumbnail is None:
-            read.unreadable[name] = look.problem
-            continue
-        if min(look.size) < SMALL:
-            read.small[name] = look.size
-        first = first_of.setdefault(look.digest, number)
-        if first == number:
-            read.thumbnails[len(read.distinct)] = look.thumbnail
-            read.distinct.append(number)
-        else:
-            read.identical.append((first, number))
-    read.thumbnails = read.thumbnails[: len(read.distinct)]
-    return read
-
-
-def _looks(samples: Sequence[Sample]) -> Iterator[_Look]:
+def _read_all(samples: Sequence[Sample]) -> Iterator[tuple[str, Array, tuple[int, int]] | str]:
+    """Digest, thumbnail and size of each image, or why it can't be read."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         for start in range(0, len(samples), BATCH):
-            yield from pool.map(_look, samples[start : start + BATCH])
+            yield from pool.map(_read, samples[start : start + BATCH])
 
 
-def _look(sample: Sample) -> _Look:
+def _read(sample: Sample) -> tuple[str, Array, tuple[int, int]] | str:
     try:
         image = read_image(sample.image)
-        return _Look(sha256_of(sample.image), thumbnail(image), image.size)
     except InputError as error:
-        return _Look(problem=_reason(error.__cause__))
-
-
-def _reason(error: BaseException | None) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "missing"
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        return why_unreadable(sample.image, error.__cause__ or error)
+    return sha256_of(sample.image), thumbnail(image), image.size
 
 
 def _pair(catalog: Catalog, first: int, second: int, similarity: float, identical: bool) -> Pair:
@@ -289,11 +258,3 @@ def _counts(catalog: Catalog) -> dict[str, dict[str, int]]:
     others = sorted({split for split, _ in found} - set(SPLITS))
     splits = [split for split in (*SPLITS, *others) if any(split == known for known, _ in found)]
     return {split: {name: found[split, label] for label, name in enumerate(catalog.classes)} for split in splits}
-
-
-def _shared_groups(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    groups: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in samples:
-        if sample.group is not None:
-            groups[sample.group][sample.split] += 1
-    return {group: dict(found) for group, found in sorted(groups.items()) if len(found) > 1}

@@ -1,31 +1,22 @@
-"""What a dataset can say about one of its items.
-
-Samples as a PyTorch dataset that knows where each of its items comes from.
-"""
+"""Samples as a PyTorch dataset that knows where each of its items comes from, and the masks of samples."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protopush.data.images import image_size, read_image, sha256_of
+from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Sample
-from protopush.data.transforms import EvalTransform
-
-
-class CellBoxes(Protocol):
-    """Where cells lie in the original picture of size (width, height), as :class:`protopush.data.transforms.View`."""
-
-    @property
-    def original(self) -> tuple[int, int]: ...
-
-    def cell_box(self, cell: int, grid: tuple[int, int]) -> tuple[int, int, int, int]: ...
+from protopush.data.transforms import EvalTransform, View
+from protopush.errors import InputError, listing
 
 
 @dataclass(frozen=True)
@@ -37,14 +28,15 @@ class Provenance:
         file: path of the image file, relative to the data's root.
         sha256: of the file's bytes.
         group: lesion, patient, module, ...
-        view: where its cells lie in the file (None: unknown, then an anchor has no box).
+        view: where its cells lie in the file (None: unknown, then an anchor has no box); also any object that has
+            ``original``, (width, height), and ``cell_box(cell, grid)``.
     """
 
     sample_id: int | str
     file: str | None = None
     sha256: str | None = None
     group: str | None = None
-    view: CellBoxes | None = None
+    view: View | None = None
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
@@ -98,3 +90,51 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             group=sample.group,
             view=self.eval_transform.view(image_size(sample.image)),
         )
+
+
+def check_masks(samples: Sequence[Sample]) -> int:
+    """Read every mask (of what an image is about: a lesion, a bird) once; returns how many samples have none.
+
+    Raises:
+        InputError: there is no mask at all, or some can't be read or have another size than their image; all are named.
+    """
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    if not masks:
+        raise InputError(
+            f"none of the {len(samples)} images has a mask; expected a manifest with a column 'mask'; give "
+            "--data.path MANIFEST.csv"
+        )
+    check_images(masks)
+    if wrong := [text for text in map(_other_size, samples) if text]:
+        raise InputError(f"{len(wrong)} masks do not fit: {listing(wrong)}; expected the image's own size")
+    return len(samples) - len(masks)
+
+
+def read_mask(sample: Sample) -> NDArray[np.bool_]:
+    """A sample's mask, bool (height, width) of the upright picture: where the file is not 0.
+
+    Raises:
+        InputError: the sample has none, it can't be read, or has another size than its image.
+    """
+    if sample.mask is None or _other_size(sample):
+        raise InputError(f"the mask does not fit: {_other_size(sample) or sample.name}; expected the image's own size")
+    mask: NDArray[np.bool_] = np.asarray(read_image(sample.mask)).max(axis=2) > 0
+    return mask
+
+
+def seen_mask(sample: Sample, transform: EvalTransform) -> Tensor:
+    """A sample's mask as the model sees its image: resized and cropped alike, bool (H, W).
+
+    Raises:
+        InputError: as :func:`read_mask`.
+    """
+    picture = Image.fromarray(read_mask(sample).astype(np.uint8) * 255).convert("RGB")
+    return torch.from_numpy(np.asarray(transform.visible(picture))[..., 0] > 127)
+
+
+def _other_size(sample: Sample) -> str:
+    """How the sizes of mask and image differ; empty where they don't."""
+    if sample.mask is None:
+        return ""
+    mask, image = image_size(sample.mask), image_size(sample.image)
+    return "" if mask == image else f"{sample.mask} ({mask[0]}x{mask[1]}, its image {image[0]}x{image[1]})"

@@ -1,17 +1,13 @@
-"""Fingerprints: one short string that changes when weights change.
-
-Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean).
-"""
+"""Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.dataset import ImageDataset, Provenance
-from protopush.data.files import atomic, write_json
+from protopush.data.files import atomic, default_cache_dir, write_json
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
+
+FORMAT = 1
+MANY_BAD = 20  # samples with NaN after which the search for more ends
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -39,19 +38,6 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-FORMAT = 1
-MANY_BAD = 20  # samples with NaN after which no more are looked for
-
-
-class HasPatches(Protocol):
-    """What a backbone returns."""
-
-    @property
-    def patches(self) -> Tensor: ...
-    @property
-    def grid(self) -> tuple[int, int]: ...
 
 
 class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
@@ -89,12 +75,6 @@ class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
         return self.images.describe(index)
 
 
-def default_cache_dir() -> Path:
-    """``$PROTOPUSH_CACHE``, or ``protopush`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
-
-
 def inference_batch_size(device: torch.device) -> int:
     """Images a forward pass without gradients: few on a CPU, where memory for large activations is dear."""
     return 8 if device.type == "cpu" else 64
@@ -130,8 +110,9 @@ def cache_features(
     stem = folder / _key(backbone, view, hashes)
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        batch_size = batch_size or inference_batch_size(device)
-        grid = _compute(backbone, view, array, device, batch_size, num_workers, advance)
+        size = batch_size or inference_batch_size(device)
+        loader = DataLoader(view, batch_size=size, num_workers=num_workers)
+        grid = _compute(backbone, view, loader, array, device, advance)
         write_json(meta, {"grid": list(grid), "images": len(view)})
     rows, columns = json.loads(meta.read_text())["grid"]
     return CachedFeatures(view, array, (rows, columns))
@@ -140,9 +121,9 @@ def cache_features(
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
     transform = view.eval_transform
     recipe: dict[str, Any] = getattr(backbone, "recipe", None) or {}
-    # What equal weights don't tell apart: an activation, the normalisation of a fusion's part.
+    # What makes a difference although weights are equal: an activation, the normalisation of a fusion's part.
     options = {key: value for key, value in recipe.items() if key not in ("name", "name_or_module")}
-    told = {
+    content = {
         "format": FORMAT,
         "weights": weights_fingerprint(backbone.state_dict()),
         "backbone": f"{getattr(backbone, 'name', '')} {getattr(backbone, 'layout', '')}",
@@ -151,24 +132,22 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
         "crop_pct": transform.crop_pct,
         "files": list(hashes),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _compute(
     backbone: nn.Module,
     view: ImageDataset,
+    loader: DataLoader[Any],
     file: Path,
     device: torch.device,
-    batch_size: int,
-    num_workers: int,
     advance: Callable[[int], None],
 ) -> tuple[int, int]:
-    loader: DataLoader[Any] = DataLoader(view, batch_size=batch_size, num_workers=num_workers)
     grid, done, bad = (0, 0), 0, list[str]()
     with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
         for images, _, ids in loader:
-            features: HasPatches = backbone(images.to(device))
+            features: Any = backbone(images.to(device))
             patches = features.patches.half().cpu()
             bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
             if len(bad) >= MANY_BAD:
@@ -178,7 +157,12 @@ def _compute(
             array[done : done + len(patches)] = patches.numpy()
             done += len(patches)
             advance(len(patches))
-        _refuse_non_finite(bad)
+        if bad:
+            count = f"{len(bad)} samples" if len(bad) < MANY_BAD else f"at least {len(bad)} samples"
+            raise InputError(
+                f"NaN or infinite features in {count}: {listing(bad)}; expected finite ones; "
+                "check these images and the backbone's weights"
+            )
         if array is not None:
             array.flush()
     return grid
@@ -193,12 +177,3 @@ def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
             "make room or choose --trainer.cache_dir"
         )
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-
-
-def _refuse_non_finite(names: list[str]) -> None:
-    if names:
-        count = f"{len(names)} samples" if len(names) < MANY_BAD else f"at least {len(names)} samples"
-        raise InputError(
-            f"NaN or infinite features in {count}: {listing(names)}; expected finite ones; "
-            "look at these images and at the backbone's weights"
-        )

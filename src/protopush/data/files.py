@@ -1,6 +1,7 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed.
+"""Files that are either whole or not there, one at a time, and folders that change as a whole or not at all.
 
-Files of a folder that change together: all of them or none, whatever happens in between.
+A file is written under a temporary name, then renamed. Files of a folder that change together lie in a folder of their
+own, whose rename decides.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from protopush.errors import InputError
+
+
+def default_cache_dir() -> Path:
+    """``$PROTOPUSH_CACHE``, or ``protopush`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("PROTOPUSH_CACHE") or Path(base) / "protopush")
 
 
 @contextmanager
@@ -68,7 +75,7 @@ def read_json(path: Path) -> Any:
 
 
 READY = ".change"  # new files, all written: they take their places now, or when the folder is next opened
-BEGUN = ".change-"  # new files, still being written: if that is cut off, they are nothing
+UNFINISHED = ".change-"  # new files, still being written: if that is cut off, they are nothing
 OLD = 3600  # seconds after which nobody is still writing them
 
 
@@ -86,7 +93,7 @@ def changing(folder: Path) -> Iterator[Path]:
     _remove_leftovers(folder)
     stage = None
     try:
-        stage = Path(tempfile.mkdtemp(prefix=BEGUN, dir=folder))
+        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         yield stage
         _to_disk(stage)
         stage.rename(folder / READY)
@@ -137,6 +144,6 @@ def _to_disk(stage: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for left in folder.glob(f"{BEGUN}*"):
+    for left in folder.glob(f"{UNFINISHED}*"):
         if time.time() - left.stat().st_mtime > OLD:
             shutil.rmtree(left, ignore_errors=True)

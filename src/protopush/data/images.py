@@ -1,4 +1,4 @@
-"""Image files as people have them: read upright and in RGB, or named in one error that lists them all."""
+"""Image files, read upright and in RGB, or named in one error that lists them all."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except _UNREADABLE as error:
         raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         eight_bit = values / 257.0 if values.max(initial=0) > 255 else values
@@ -53,14 +53,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def sha256_of(path: str | Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: io.BufferedReader) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -79,8 +75,7 @@ def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: No
         for result in pool.map(_check, paths):
             found.append(result)
             advance()
-    bad = [f"{path} ({reason})" for path, (_, reason) in zip(paths, found, strict=True) if reason]
-    if bad:
+    if bad := [f"{path} ({reason})" for path, (_, reason) in zip(paths, found, strict=True) if reason]:
         count = "1 unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images"
         raise InputError(f"{count}: {listing(bad, limit=50)}; expected whole image files; remove or replace them")
     return [digest for digest, _ in found]

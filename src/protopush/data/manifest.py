@@ -1,6 +1,7 @@
-"""Tables as people save them: CSV or tab-separated, with or without a byte order mark, blanks around the values.
+"""Manifests and other tables of images: samples, catalogs, and the splits that groups never share.
 
-A manifest is a CSV ``image,label[,split][,group][,mask]`` with paths relative to it.
+A manifest is a CSV ``image,label[,split][,group][,mask]`` with paths relative to it. Tables are read as people save
+them: CSV or tab-separated, with or without a byte order mark, blanks around the values.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +20,7 @@ from protopush.errors import InputError, listing
 
 @dataclass
 class DataConfig:
-    """Which images, and how they are seen.
+    """Data of a run: which images, and how they are seen.
 
     Args:
         path: a folder of class folders or a manifest (CSV image,label[,split][,group][,mask]).
@@ -93,6 +94,18 @@ def require_columns(path: Path, columns: Sequence[str], required: Sequence[str])
             raise InputError(f"{path} has no column {column!r}; it has: {listing(columns) or 'nothing'}{hint}")
 
 
+def refuse_empty(
+    path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str], words: str, start: int = 2
+) -> None:
+    """Name the rows without a value in one of some columns, by their numbers from ``start``.
+
+    Raises:
+        InputError: there are some; ``words`` are of the columns and of what is numbered.
+    """
+    if empty := [number for number, row in enumerate(rows, start) if not all(row.get(column) for column in columns)]:
+        raise InputError(f"{path}: no {words} {listing(empty)}; fill them in or remove them")
+
+
 def numbering(labels: Iterable[str], classes: Sequence[str] | None, path: Path) -> dict[str, int]:
     """The label of each class name: its place in ``classes``, or among the sorted names where no model fixes them.
 
@@ -105,8 +118,7 @@ def numbering(labels: Iterable[str], classes: Sequence[str] | None, path: Path) 
     """
     found = sorted(set(labels))
     names = list(classes) if classes is not None else found
-    unknown = [name for name in found if name not in names]
-    if unknown:
+    if unknown := [name for name in found if name not in names]:
         raise InputError(f"unknown labels in {path}: {listing(unknown)}; the model knows: {listing(names)}")
     return {name: number for number, name in enumerate(names)}
 
@@ -174,7 +186,8 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
         InputError: the file is missing or empty, a column lacks, a row has no value, or a label is unknown.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = read_table(path, ("image", "label"), "a manifest (CSV with the columns image,label)")
+    refuse_empty(path, rows, ("image", "label"), "image or no label in lines")
     number = numbering((row["label"] for row in rows), classes, path)
     images = [path.parent / row["image"].replace("\\", "/") for row in rows]
     root = _root(path.parent, images)
@@ -199,14 +212,6 @@ def _root(folder: Path, images: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([os.path.abspath(path) for path in (folder, *images)]))
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    rows = read_table(path, ("image", "label"), "a manifest (CSV with the columns image,label)")
-    empty = [line for line, row in enumerate(rows, start=2) if not row["image"] or not row["label"]]
-    if empty:
-        raise InputError(f"{path}: no image or no label in lines {listing(empty)}; fill them in or remove them")
-    return rows
-
-
 def with_splits(
     catalog: Catalog, seed: int = 0, val: float = 0.1, test: float = 0.2, refuse_leaks: bool = True
 ) -> Catalog:
@@ -214,24 +219,24 @@ def with_splits(
 
     Without any split, ``val`` and ``test`` shares of each class are held out. With a train but no val split,
     ``val`` is taken from train. Splits that the source names are never changed otherwise. Without ``refuse_leaks``
-    groups may lie in several splits, for an audit that tells all of them.
+    groups may lie in several splits, for an audit that lists all of them.
 
     Raises:
         InputError: some rows have a split and others none, or a group lies in two splits.
     """
     unsplit = [sample.name for sample in catalog.samples if not sample.split]
-    names = {sample.split for sample in catalog.samples}
+    splits = {sample.split for sample in catalog.samples}
     if unsplit and len(unsplit) < len(catalog.samples):
         raise InputError(f"{len(unsplit)} images have no split ({listing(unsplit, 3)}); give all a split or none")
     if unsplit:
         samples = _hold_out(catalog.samples, {"test": test, "val": val}, "train", seed)
-    elif "train" in names and "val" not in names:
+    elif "train" in splits and "val" not in splits:
         held = _hold_out([s for s in catalog.samples if s.split == "train"], {"val": val}, "train", seed)
         samples = (*held, *(s for s in catalog.samples if s.split != "train"))
     else:
         samples = catalog.samples
-    if refuse_leaks:
-        _refuse_leaks(samples)
+    if refuse_leaks and (leaks := list(groups_in_several_splits(samples))):
+        raise InputError(f"{len(leaks)} groups lie in several splits: {listing(leaks, 5)}; keep each in one split")
     return replace(catalog, samples=tuple(samples))
 
 
@@ -255,14 +260,13 @@ def _hold_out(samples: Iterable[Sample], shares: dict[str, float], rest: str, se
     return tuple(replace(s, split=split_of[s.group or s.name]) for s in (m for g in groups.values() for m in g))
 
 
-def _refuse_leaks(samples: Iterable[Sample]) -> None:
-    splits: dict[str, set[str]] = defaultdict(set)
+def groups_in_several_splits(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
+    """The number of samples by group and split, of the groups that lie in several splits."""
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         if sample.group is not None:
-            splits[sample.group].add(sample.split)
-    leaks = sorted(group for group, found in splits.items() if len(found) > 1)
-    if leaks:
-        raise InputError(f"{len(leaks)} groups lie in several splits: {listing(leaks, 5)}; keep each in one split")
+            groups[sample.group][sample.split] += 1
+    return {group: dict(splits) for group, splits in sorted(groups.items()) if len(splits) > 1}
 
 
 def require_training_images(catalog: Catalog) -> None:
@@ -272,8 +276,7 @@ def require_training_images(catalog: Catalog) -> None:
         InputError: a class has none, or there is only one class.
     """
     counts = Counter(sample.label for sample in catalog.split("train"))
-    missing = [name for label, name in enumerate(catalog.classes) if not counts[label]]
-    if missing:
+    if missing := [name for label, name in enumerate(catalog.classes) if not counts[label]]:
         raise InputError(f"classes without a training image: {listing(missing)}; add some or leave the class out")
     if len(catalog.classes) < 2:
         raise InputError(f"only one class ({catalog.classes[0]}) under {catalog.root}; expected at least two")

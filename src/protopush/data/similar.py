@@ -1,4 +1,4 @@
-"""Pictures that show the same, however they were saved: a perceptual hash that is compared, not only cut to bits.
+"""Similarity of pictures, however they were saved: a perceptual hash that is compared, not only cut to bits.
 
 The cosine transform of a small grey thumbnail, as in pHash (Zauner, "Implementation and benchmarking of perceptual
 image hash functions", 2010). pHash keeps the signs of 8x8 coefficients, 64 bits. That is too little where all pictures
@@ -11,7 +11,7 @@ differs from its own copy, 5 % cropped, in up to 10. So the coefficients themsel
   fitted into the other.
 
 A mirrored picture has the same coefficients but for signs, a turned one has them transposed: all eight orientations
-cost no second look at the pixels. All pairs are compared by matrix products in blocks of rows: that is exact, needs no
+need the pixels only once. All pairs are compared by matrix products in blocks of rows: that is exact, needs no
 index, and 100,000 pictures (eight times five thousand million pairs) take minutes.
 """
 
@@ -30,8 +30,8 @@ Array = NDArray[Any]
 
 SIDE = 64  # pixels of a thumbnail
 COARSE, FINE = 8, 24  # coefficients a side: to find candidates, to decide
-THRESHOLD = 0.92  # similarity from which two pictures are near duplicates; docs/data.md tells what was measured
-SLACK = 0.06  # by which a pair that reaches the threshold may be less alike at first glance, coarse and unfitted
+THRESHOLD = 0.92  # similarity from which two pictures are near duplicates; measured: see docs/data.md
+SLACK = 0.06  # by which a pair that reaches the threshold may be less alike when it is coarse and unfitted
 PRIOR = 20  # pictures that share nothing, counted with the others: a handful must not take themselves for the rule
 ORIENTATIONS = 8  # the picture, mirrored, upside down, both; and these four transposed
 PLAIN = SIDE  # length of a signature below which a picture is of one colour: a contrast of one grey level

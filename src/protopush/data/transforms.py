@@ -1,12 +1,9 @@
-"""What a backbone wants its images to look like.
-
-From a picture to the pixels that the model sees, and back from a cell to the picture.
-"""
+"""Preprocessing and transforms, from a picture to the pixels that the model sees, and from a cell back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,9 @@ from protopush._compat import ensure_policies
 from protopush.errors import InputError, first_line, listing
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS[:4]}
+
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,12 @@ class Preprocessing:
             )
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
-                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}; choose one"
+                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them (lists, not tuples); :meth:`from_dict` reads them back."""
-        return {
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "size": list(self.size),
-            "interpolation": self.interpolation,
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -77,48 +72,25 @@ class Preprocessing:
             InputError: a key that is no field, or a value that does not fit.
         """
         known = [field.name for field in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
+        if unknown := [key for key in values if key not in known]:
             raise InputError(
                 f"unknown preprocessing keys: {listing(unknown)}; expected {', '.join(known)}; remove or correct them"
             )
+        kinds: dict[str, Any] = {"mean": float, "std": float, "size": int}
         try:
-            readers: dict[str, Callable[[Any], Any]] = {
-                "mean": _floats,
-                "std": _floats,
-                "size": _whole,
-                "interpolation": str,
+            read: dict[str, Any] = {
+                key: tuple(map(kinds[key], value)) if key in kinds else str(value) for key, value in values.items()
             }
-            return cls(**{key: readers[key](value) for key, value in values.items()})
-        except InputError:
-            raise
         except (TypeError, ValueError) as cause:
             raise InputError(
                 f"preprocessing {dict(values)} cannot be read ({cause}); expected numbers in lists; correct the values"
             ) from cause
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
-def _whole(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
-Box = tuple[int, int, int, int]
-
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+        return cls(**read)
 
 
 @dataclass(frozen=True)
 class View:
-    """Where the pixels that the model sees lie in the original picture. All sizes are (width, height)."""
+    """The place of the pixels that the model sees in the original picture. All sizes are (width, height)."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -159,8 +131,8 @@ class View:
         return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
     def _back(self, edge: int, cells: int, axis: int) -> int:
-        seen = edge * self.crop[axis] / cells + self.offset[axis]
-        return min(max(round(seen * self.original[axis] / self.resized[axis]), 0), self.original[axis])
+        resized = edge * self.crop[axis] / cells + self.offset[axis]
+        return min(max(round(resized * self.original[axis] / self.resized[axis]), 0), self.original[axis])
 
 
 class EvalTransform:

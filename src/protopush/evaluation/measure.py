@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from protopush.backbones.create import Features
-from protopush.data.dataset import ImageDataset
+from protopush.data.dataset import ImageDataset, read_mask, seen_mask
 from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Sample
-from protopush.data.masks import read_mask, seen_mask
 from protopush.metrics.classification import classification_metrics
 from protopush.metrics.faithfulness import area_under, blur, deletion_curve, location_misalignment, relevance_ordering
 from protopush.metrics.localization import activation_share, anchor_share, outside_inside_ratio, pointing_game

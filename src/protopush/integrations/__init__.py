@@ -1,1 +1,1 @@
-"""Doors to other people's training code; each imports its framework only when it is itself imported."""
+"""Integrations in other training code; each imports its framework only when it is itself imported."""

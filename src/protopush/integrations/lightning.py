@@ -1,4 +1,4 @@
-"""Pushes in a run of Lightning's Trainer: :class:`PushCallback`.
+"""Callback that pushes in a run of Lightning's Trainer: :class:`PushCallback`.
 
 Importing this needs Lightning: ``pip install "protopush[lightning]"``. The package ``pytorch_lightning`` does as well.
 """
@@ -26,6 +26,7 @@ from protopush.push.selection import check_unique
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 FINAL = ("hard", "none")
+DISTANCES = ("min_dist", "mean_dist", "mean_dist_after")
 OWN = ("model", "dataloader", "device", "optimizer")  # arguments of a push that the callback gives itself
 
 
@@ -36,13 +37,12 @@ def _lightning() -> Any:
     try:
         return importlib.import_module(first)
     except ImportError:
-        try:
-            return importlib.import_module(second)
-        except ImportError as cause:
-            raise ImportError(
-                f"PushCallback needs Lightning, which is not there ({first_line(cause)}); "
-                "run: pip install protopush[lightning]"
-            ) from cause
+        pass
+    try:
+        return importlib.import_module(second)
+    except ImportError as cause:
+        needed = f"PushCallback needs Lightning, which is not there ({first_line(cause)})"
+        raise ImportError(f"{needed}; run: pip install protopush[lightning]") from cause
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class PushCallback(Callback):
     the model as it was before; ``ModelCheckpoint(save_on_train_epoch_end=True)`` saves it as it is after.
 
     Args:
-        schedule: when to push; by default ``PushSchedule()``. It is told the trainer's optimizers.
+        schedule: when to push; by default ``PushSchedule()``. It gets the trainer's optimizers.
         find: where the model with ``extract_features``, ``head.proj`` and ``head.proto_manager`` is: an attribute of
             the LightningModule (``"net"``, ``"net.classifier"``) or a function of it; None: the LightningModule itself.
         loader: a DataLoader to push with, instead of the trainer's.
@@ -148,9 +148,8 @@ class PushCallback(Callback):
         prototypes = unwrap(model).head.proto_manager.prototypes
         default = torch.get_default_dtype()
         with trainer.precision_plugin.forward_context():
-            torch.set_default_dtype(
-                default
-            )  # a push compares in its own precision; the context puts back what it found
+            # A push compares in its own precision; the context puts back what it found.
+            torch.set_default_dtype(default)
             report = push_prototypes(
                 _Converted(model, trainer.precision_plugin.convert_input),
                 self._loader(trainer),
@@ -159,13 +158,8 @@ class PushCallback(Callback):
                 **options,
             )
         self.reports.append(report)
-        row = {
-            "epoch": trainer.current_epoch if final else trainer.current_epoch + 1,  # counted already at the end
-            "min_dist": report.min_dist,
-            "mean_dist": report.mean_dist,
-            "mean_dist_after": report.mean_dist_after,
-            "final": final,
-        }
+        epoch = trainer.current_epoch + (not final)  # at the end it is counted already
+        row = {"epoch": epoch, **{name: getattr(report, name) for name in DISTANCES}, "final": final}
         self.history.append(row)
         return row
 
@@ -212,8 +206,7 @@ class _Converted(nn.Module):
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse now what the first push, after hours perhaps, would refuse."""
     known = inspect.signature(push_prototypes).parameters
-    unknown = [name for name in options if name not in known or name in OWN]
-    if unknown:
+    if unknown := [name for name in options if name not in known or name in OWN]:
         expected = ", ".join(name for name in known if name not in OWN)
         raise InputError(f"PushCallback takes no {listing(unknown)}; expected options of a push: {expected}")
     check_momentum(options.get("momentum", known["momentum"].default))
@@ -231,5 +224,4 @@ def _holds(optimizer: Any, parameter: nn.Parameter) -> bool:
 
 def _distances(row: dict[str, Any]) -> dict[str, float]:
     """What is logged; nothing where nothing was pushed, whose distances are NaN."""
-    names = ("min_dist", "mean_dist", "mean_dist_after")
-    return {f"push/{name}": row[name] for name in names if row[name] == row[name]}
+    return {f"push/{name}": row[name] for name in DISTANCES if row[name] == row[name]}

@@ -1,4 +1,4 @@
-"""How good a classifier is. Shapes: probabilities (N, C), labels (N,)."""
+"""Accuracy, AUROC and calibration of a classifier, each with its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -65,33 +65,30 @@ def classification_metrics(
     count = len(class_names)
     _check(probabilities, labels, count)
     predicted = probabilities.argmax(dim=1)
-    confusion = tm.multiclass_confusion_matrix(predicted, labels, num_classes=count)
+    stat_scores = tm.multiclass_stat_scores(predicted, labels, num_classes=count, average=None)
     per_class: dict[str, dict[str, Any]] = {}
-    for c, name in enumerate(class_names):
-        hit, support, called = (int(part) for part in (confusion[c, c], confusion[c].sum(), confusion[:, c].sum()))
-        rest = len(labels) - support
-        per_class[name] = {
+    for c, (hits, false_alarms, rejected, misses, support) in enumerate(stat_scores.tolist()):
+        has_both = 0 < support < len(labels)
+        per_class[class_names[c]] = {
             "n": support,
-            "sensitivity": _ratio(hit, support),
-            "specificity": _ratio(rest - (called - hit), rest),
-            "precision": _ratio(hit, called),
-            "f1": _ratio(2 * hit, support + called),
-            "auroc": float(tm.binary_auroc(_ranks(probabilities[:, c]), (labels == c).long()))
-            if support and rest
-            else None,
+            "sensitivity": _ratio(hits, support),
+            "specificity": _ratio(rejected, rejected + false_alarms),
+            "precision": _ratio(hits, hits + false_alarms),
+            "f1": _ratio(2 * hits, 2 * hits + false_alarms + misses),
+            "auroc": float(tm.binary_auroc(_ranks(probabilities[:, c]), (labels == c).long())) if has_both else None,
         }
     found: dict[str, Any] = {
         "n": len(labels),
         "accuracy": _ratio(int((predicted == labels).sum()), len(labels)),
-        "balanced_accuracy": _mean([row["sensitivity"] for row in per_class.values()]),
-        "macro_f1": _mean([row["f1"] for row in per_class.values()]),
-        "auroc": _mean([row["auroc"] for row in per_class.values()]),
+        "balanced_accuracy": mean_of_defined([row["sensitivity"] for row in per_class.values()]),
+        "macro_f1": mean_of_defined([row["f1"] for row in per_class.values()]),
+        "auroc": mean_of_defined([row["auroc"] for row in per_class.values()]),
         "ece": float(tm.multiclass_calibration_error(probabilities, labels, num_classes=count, n_bins=BINS)),
-        "confusion": confusion.tolist(),
+        "confusion": tm.multiclass_confusion_matrix(predicted, labels, num_classes=count).tolist(),
         "per_class": per_class,
     }
     if resamples:
-        statistics = _resampled(probabilities.detach().cpu(), labels.cpu(), count)
+        statistics = _weighted_statistics(probabilities.detach().cpu(), labels.cpu(), count)
         intervals = bootstrap_intervals(statistics, len(labels), resamples, seed, groups)
         found["intervals"] = dict(zip(OVERALL, intervals, strict=False))
         for c, row in enumerate(per_class.values()):
@@ -99,7 +96,13 @@ def classification_metrics(
     return found
 
 
-def _resampled(probabilities: Tensor, labels: Tensor, count: int) -> Callable[[Array], Array]:
+def mean_of_defined(values: Sequence[float | None]) -> float | None:
+    """The mean over the classes for which a number is defined; None where there is none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def _weighted_statistics(probabilities: Tensor, labels: Tensor, count: int) -> Callable[[Array], Array]:
     """Weights (R, N) to values (R, 5 + 3 * C): the metrics in OVERALL, then each of PER_CLASS for all classes."""
     classes = labels.numpy()
     scores = probabilities.double().numpy()
@@ -119,7 +122,7 @@ def _resampled(probabilities: Tensor, labels: Tensor, count: int) -> Callable[[A
             specificity = (total - support - (called - hits)) / (total - support)
             f1 = 2 * hits / (support + called)
             auroc = np.stack([curve(weights) for curve in curves], axis=1)
-            means = [_known_mean(values) for values in (sensitivity, f1, auroc)]
+            means = [_mean_of_defined(values) for values in (sensitivity, f1, auroc)]
         overall = [hits.sum(axis=1, keepdims=True) / total, *means, np.abs(gaps).sum(axis=1, keepdims=True) / total]
         return np.concatenate([*overall, sensitivity, specificity, auroc], axis=1)
 
@@ -159,35 +162,28 @@ def _ranks(scores: Tensor) -> Tensor:
     return ranks.double() / ranks.max().clamp(min=1)
 
 
-def _check(probabilities: Tensor, labels: Tensor, count: int) -> None:
-    if not len(labels) or count < 2:
-        raise InputError(f"{len(labels)} samples of {count} classes; expected at least one sample and two classes")
-    if probabilities.shape != (len(labels), count):
-        shape = tuple(probabilities.shape)
-        raise InputError(f"probabilities are {shape}; expected {(len(labels), count)}, a row a label, a column a class")
-    broken = int(probabilities.isnan().any(dim=1).sum())
-    if broken:
-        raise InputError(
-            f"{broken} of {len(labels)} rows of probabilities have NaN; expected numbers: "
-            "look for NaN in the images and the weights, or lower the learning rate"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= count:
-        raise InputError(f"labels are {low} to {high}; expected 0 to {count - 1}, one of the {count} classes")
+def _mean_of_defined(values: Array) -> Array:
+    """As :func:`mean_of_defined`, (R, C) to (R, 1), with NaN for None."""
+    defined = ~np.isnan(values)
+    means: Array = np.where(defined, values, 0).sum(axis=1, keepdims=True) / defined.sum(axis=1, keepdims=True)
+    return means
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean over classes that have the number."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _known_mean(values: Array) -> Array:
-    """The mean over classes that have the number, (R, C) to (R, 1); NaN where none has."""
-    known = ~np.isnan(values)
-    means: Array = np.where(known, values, 0).sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
-    return means
+def _check(probabilities: Tensor, labels: Tensor, count: int) -> None:
+    expected, shape = (len(labels), count), tuple(probabilities.shape)
+    if not len(labels) or count < 2:
+        raise InputError(f"{len(labels)} samples of {count} classes; expected at least one sample and two classes")
+    if shape != expected:
+        raise InputError(f"probabilities are {shape}; expected {expected}, a row a label, a column a class")
+    if broken := int(probabilities.isnan().any(dim=1).sum()):
+        raise InputError(
+            f"{broken} of {len(labels)} rows of probabilities have NaN; expected numbers: "
+            "search for NaN in the images and the weights, or lower the learning rate"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= count:
+        raise InputError(f"labels are {low} to {high}; expected 0 to {count - 1}, one of the {count} classes")

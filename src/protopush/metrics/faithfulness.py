@@ -1,4 +1,4 @@
-"""Whether a map tells what the model truly looks at: parts of images are hidden, shown or changed, and it looks again.
+"""Faithfulness of maps: parts of images are hidden, shown or changed, and the model is asked again.
 
 ``score`` is the model as a function: images (B, 3, H, W) and their places (B,) among the N images to one number for
 each, (B,), of the thing that the maps are about (the probability of its predicted class, say). Relevance is (N, h, w),
@@ -28,11 +28,9 @@ def insertion_curve(
     curve is RISE's insertion metric (Petsiuk et al., 2018); higher is better.
 
     Args:
-        score: see the module.
-        images: (N, 3, H, W).
-        relevance: (N, h, w).
+        score, images, relevance: see the module.
         steps: at least 1; at most the number of cells are different.
-        baseline: (N, 3, H, W), what a hidden cell looks like; by default the blurred image.
+        baseline: (N, 3, H, W), what is seen of a hidden cell; by default the blurred image.
 
     Example:
         >>> images, relevance = torch.ones(1, 3, 4, 4), torch.tensor([[[4.0, 3.0], [2.0, 1.0]]])
@@ -40,9 +38,10 @@ def insertion_curve(
         >>> insertion_curve(brightness, images, relevance, steps=4, baseline=torch.zeros(1, 3, 4, 4))
         tensor([[0.0000, 0.2500, 0.5000, 0.7500, 1.0000]])
     """
-    _check(images, relevance, steps)
-    hidden = blur(images) if baseline is None else baseline
-    rank = _ranks(relevance)
+    hidden = _hidden(images, relevance, steps, baseline)
+    rank = (
+        relevance.flatten(1).cpu().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    )  # 0: the most relevant
     cell = _cell_of(images.shape[2:], relevance.shape[1:])
     places = torch.arange(len(images))
     columns = []
@@ -57,11 +56,8 @@ def deletion_curve(
 ) -> Tensor:
     """The score while the most relevant cells are hidden first; (N, steps + 1).
 
-    The area under the curve is RISE's deletion metric (Petsiuk et al., 2018); lower is better. As
-    :func:`insertion_curve` with the order reversed, read backwards.
-
-    Args:
-        score, images, relevance, steps, baseline: as for :func:`insertion_curve`.
+    The area under the curve is RISE's deletion metric (Petsiuk et al., 2018); lower is better. Arguments are those of
+    :func:`insertion_curve`.
 
     Example:
         >>> images, relevance = torch.ones(1, 3, 4, 4), torch.tensor([[[4.0, 3.0], [2.0, 1.0]]])
@@ -69,8 +65,7 @@ def deletion_curve(
         >>> deletion_curve(left, images, relevance, steps=4, baseline=torch.zeros(1, 3, 4, 4))
         tensor([[1.0000, 0.5000, 0.5000, 0.0000, 0.0000]])
     """
-    _check(images, relevance, steps)
-    hidden = blur(images) if baseline is None else baseline
+    hidden = _hidden(images, relevance, steps, baseline)
     return insertion_curve(score, hidden, relevance, steps, baseline=images)
 
 
@@ -93,15 +88,14 @@ def relevance_ordering(
     seed: int = 0,
     baseline: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How much earlier the score comes back when cells are shown by relevance than in random order.
+    """How much earlier the score returns when cells are shown by relevance than in random order.
 
     The area of the insertion curve, less the mean of those of random orders: the relevance ordering test (Gautam et
     al., 2023, This looks more like that). Higher is better; 0 is chance, below 0 the map is worse than none.
 
     Args:
         score, images, relevance, steps, baseline: as for :func:`insertion_curve`.
-        random_orders: how many.
-        seed: of these.
+        random_orders, seed: how many random orders, and the seed that they are drawn with.
 
     Returns:
         The difference (N,), and the mean area (N,) in random order.
@@ -114,25 +108,21 @@ def relevance_ordering(
         >>> round(float(found + chance), 3), round(float(chance), 1)
         (0.875, 0.5)
     """
-    _check(images, relevance, steps)
-    hidden = blur(images) if baseline is None else baseline
+    hidden = _hidden(images, relevance, steps, baseline)
     generator = torch.Generator().manual_seed(seed)
-    by_relevance = area_under(insertion_curve(score, images, relevance, steps, hidden))
-    at_random = [
-        area_under(insertion_curve(score, images, torch.rand(relevance.shape, generator=generator), steps, hidden))
-        for _ in range(random_orders)
-    ]
-    chance = torch.stack(at_random).mean(dim=0)
-    return by_relevance - chance, chance
+    orders = [relevance, *(torch.rand(relevance.shape, generator=generator) for _ in range(random_orders))]
+    areas = [area_under(insertion_curve(score, images, order, steps, hidden)) for order in orders]
+    chance = torch.stack(areas[1:]).mean(dim=0)
+    return areas[0] - chance, chance
 
 
 def location_misalignment(
     maps_of: MapsOf, images: Tensor, boxes: Tensor, epsilon: float, steps: int = 10, step_size: float | None = None
 ) -> dict[str, Tensor]:
-    """What changes outside a prototype's box do to what the map says of the inside.
+    """How much changes outside a prototype's box change what the map says of the inside.
 
     Pixels outside the box are changed, each by at most ``epsilon``, so that the similarity at the peak becomes as small
-    as can be (projected gradient descent; Madry et al., 2018); the box stays as it is. If the box told all that the
+    as can be (projected gradient descent; Madry et al., 2018); the box stays as it is. If the box showed all that the
     prototype sees, nothing could happen. Source: Sacha et al., 2024 (Interpretability benchmark for evaluating spatial
     misalignment of prototypical parts explanations), whose PLC and PAC are these, with the cell of the peak for their
     box around the highest activations.
@@ -198,10 +188,16 @@ def blur(images: Tensor) -> Tensor:
     return blurred
 
 
-def _ranks(relevance: Tensor) -> Tensor:
-    """0 for the most relevant cell of an image, 1 for the next, (N, h * w)."""
-    order = relevance.flatten(1).cpu().argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+def _hidden(images: Tensor, relevance: Tensor, steps: int, baseline: Tensor | None) -> Tensor:
+    """What is seen of hidden cells, (N, 3, H, W), once the other arguments make sense."""
+    if len(images) != len(relevance) or relevance.ndim != 3 or steps < 1:
+        raise InputError(
+            f"{len(images)} images, relevance of shape {tuple(relevance.shape)}, {steps} steps; expected (N, h, w), "
+            "and at least one step"
+        )
+    if not relevance.isfinite().all():
+        raise InputError("relevance that is NaN or infinite; expected finite numbers")
+    return blur(images) if baseline is None else baseline
 
 
 def _cell_of(size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -216,13 +212,3 @@ def _outside(boxes: Tensor, images: Tensor) -> Tensor:
     x0, y0, x1, y1 = (edge.view(-1, 1, 1) for edge in boxes.cpu().unbind(dim=1))
     inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
     return (~inside).unsqueeze(1).to(images)
-
-
-def _check(images: Tensor, relevance: Tensor, steps: int) -> None:
-    if len(images) != len(relevance) or relevance.ndim != 3 or steps < 1:
-        raise InputError(
-            f"{len(images)} images, relevance of shape {tuple(relevance.shape)}, {steps} steps; expected (N, h, w), "
-            "and at least one step"
-        )
-    if not relevance.isfinite().all():
-        raise InputError("relevance that is NaN or infinite; expected finite numbers")

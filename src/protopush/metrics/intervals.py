@@ -1,4 +1,4 @@
-"""How sure a number of a data set is: bootstrap intervals, with a weight per sample in place of drawn rows."""
+"""Bootstrap intervals of the numbers of a data set, with a weight per sample in place of drawn rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bootstrap_intervals(
     A data set of the same size is drawn ``resamples`` times from the samples, with replacement; the interval lies
     between the ``(1 - level) / 2`` and the ``(1 + level) / 2`` quantile of what a statistic is in them. With groups,
     whole groups are drawn (the cluster bootstrap: Davison and Hinkley, 1997, chapter 3.8), as images of one lesion
-    tell less than as many lesions.
+    say less than as many lesions.
 
     Args:
         statistics: weights (R, N), how often each sample is in each of R resamples, to values (R, M), NaN where a

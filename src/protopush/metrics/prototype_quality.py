@@ -1,4 +1,4 @@
-"""How good the prototypes are: real, distinct, in use, and few at a time.
+"""Quality of prototypes: real, distinct, in use, and few at a time.
 
 Shapes, with C classes of K slots and N samples: prototypes (C, K, D), unit norm; mask bool (C, K), the slots in use;
 similarities and contributions (N, C, K), as in :class:`protopush.nn.head.HeadOutput`; labels and predicted int64
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from protopush.errors import InputError
+from protopush.metrics.classification import mean_of_defined
 
 T = TypeVar("T")
 
@@ -35,14 +36,9 @@ def prototype_metrics(
     """Every number of this module, as plain values for JSON.
 
     Args:
-        prototypes: (C, K, D).
-        mask: (C, K).
+        prototypes, mask, similarities, contributions, labels, predicted: see the module.
         patches: C * K keys, such as (file, cell), of the patches that prototypes stand for; None where there is none.
         anchor_similarities: C * K cosines of prototypes and their patches; None where there is none.
-        similarities: (N, C, K).
-        contributions: (N, C, K).
-        labels: (N,).
-        predicted: (N,).
         threshold: cosine from which on a sample counts as covered.
 
     Returns:
@@ -71,7 +67,7 @@ def prototype_metrics(
 
 
 def anchor_similarity(similarities: Sequence[float | None]) -> dict[str, float | None]:
-    """How like their patches prototypes are: mean and min of the cosine, over the prototypes that stand for a patch.
+    """Mean and min of the cosine of prototypes and their patches, over the prototypes that stand for a patch.
 
     1 says that what is shown is what the model compares with. The nearer the patches, the less it changes the logits
     when they take the prototypes' place (Chen et al., ProtoPNet, 2019, theorem 2.1).
@@ -80,16 +76,16 @@ def anchor_similarity(similarities: Sequence[float | None]) -> dict[str, float |
         >>> anchor_similarity([1.0, None, 0.5])
         {'mean': 0.75, 'min': 0.5}
     """
-    known = [float(similarity) for similarity in similarities if similarity is not None]
-    if not all(map(math.isfinite, known)):
+    cosines = [float(similarity) for similarity in similarities if similarity is not None]
+    if not all(map(math.isfinite, cosines)):
         raise InputError("a prototype's similarity to its patch is NaN or infinite; expected a cosine: push again")
-    return {"mean": sum(known) / len(known) if known else None, "min": min(known, default=None)}
+    return {"mean": mean_of_defined(cosines), "min": min(cosines, default=None)}
 
 
 def duplicates(
     patches: Sequence[Hashable | None], prototypes: Tensor, mask: Tensor, threshold: float = 0.99
 ) -> dict[str, int]:
-    """Prototypes that say again what one with a lower number says already; 0 is best.
+    """Counts of prototypes that repeat one with a lower number; 0 is best.
 
     ``same_patch`` counts prototypes, of any class, that stand for the patch of another. ``alike`` counts prototypes
     whose cosine to another of their class is above ``threshold``: the partial prototype collapse of Govindarajan et
@@ -100,9 +96,9 @@ def duplicates(
         >>> duplicates([("a.png", 3), ("b.png", 3), ("a.png", 3)], prototypes, torch.ones(1, 3, dtype=torch.bool))
         {'same_patch': 1, 'alike': 1}
     """
-    unit = _unit(prototypes, mask)
+    unit, pairs = _units_and_pairs(prototypes, mask)
     shown = [key for key in _in_use(patches, mask) if key is not None]
-    alike = (unit @ unit.transpose(1, 2) > threshold) & _pairs(mask)
+    alike = (unit @ unit.transpose(1, 2) > threshold) & pairs
     return {"same_patch": len(shown) - len(set(shown)), "alike": int(alike.any(dim=2).sum())}
 
 
@@ -120,13 +116,11 @@ def diversity(prototypes: Tensor, mask: Tensor) -> dict[str, Any]:
         >>> diversity(prototypes, torch.tensor([[True, True], [True, False]]))
         {'mean': 2.0, 'per_class': [2.0, None]}
     """
-    unit = _unit(prototypes, mask)
+    unit, pairs = _units_and_pairs(prototypes, mask)
     # of unit vectors this is sqrt(2 - 2 cos), without the loss of digits where cos is near 1
     distances = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
-    per_class = [
-        float(distances[c][pairs].mean()) if bool(pairs.any()) else None for c, pairs in enumerate(_pairs(mask))
-    ]
-    return {"mean": _mean(per_class), "per_class": per_class}
+    per_class = [_mean(own[chosen]) for own, chosen in zip(distances, pairs, strict=True)]
+    return {"mean": mean_of_defined(per_class), "per_class": per_class}
 
 
 def usage_entropy(contributions: Tensor, labels: Tensor, mask: Tensor) -> float | None:
@@ -134,7 +128,7 @@ def usage_entropy(contributions: Tensor, labels: Tensor, mask: Tensor) -> float 
 
     With ``q_k`` the share of a class's samples in which its prototype k contributes most, ``H = -sum_k q_k ln q_k`` and
     n prototypes, the class has ``H / ln n``: Pielou's evenness (1966) of the assignment to the strongest prototype,
-    whose ``exp(H)`` is the perplexity by which vector quantisation tells how much of a codebook is used. (The entropy
+    whose ``exp(H)`` is the perplexity, vector quantisation's measure of how much of a codebook is used. (The entropy
     of the contributions themselves is near 1 for any model whose cosines are alike.) Equally strong prototypes share
     a sample; a sample without a positive contribution of its class counts for none. The result is the mean over classes
     of at least two prototypes.
@@ -144,7 +138,7 @@ def usage_entropy(contributions: Tensor, labels: Tensor, mask: Tensor) -> float 
         >>> usage_entropy(contributions, torch.tensor([0, 0]), torch.ones(1, 2, dtype=torch.bool))
         1.0
     """
-    own = _own(contributions, labels, mask, unused=0.0).clamp(min=0)
+    own = _of_class(contributions, labels, mask, unused=0.0).clamp(min=0)
     strongest = ((own == own.amax(dim=1, keepdim=True)) & (own > 0)).double()
     strongest /= strongest.sum(dim=1, keepdim=True).clamp(min=1)
     counts = strongest.new_zeros(mask.shape).index_add_(0, labels, strongest)
@@ -152,7 +146,7 @@ def usage_entropy(contributions: Tensor, labels: Tensor, mask: Tensor) -> float 
         min(1.0, float(torch.special.entr(row / row.sum()).sum()) / math.log(n)) if n > 1 and row.any() else None
         for row, n in zip(counts, mask.sum(dim=1).tolist(), strict=True)
     ]
-    return _mean(evenness)
+    return mean_of_defined(evenness)
 
 
 def never_used(contributions: Tensor, labels: Tensor, mask: Tensor, top: int = 1) -> float | None:
@@ -168,16 +162,16 @@ def never_used(contributions: Tensor, labels: Tensor, mask: Tensor, top: int = 1
     """
     if top < 1:
         raise InputError(f"top is {top}; expected at least 1, the strongest prototype")
-    own = _own(contributions, labels, mask, unused=0.0)
+    own = _of_class(contributions, labels, mask, unused=0.0)
     last = own.topk(min(top, own.shape[1]), dim=1).values[:, -1:]
     strong = ((own >= last) & (own > 0)).double()
     ever = strong.new_zeros(mask.shape).index_add_(0, labels, strong) > 0
-    known = mask[labels.unique()]  # type: ignore[no-untyped-call]
-    return 1 - int(ever.sum()) / int(known.sum()) if bool(known.any()) else None
+    used = int(mask[labels.unique()].sum())  # type: ignore[no-untyped-call]
+    return 1 - int(ever.sum()) / used if used else None
 
 
 def coverage(similarities: Tensor, labels: Tensor, mask: Tensor, threshold: float) -> dict[str, Any]:
-    """The share of samples that look like a prototype of their own class, and how much.
+    """The share of samples that are similar to a prototype of their own class, and how similar they are.
 
     ``share`` is that of samples with ``max_k s_k >= threshold`` over the prototypes of their class: those in the balls
     of Bien and Tibshirani (2011), who choose prototypes so that each sample lies in one of its class.
@@ -192,15 +186,14 @@ def coverage(similarities: Tensor, labels: Tensor, mask: Tensor, threshold: floa
         >>> coverage(similarities, torch.tensor([0, 0]), torch.ones(1, 2, dtype=torch.bool), 0.7)["share"]
         0.5
     """
-    best = _own(similarities, labels, mask, unused=-math.inf).amax(dim=1)
-    of_class = [best[labels == c] for c in range(len(mask))]
-    per_class = [
-        {"share": float((some >= threshold).double().mean()), "mean_similarity": float(some.mean())}
-        if len(some) and bool(used.any())
-        else None
-        for some, used in zip(of_class, mask, strict=True)
-    ]
-    means = {key: _mean([row[key] if row else None for row in per_class]) for key in ("share", "mean_similarity")}
+    best = _of_class(similarities, labels, mask, unused=-math.inf).amax(dim=1)
+    per_class: list[dict[str, float | None] | None] = []
+    for c, used in enumerate(mask):
+        own = best[labels == c]
+        row = {"share": _mean(own >= threshold), "mean_similarity": _mean(own)}
+        per_class.append(row if len(own) and bool(used.any()) else None)
+    known = [row for row in per_class if row is not None]
+    means = {key: mean_of_defined([row[key] for row in known]) for key in ("share", "mean_similarity")}
     return {**means, "per_class": per_class}
 
 
@@ -233,18 +226,17 @@ def sparsity(
         {'global_size': 4, 'local_size': 2.0, 'relevant_predicted': 3.0, 'relevant_overall': 3.0}
     """
     _check(similarities, predicted, mask)
-    every = contributions.double().masked_fill(~mask, 0)
-    cosines = similarities.double().masked_fill(~mask, 0)
-    own = _own(contributions, predicted, mask, unused=0.0).clamp(min=0)
+    own = _of_class(contributions, predicted, mask, unused=0.0).clamp(min=0)
+    every, cosines = (values.double().masked_fill(~mask, 0) for values in (contributions, similarities))
     weights = (every * cosines).sum(dim=0).abs() / cosines.square().sum(dim=0)
     made_up = own.sort(dim=1, descending=True).values.cumsum(dim=1)
     total = made_up[:, -1:]
     needed = ((made_up < (share - 1e-6) * total).sum(dim=1) + 1) * (total[:, 0] > 0)
     return {
         "global_size": int((weights > relevant).sum()) if len(predicted) else None,  # 0 / 0 isn't above anything
-        "local_size": _sample_mean(needed),
-        "relevant_predicted": _sample_mean((own > relevant).sum(dim=1)),
-        "relevant_overall": _sample_mean((every > relevant).sum(dim=(1, 2))),
+        "local_size": _mean(needed),
+        "relevant_predicted": _mean((own > relevant).sum(dim=1)),
+        "relevant_overall": _mean((every > relevant).sum(dim=(1, 2))),
     }
 
 
@@ -255,8 +247,8 @@ def _in_use(listed: Sequence[T], mask: Tensor) -> list[T]:
     return [entry for entry, used in zip(listed, mask.flatten().tolist(), strict=True) if used]
 
 
-def _own(values: Tensor, classes: Tensor, mask: Tensor, unused: float) -> Tensor:
-    """What the prototypes of a sample's class have, float64 (N, K), with ``unused`` in slots out of use."""
+def _of_class(values: Tensor, classes: Tensor, mask: Tensor, unused: float) -> Tensor:
+    """The values of each sample's class, float64 (N, K), with ``unused`` in slots out of use."""
     _check(values, classes, mask)
     rows = torch.arange(len(classes), device=classes.device)
     return values[rows, classes].double().masked_fill(~mask[classes], unused)
@@ -268,32 +260,23 @@ def _check(values: Tensor, classes: Tensor, mask: Tensor) -> None:
         raise InputError(f"similarities or contributions are {tuple(values.shape)}; expected {expected}")
     if not bool(((classes >= 0) & (classes < len(mask))).all()):
         raise InputError(f"classes are {int(classes.min())} to {int(classes.max())}; expected 0 to {len(mask) - 1}")
-    broken = int((~values.isfinite() & mask).flatten(1).any(dim=1).sum())
-    if broken:
+    if broken := int((~values.isfinite() & mask).flatten(1).any(dim=1).sum()):
         raise InputError(
             f"{broken} of {len(classes)} samples have similarities or contributions that are NaN or infinite; "
-            "expected numbers: look for NaN in the images and the weights"
+            "expected numbers: search for NaN in the images and the weights"
         )
 
 
-def _unit(prototypes: Tensor, mask: Tensor) -> Tensor:
+def _units_and_pairs(prototypes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The prototypes in float64, and bool (C, K, K), True at (c, i, j) for prototypes in use i > j of class c."""
     if prototypes.shape[:2] != mask.shape:
         raise InputError(f"prototypes are {tuple(prototypes.shape)}; expected {tuple(mask.shape)}, then their size")
     if not bool(prototypes[mask].isfinite().all()):
-        raise InputError("a prototype has NaN or infinite numbers; expected unit vectors: look for NaN in the weights")
-    return prototypes.double()
+        raise InputError(
+            "a prototype has NaN or infinite numbers; expected unit vectors: search for NaN in the weights"
+        )
+    return prototypes.double(), (mask.unsqueeze(2) & mask.unsqueeze(1)).tril(diagonal=-1)
 
 
-def _pairs(mask: Tensor) -> Tensor:
-    """Bool (C, K, K): slot (c, i, j) is True for prototypes in use i > j of class c."""
-    return (mask.unsqueeze(2) & mask.unsqueeze(1)).tril(diagonal=-1)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean over classes that have the number."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _sample_mean(values: Tensor) -> float | None:
-    return float(values.double().mean()) if len(values) else None
+def _mean(values: Tensor) -> float | None:
+    return float(values.double().mean()) if values.numel() else None

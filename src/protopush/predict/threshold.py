@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from protopush.data.features import default_cache_dir, inference_batch_size
-from protopush.data.files import read_json, write_json
+from protopush.data.features import inference_batch_size
+from protopush.data.files import default_cache_dir, read_json, write_json
 from protopush.data.images import sha256_of
 from protopush.data.manifest import DataConfig, Sample
 from protopush.data.sources import load_catalog

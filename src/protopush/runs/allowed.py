@@ -10,10 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from protopush.data.dataset import ImageDataset
+from protopush.data.dataset import ImageDataset, check_masks, read_mask
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
-from protopush.data.masks import check_masks, read_mask
 from protopush.data.transforms import EvalTransform
 from protopush.nn.prototypes import Anchor
 from protopush.push.nearest_patches import Allow

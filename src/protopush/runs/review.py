@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from protopush.data.dataset import check_masks
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample
-from protopush.data.masks import check_masks
 from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within

@@ -1,4 +1,4 @@
-"""Where images come from: each source turns a path into a :class:`Catalog`."""
+"""Sources of images: each turns a path into a :class:`Catalog`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protopush.data.manifest import Catalog, read_manifest, with_splits
+from protopush.data.sources.dermoscopy import ham10000, is_ham10000, is_isic2018, isic2018
 from protopush.data.sources.elpv import elpv
-from protopush.data.sources.folder import folder
-from protopush.data.sources.ham10000 import ham10000, is_ham10000
-from protopush.data.sources.imagefolder import imagefolder, is_imagefolder
-from protopush.data.sources.isic2018 import is_isic2018, isic2018
+from protopush.data.sources.folder import folder, imagefolder, is_imagefolder
 from protopush.data.sources.medmnist import medmnist
 from protopush.errors import InputError
 
 Source = Callable[[str, Sequence[str] | None], Catalog]
 
 
-def manifest(path: str, classes: Sequence[str] | None = None) -> Catalog:
-    """A CSV ``image,label[,split][,group][,mask]``; see :func:`protopush.data.manifest.read_manifest`."""
-    return read_manifest(path, classes)
-
-
 SOURCES: dict[str, Source] = {
     "folder": folder,
-    "manifest": manifest,
+    "manifest": read_manifest,
     "imagefolder": imagefolder,
     "isic2018": isic2018,
     "ham10000": ham10000,
@@ -54,7 +47,7 @@ def load_catalog(
         source: a name of :data:`SOURCES`, ``auto`` (see :func:`recognise`), or a function.
         classes: class names in label order, where a trained model fixes them.
         seed: decides held-out images where the source has no splits.
-        refuse_leaks: whether a group in two splits is an error; an audit wants to tell all of them.
+        refuse_leaks: whether a group in two splits is an error; an audit wants to list all of them.
 
     Raises:
         InputError: an unknown source, or what the source itself raises.

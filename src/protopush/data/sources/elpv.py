@@ -1,4 +1,4 @@
-"""Solar cells in electroluminescence."""
+"""Solar cells in electroluminescence (elpv-dataset)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The published class names of MedMNIST's 2D data sets with one label an image (medmnist.INFO).
-
-MedMNIST: arrays of small images in one .npz, taken out once as PNG files.
-"""
+"""MedMNIST: arrays of small images in one .npz, taken out once as PNG files."""
 
 from __future__ import annotations
 
@@ -24,14 +21,20 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from protopush.data.manifest import SPLITS, Catalog, Sample
+from protopush.data.files import default_cache_dir
+from protopush.data.manifest import SPLITS, Catalog, Sample, numbering
 from protopush.errors import InputError, listing
+
+logger = logging.getLogger("protopush.data")
+
+AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
 
 _ORGANS = (
     "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
     "pancreas", "spleen",
 )  # fmt: skip
 
+# The published class names of the 2D data sets with one label an image (medmnist.INFO).
 CLASSES: dict[str, tuple[str, ...]] = {
     "pathmnist": (
         "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
@@ -59,11 +62,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-logger = logging.getLogger("protopush.data")
-
-AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
-
-
 def medmnist(path: str, classes: Sequence[str] | None = None) -> Catalog:
     """A 2D data set of MedMNIST (Yang et al., Sci. Data 10:41, 2023) of any size: ``dermamnist_224.npz``.
 
@@ -82,17 +80,14 @@ def medmnist(path: str, classes: Sequence[str] | None = None) -> Catalog:
     published = CLASSES.get(re.sub(r"(_[ce])?(_\d+)?$", "", file.stem.lower(), count=1), ())
     highest = max(int(values.max(initial=0)) for values in labels.values())
     own = published if highest < len(published) else tuple(str(number) for number in range(highest + 1))
-    names = tuple(classes) if classes is not None else own
-    unknown = [name for name in own if name not in names]
-    if unknown:
-        raise InputError(f"unknown labels in {file}: {listing(unknown)}; the model knows: {listing(names)}")
+    number = numbering(own, own if classes is None else classes, file)
     root = _extracted(file, key, {split: len(values) for split, values in labels.items()})
     samples = tuple(
-        Sample(root / _name(split, index), _name(split, index), names.index(own[label]), split)
+        Sample(root / _name(split, index), _name(split, index), number[own[label]], split)
         for split, values in labels.items()
         for index, label in enumerate(values.tolist())
     )
-    return Catalog(samples, names, root)
+    return Catalog(samples, tuple(number), root)
 
 
 def _name(split: str, index: int) -> str:
@@ -104,58 +99,27 @@ def _labels_and_key(file: Path) -> tuple[dict[str, NDArray[Any]], str]:
     try:
         with zipfile.ZipFile(file) as archive:
             # The zip's directory has a checksum of each array: many gigabytes needn't be read to know them again.
-            told = sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
-            names = {name for name, _, _ in told}
-            found = [split for split in SPLITS if {f"{split}_images.npy", f"{split}_labels.npy"} <= names]
-            if "train" not in found:
-                raise InputError(f"{file} has no train_images and train_labels; it has: {listing(sorted(names))}")
-            lengths = {split: _length(file, archive, split) for split in found}
+            content = sorted((entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist())
+        names = {name for name, _, _ in content}
+        found = [split for split in SPLITS if {f"{split}_images.npy", f"{split}_labels.npy"} <= names]
         with np.load(file, allow_pickle=False) as arrays:
-            labels = {split: _flat_labels(file, split, arrays[f"{split}_labels"]) for split in found}
-    except InputError:
-        raise
+            labels = {split: arrays[f"{split}_labels"] for split in found}
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise InputError(f"not a whole .npz file: {file} ({error}); fetch it again") from error
-    for split in found:
-        if lengths[split] != len(labels[split]):
-            raise InputError(f"{file}: {lengths[split]} {split}_images but {len(labels[split])} {split}_labels")
-    return labels, hashlib.sha256(repr(told).encode()).hexdigest()[:12]
-
-
-def _length(file: Path, archive: zipfile.ZipFile, split: str) -> int:
-    """The number of a split's images, from the array's first bytes; images of another kind are refused."""
-    with archive.open(f"{split}_images.npy") as stream:
-        shape, kind = _read_header(stream)
-    if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 3):
-        what = "3D pictures" if len(shape) > 3 else "no pictures"
-        raise InputError(f"{file}: {split}_images has shape {shape}, {what}; expected (N, H, W) or (N, H, W, 3)")
-    if kind != np.uint8:
-        raise InputError(f"{file}: {split}_images has type {kind}; expected uint8")
-    return shape[0]
-
-
-def _read_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, by_columns, kind = read(stream)
-    if by_columns and len(shape) > 1:
-        raise ValueError("an array in Fortran order")
-    return shape, kind
-
-
-def _flat_labels(file: Path, split: str, values: NDArray[Any]) -> NDArray[Any]:
-    if values.ndim > 1 and math.prod(values.shape[1:]) != 1:
-        raise InputError(
-            f"{file}: {split}_labels has shape {values.shape}, several labels an image; expected (N, 1): one class each"
-        )
-    return values.reshape(len(values)).astype(np.int64)
+    if "train" not in found:
+        raise InputError(f"{file} has no train_images and train_labels; it has: {listing(sorted(names))}")
+    for split, values in labels.items():
+        if values.size != len(values):
+            raise InputError(
+                f"{file}: {split}_labels has shape {values.shape}, several labels an image; expected (N, 1)"
+            )
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    return {split: values.flatten().astype(np.int64) for split, values in labels.items()}, key
 
 
 def _extracted(file: Path, key: str, counts: dict[str, int]) -> Path:
     """The folder with the PNG files; made where it isn't there, and only whole ones have this name."""
     name = f"{file.stem}-{key}"
-    from protopush.data.features import default_cache_dir  # (it imports torch, which is not needed here)
-
     places = [file.parent.absolute(), default_cache_dir() / "medmnist"]
     for place in places:
         if (place / name).is_dir():
@@ -167,8 +131,8 @@ def _extracted(file: Path, key: str, counts: dict[str, int]) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
         stage.chmod(0o755)  # mkdtemp's folders are for one user alone
-        for split in counts:
-            _extract(file, split, stage / split)
+        for split, count in counts.items():
+            _extract(file, split, count, stage / split)
         if not (place / name).is_dir():  # another process may have been faster
             stage.rename(place / name)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
@@ -180,25 +144,35 @@ def _extracted(file: Path, key: str, counts: dict[str, int]) -> Path:
     return place / name
 
 
-def _extract(file: Path, split: str, folder: Path) -> None:
+def _extract(file: Path, split: str, count: int, folder: Path) -> None:
     """Write a split's images as PNG files, a few hundred in memory at a time."""
+
+    def save(item: tuple[int, NDArray[Any]]) -> None:
+        Image.fromarray(item[1]).save(folder / f"{item[0]:06d}.png", compress_level=1)
+
     folder.mkdir()
-    pictures = enumerate(_pictures(file, split))
+    pictures = enumerate(_pictures(file, split, count))
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(pictures, AT_ONCE)):
-            list(
-                pool.map(
-                    lambda item: Image.fromarray(item[1]).save(folder / f"{item[0]:06d}.png", compress_level=1), batch
-                )
-            )
+            list(pool.map(save, batch))
 
 
-def _pictures(file: Path, split: str) -> Iterator[NDArray[Any]]:
-    """The images one after the other, without the array as a whole."""
+def _pictures(file: Path, split: str, count: int) -> Iterator[NDArray[Any]]:
+    """The ``count`` images one after the other, without the array as a whole; arrays of another kind are refused."""
     with zipfile.ZipFile(file) as archive, archive.open(f"{split}_images.npy") as stream:
-        (count, *shape), _ = _read_header(stream)
+        version = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_columns, kind = read_header(stream)
+        if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 3):
+            what = "3D pictures" if len(shape) > 3 else "no pictures"
+            raise InputError(f"{file}: {split}_images has shape {shape}, {what}; expected (N, H, W) or (N, H, W, 3)")
+        if kind != np.uint8 or by_columns:
+            order = " in Fortran order" if by_columns else ""
+            raise InputError(f"{file}: {split}_images has type {kind}{order}; expected uint8 in C order")
+        if shape[0] != count:
+            raise InputError(f"{file}: {shape[0]} {split}_images but {count} {split}_labels")
         for _ in range(count):
-            data = stream.read(math.prod(shape))
-            if len(data) < math.prod(shape):
+            data = stream.read(math.prod(shape[1:]))
+            if len(data) < math.prod(shape[1:]):
                 raise EOFError("the array ends too early")
-            yield np.frombuffer(data, dtype=np.uint8).reshape(shape)
+            yield np.frombuffer(data, dtype=np.uint8).reshape(shape[1:])

@@ -1,23 +1,26 @@
-"""How well prototypes cover the samples of their own class: what growth and pruning decide by."""
+"""Coverage of the samples by the prototypes of their class, and the frame that growth and pruning share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError
-from protopush.push.guard import Score
+from protopush.push.guard import Score, Validation
 from protopush.push.nearest_patches import grid_of, log_shapes, refuse_non_finite
 from protopush.push.patch_cap import NonFinite
-from protopush.push.protocol import Pushable, Slots
+from protopush.push.protocol import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
 from protopush.push.reader import Batch, Source, check_labels
 from protopush.push.top_candidates import TIE
+
+logger = logging.getLogger("protopush.push")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ClassCoverage:
 
     Attributes:
         class_index: from 0.
-        samples: how many were looked at.
+        samples: how many were read.
         prototypes_before, prototypes_after: in use.
         slots: of the class, in use or free.
         before, after: the quantile of the samples' coverage; None without a sample.
@@ -41,6 +44,51 @@ class ClassCoverage:
     before: float | None
     after: float | None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What reports of growth and of pruning have in common; their docstrings describe it."""
+
+    use_local: bool
+    quantile: float
+    classes: list[ClassCoverage]
+    notes: list[str]
+    val_before: Score | None
+    val_after: Score | None
+    seconds: float
+    class_names: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def log(self) -> None:
+        """Warn of the notes, and log the first line."""
+        for note in self.notes:
+            logger.warning("%s", note)
+        logger.info("%s", str(self).splitlines()[0])
+
+    def _table(self, title: str, changes: Iterable[tuple[int, str]]) -> str:
+        """The title, a table of the classes with the changes (class, text) of each beside it, notes and validation."""
+        lines = [title, f"{'class':<20} {'samples':>7} {'prototypes':>12} {'before':>7} {'after':>7}"]
+        changes = list(changes)
+        for c in self.classes:
+            name = self.class_names[c.class_index] if self.class_names else f"Class {c.class_index}"
+            count = f"{c.prototypes_before} -> {c.prototypes_after}/{c.slots}"
+            figures = (f"{'-' if value is None else format(value, '.4f'):>7}" for value in (c.before, c.after))
+            row = f"{name[:20]:<20} {c.samples:>7} {count:>12} {' '.join(figures)}"
+            beside = [text for number, text in changes if number == c.class_index] + ([c.note] if c.note else [])
+            lines.append("  ".join([row, *beside[:1]]))
+            lines += [" " * len(row) + "  " + text for text in beside[1:]]
+        effect = "not measured (no val_loader)"
+        if self.val_before is not None and self.val_after is not None:
+            scores = [(name, old, self.val_after[name]) for name, old in self.val_before.items()]
+            effect = ", ".join(
+                f"{name} -" if old is None or new is None else f"{name} {old:.3f} -> {new:.3f}"
+                for name, old, new in scores
+            )
+        return "\n".join([*lines, *self.notes, f"validation: {effect}"])
 
 
 class Embedded(NamedTuple):
@@ -78,24 +126,35 @@ class OwnSimilarity(NamedTuple):
         return self.best.amax(dim=1).clamp(min=-1.0)
 
 
-def embedded(
-    net: Pushable, batches: Iterable[Batch], use_local: bool, classes: int, strange: NonFinite
-) -> Iterator[Embedded]:
-    """Embed batches; samples that aren't finite are left to ``strange`` to tell of."""
+def read_embedded(
+    net: Pushable, source: Source, batches: Iterable[Batch], use_local: bool, keep: Callable[[Embedded], None]
+) -> None:
+    """Embed this rank's batches and hand each to ``keep``.
+
+    Raises:
+        InputError: on every rank, whatever went wrong on one of them; samples that aren't finite are named.
+    """
     device = net.head.proto_manager.prototypes.device
-    for number, (images, labels, ids) in enumerate(batches):
-        check_labels(labels, ids, classes)
-        x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
-        if number == 0:
-            log_shapes(x_fu, x_fu1, use_local)
-        features = x_fu1 if use_local else x_fu
-        vectors = net.head.proj(features).float()
-        norm = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
-        strange.update(norm, ids.to(device, non_blocking=True))
-        valid = norm.isfinite() & (norm > 0)
-        unit = torch.where(valid, vectors / norm, torch.zeros_like(vectors))
-        grid = grid_of(features.shape[1], images) if use_local else (1, 1)
-        yield Embedded(unit, valid.squeeze(2), labels, ids, grid)
+    classes = len(net.head.proto_manager.get_prototype_indices())
+    non_finite = NonFinite(device)
+
+    def read() -> None:
+        for number, (images, labels, ids) in enumerate(batches):
+            check_labels(labels, ids, classes)
+            x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
+            if number == 0:
+                log_shapes(x_fu, x_fu1, use_local)
+            features = x_fu1 if use_local else x_fu
+            vectors = net.head.proj(features).float()
+            norm = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
+            non_finite.update(norm, ids.to(device, non_blocking=True))
+            valid = norm.isfinite() & (norm > 0)
+            unit = torch.where(valid, vectors / norm, torch.zeros_like(vectors))
+            grid = grid_of(features.shape[1], images) if use_local else (1, 1)
+            keep(Embedded(unit, valid.squeeze(2), labels, ids, grid))
+
+    raise_on_all_ranks(read)
+    refuse_non_finite(non_finite, source)
 
 
 def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
@@ -108,37 +167,39 @@ def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, us
         use_local: patches, or the pooled feature.
 
     Raises:
-        InputError: on every rank, whatever went wrong on one of them.
+        InputError: as :func:`read_embedded`, or there is no batch.
     """
     unit = unit.float()
-    strange = NonFinite(unit.device)
     parts: list[tuple[Tensor, ...]] = []
 
-    def read() -> None:
-        for batch in embedded(net, source.batches(), use_local, len(used), strange):
-            own = batch.labels.to(unit.device, non_blocking=True)
-            cosine = unit[own] @ batch.unit.transpose(1, 2)  # (B, K, L)
-            ignored = ~(batch.valid.unsqueeze(1) & used[own].unsqueeze(2))
-            best = cosine.masked_fill(ignored, -torch.inf).amax(dim=2)
-            parts.append((batch.ids, batch.labels, best, batch.valid.any(dim=1)))
+    def keep(batch: Embedded) -> None:
+        own = batch.labels.to(unit.device, non_blocking=True)
+        cosine = unit[own] @ batch.unit.transpose(1, 2)  # (B, K, L)
+        ignored = ~(batch.valid.unsqueeze(1) & used[own].unsqueeze(2))
+        best = cosine.masked_fill(ignored, -torch.inf).amax(dim=2)
+        parts.append((batch.ids, batch.labels, best, batch.valid.any(dim=1)))
 
-    raise_on_all_ranks(read)
-    refuse_non_finite(strange, source)
+    read_embedded(net, source, source.batches(), use_local, keep)
     here = [torch.cat(part).cpu() for part in zip(*parts, strict=True)]
-    told = [part for part in all_gather_objects(here) if part]
-    if not told:
+    of_ranks = [part for part in all_gather_objects(here) if part]
+    if not of_ranks:
         raise InputError("the loader yields no batch; expected training images; nothing was changed")
-    ids, labels, best, there = (torch.cat(part) for part in zip(*told, strict=True))
+    ids, labels, best, has_patch = (torch.cat(part) for part in zip(*of_ranks, strict=True))
     # Streams may repeat a sample (a padded shard): it counts once.
-    _, first = np.unique(ids.numpy(), return_index=True)
-    rows = torch.from_numpy(first)
-    rows = rows[there[rows]]
+    rows = torch.from_numpy(np.unique(ids.numpy(), return_index=True)[1])
+    rows = rows[has_patch[rows]]
     return OwnSimilarity(ids[rows], labels[rows], best[rows])
 
 
 def quantile_of(coverage: Tensor, quantile: float) -> float | None:
     """The quantile of the coverage of a class's samples (n,), with linear interpolation; None without a sample."""
     return float(np.quantile(coverage.double().numpy(), quantile)) if len(coverage) else None
+
+
+def check_quantile(quantile: float) -> None:
+    """Raise an :class:`InputError` for what is no quantile."""
+    if not 0.0 <= quantile <= 1.0:
+        raise InputError(f"quantile is {quantile}; expected 0 (the worst sample) to 1, such as 0.1")
 
 
 def in_order(values: Tensor, numbers: Tensor, tie: float = TIE) -> Tensor:
@@ -160,36 +221,75 @@ def class_coverage(
     quantile: float,
     notes: Mapping[int, str],
 ) -> list[ClassCoverage]:
-    """One line a class; ``slots`` and ``coverage`` (N,) are those before and after."""
+    """One entry a class; ``slots`` and ``coverage`` (N,) are those before and after."""
     found = []
-    for c in range(len(slots[0].rows)):
-        before, after = (quantile_of(values[labels == c], quantile) for values in coverage)
-        used = [int(there.used[c].sum()) for there in slots]
-        room, samples = int((slots[0].rows[c] >= 0).sum()), int((labels == c).sum())
-        found.append(ClassCoverage(c, samples, used[0], used[1], room, before, after, notes.get(c, "")))
+    for c, rows in enumerate(slots[0].rows):
+        own, (used, used_after) = labels == c, (int(state.used[c].sum()) for state in slots)
+        before, after = (quantile_of(values[own], quantile) for values in coverage)
+        room, samples = int((rows >= 0).sum()), int(own.sum())
+        found.append(ClassCoverage(c, samples, used, used_after, room, before, after, notes.get(c, "")))
     return found
 
 
-def effect(before: Score | None, after: Score | None) -> str:
-    """What a change did to the validation metrics, in one line."""
-    if before is None or after is None:
-        return "validation: not measured (no val_loader)"
-    told = []
-    for name, old in before.items():
-        new = after[name]
-        told.append(f"{name} -" if old is None or new is None else f"{name} {old:.3f} -> {new:.3f}")
-    return "validation: " + ", ".join(told)
+def slots_of(model: nn.Module, device: str | int | torch.device, purpose: str) -> tuple[Pushable, Slots]:
+    """The module behind its wrappers, and its prototypes as they are now.
+
+    Raises:
+        InputError: the model is on another device, or its prototypes can neither come nor go.
+    """
+    net = unwrap(model)
+    resolve_device(net, device)
+    slot_mask(net.head.proto_manager, purpose)
+    if getattr(net.head.proto_manager, "anchor_features", None) is not None:
+        net.head.sync_prototypes()  # type: ignore[attr-defined]
+    return net, Slots.of(net.head.proto_manager)
 
 
-def coverage_lines(classes: list[ClassCoverage], names: list[str], told: dict[int, list[str]]) -> list[str]:
-    """A table of the classes; ``told`` are more lines of a class."""
-    lines = [f"{'class':<20} {'samples':>7} {'prototypes':>12} {'before':>7} {'after':>7}"]
-    for c in classes:
-        name = names[c.class_index] if names else f"Class {c.class_index}"
-        count = f"{c.prototypes_before} -> {c.prototypes_after}/{c.slots}"
-        figures = (f"{'-' if value is None else format(value, '.4f'):>7}" for value in (c.before, c.after))
-        head = f"{name[:20]:<20} {c.samples:>7} {count:>12} {' '.join(figures)}"
-        more = [*told.get(c.class_index, []), *([c.note] if c.note else [])]
-        lines.append(f"{head}  {more[0]}" if more else head)
-        lines += [" " * len(head) + "  " + line for line in more[1:]]
-    return lines
+def slot_mask(manager: PrototypeOwner, purpose: str) -> Tensor:
+    """The manager's ``valid_mask``, flat (S,), to be written to.
+
+    Raises:
+        InputError: it has none, so that every slot is in use for ever.
+    """
+    mask = getattr(manager, "valid_mask", None)
+    if not isinstance(mask, Tensor):
+        raise InputError(
+            f"{type(manager).__name__} has no valid_mask, so that its prototypes cannot {purpose}; expected a bool "
+            "tensor of the slots in use, as protopush.PrototypeManager has"
+        )
+    return mask.view(-1)
+
+
+def connections_of(net: Pushable, slots: Slots) -> Tensor | None:
+    """The head's weight of each prototype, (C, K), where it has such a parameter beside ``weights()``."""
+    found = getattr(net.head, "connections", None)
+    is_one = isinstance(found, Tensor) and found.shape == slots.rows.shape and hasattr(type(net.head), "weights")
+    return found if is_one else None
+
+
+def scored_change(
+    model: nn.Module, net: Pushable, slots: Slots, val_loader: Iterable[Any] | None, change: Callable[[], None] | None
+) -> tuple[Score | None, Score | None]:
+    """Make a change (None: there is none) to the prototypes; the validation scores before and after it.
+
+    Where the change or its measurement fails, every bit of the prototypes, and of what belongs to them, is put back.
+    """
+    validation = None if val_loader is None else Validation(model, net, val_loader, slots.rows.device)
+    before = after = None if validation is None else validation.score()
+    if change is None:
+        return before, after
+    manager: Any = net.head.proto_manager
+    names = ("prototypes", "valid_mask", "anchor_features", "anchor_ids", "anchor_cells")
+    written = [getattr(manager, name, None) for name in names] + [connections_of(net, slots)]
+    saved = [(target, target.detach().clone()) for target in written if target is not None]
+    anchors = getattr(manager, "anchors", None)
+    saved_anchors = list(anchors or ())
+    try:
+        change()
+        return before, None if validation is None else validation.score()
+    except BaseException:
+        for target, values in saved:
+            target.data.copy_(values)
+        if anchors is not None:
+            anchors[:] = saved_anchors
+        raise

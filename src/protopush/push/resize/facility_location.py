@@ -1,8 +1,14 @@
-"""Which patches, as new prototypes, would improve the coverage of their class most."""
+"""Greedy facility location: the patches that, as new prototypes, improve the coverage of their class most.
+
+The sum over a class's samples of their best cosine to any prototype is a submodular function of the set of prototypes:
+a patch adds less the more prototypes there are. So taking, again and again, the patch that adds most comes within a
+factor 1 - 1/e of the best set (Nemhauser, Wolsey and Fisher, 1978). Every patch of the worst covered samples is a
+candidate, and its cosines to all of these samples are computed once; after each choice the coverage of a sample is the
+larger of what it was and its cosine to the chosen patch, which is all that the next choice depends on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,16 +16,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from protopush.data.dataset import Provenance
-from protopush.distributed import all_gather_objects, raise_on_all_ranks
+from protopush.distributed import all_gather_objects
 from protopush.errors import InputError, listing
-from protopush.push.nearest_patches import Allow, refuse_non_finite
-from protopush.push.patch_cap import NonFinite
+from protopush.push.nearest_patches import Allow
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import Batch, DatasetSource, Source
-from protopush.push.resize.coverage import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
+from protopush.push.reader import DatasetSource, Source
+from protopush.push.resize.coverage import Embedded, OwnSimilarity, in_order, own_similarity, quantile_of, read_embedded
 from protopush.push.top_candidates import TIE
 
-TOGETHER = 16  # classes whose patches are in memory at a time
+CLASSES_AT_ONCE = 16  # whose patches are in memory
 BLOCK = 2**22  # cosines computed at a time
 
 
@@ -33,7 +38,7 @@ class Wish(NamedTuple):
     use_local: bool
     allow: Allow | None
 
-    def badly(self, coverage: Tensor) -> bool:
+    def badly_covered(self, coverage: Tensor) -> bool:
         """Whether a class is badly covered, from the coverage of its samples (n,)."""
         level = quantile_of(coverage, self.quantile)
         return level is not None and level < self.min_coverage - TIE
@@ -63,69 +68,6 @@ class Gain(NamedTuple):
     origin: Provenance
 
 
-def find_gains(
-    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, wish: Wish
-) -> tuple[list[Gain], dict[int, str]]:
-    """The new prototypes, the same on every rank, and why a badly covered class gets none."""
-    free = ((slots.rows >= 0) & ~slots.used).cpu()
-    coverage, why = before.coverage(), dict[int, str]()
-    worst: dict[int, Tensor] = {}
-    for c in range(len(free)):
-        rows = (before.labels == c).nonzero().flatten()
-        if not wish.badly(coverage[rows]):
-            continue
-        if not free[c].any():
-            why[c] = "badly covered, no free slot"
-            continue
-        ranked = in_order(coverage[rows], before.ids[rows])[: wish.max_samples]
-        worst[c] = rows[ranked].sort().values
-    gains: list[Gain] = []
-    # A stream can only be read as a whole: once is enough.
-    step = TOGETHER if isinstance(source, DatasetSource) else max(1, len(worst))
-    classes = list(worst)
-    for start in range(0, len(classes), step):
-        group = {c: worst[c] for c in classes[start : start + step]}
-        gains += _of_group(net, source, before, group, free, wish)
-    grown = {gain.class_index for gain in gains}
-    return gains, why | {c: "badly covered, no patch helps" for c in worst if c not in grown}
-
-
-def _of_group(
-    net: Pushable, source: Source, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
-) -> list[Gain]:
-    """The gains of some classes; ``worst`` are rows of ``before``."""
-    rows = torch.cat(list(worst.values()))
-    samples, mine = _read_again(net, source, before.ids[rows], before.labels[rows], len(free), wish)
-    device = net.head.proto_manager.prototypes.device
-    coverage = before.coverage()
-    found: dict[int, list[_Pick]] = {}
-    for c, some in worst.items():
-        own = (before.labels == c).nonzero().flatten()
-        patches = [samples[i] for i in before.ids[some].tolist()]
-        limit = min(wish.per_class, int(free[c].sum()))
-        found[c] = _best_patches(patches, coverage[own], torch.isin(own, some), limit, wish, device)
-    found = all_gather_objects(found)[0]  # other hardware may round otherwise: one rank's word holds
-    numbers = {c: [int(before.ids[worst[c][pick.row]]) for pick in picks] for c, picks in found.items()}
-    told = all_gather_objects({i: source.describe(i) for those in numbers.values() for i in those if i in mine})
-    origins = {i: origin for one in reversed(told) for i, origin in one.items()}
-    gains = []
-    for c, picks in found.items():
-        slots = free[c].nonzero().flatten().tolist()
-        for slot, i, (_, cell, gain, reach) in zip(slots, numbers[c], picks, strict=False):
-            unit, grid = samples[i].unit[cell], samples[i].grid
-            gains.append(Gain(c, slot, i, cell, grid, gain, unit, before.ids[worst[c]], reach, origins[i]))
-    return gains
-
-
-class _Pick(NamedTuple):
-    """A chosen patch, by its sample's row; ``gain`` and ``reach`` as in :class:`Gain`."""
-
-    row: int
-    cell: int
-    gain: float
-    reach: Tensor
-
-
 class _Sample(NamedTuple):
     """unit (L, D); valid, allowed: bool (L,); all on the CPU."""
 
@@ -136,49 +78,98 @@ class _Sample(NamedTuple):
     grid: tuple[int, int]
 
 
+# A chosen patch: the row and the cell of its sample; gain and reach as in Gain.
+_Choice = tuple[int, int, float, Tensor]
+
+
+def find_gains(
+    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, wish: Wish
+) -> tuple[list[Gain], dict[int, str]]:
+    """The new prototypes, the same on every rank, and why a badly covered class gets none."""
+    free = ((slots.rows >= 0) & ~slots.used).cpu()
+    coverage, why = before.coverage(), dict[int, str]()
+    worst: dict[int, Tensor] = {}  # of each class that may grow, the rows of its worst covered samples
+    for c in range(len(free)):
+        rows = (before.labels == c).nonzero().flatten()
+        if not wish.badly_covered(coverage[rows]):
+            continue
+        if free[c].any():
+            ranked = in_order(coverage[rows], before.ids[rows])[: wish.max_samples]
+            worst[c] = rows[ranked].sort().values
+        else:
+            why[c] = "badly covered, no free slot"
+    gains: list[Gain] = []
+    # A stream can only be read as a whole: once is enough.
+    step = CLASSES_AT_ONCE if isinstance(source, DatasetSource) else max(1, len(worst))
+    classes = list(worst)
+    for start in range(0, len(classes), step):
+        gains += _gains_of(net, source, before, {c: worst[c] for c in classes[start : start + step]}, free, wish)
+    grown = {gain.class_index for gain in gains}
+    return gains, why | {c: "badly covered, no patch helps" for c in worst if c not in grown}
+
+
+def _gains_of(
+    net: Pushable, source: Source, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
+) -> list[Gain]:
+    """The gains of some classes."""
+    samples, read_here = _read_again(net, source, before, torch.cat(list(worst.values())), wish)
+    device, coverage = net.head.proto_manager.prototypes.device, before.coverage()
+    choices: dict[int, list[_Choice]] = {}
+    for c, rows in worst.items():
+        own = (before.labels == c).nonzero().flatten()
+        patches = [samples[i] for i in before.ids[rows].tolist()]
+        limit = min(wish.per_class, int(free[c].sum()))
+        choices[c] = _best_patches(patches, coverage[own], torch.isin(own, rows), limit, wish, device)
+    choices = all_gather_objects(choices)[0]  # other hardware may round otherwise: all take those of one rank
+    new = [
+        (c, slot, int(before.ids[worst[c][choice[0]]]), choice)
+        for c, of_class in choices.items()
+        for slot, choice in zip(free[c].nonzero().flatten().tolist(), of_class, strict=False)
+    ]
+    described = all_gather_objects({i: source.describe(i) for _, _, i, _ in new if i in read_here})
+    origins = {i: origin for of_rank in reversed(described) for i, origin in of_rank.items()}
+    return [
+        Gain(c, slot, i, cell, samples[i].grid, gain, samples[i].unit[cell], before.ids[worst[c]], reach, origins[i])
+        for c, slot, i, (_, cell, gain, reach) in new
+    ]
+
+
 def _read_again(
-    net: Pushable, source: Source, ids: Tensor, labels: Tensor, classes: int, wish: Wish
+    net: Pushable, source: Source, before: OwnSimilarity, rows: Tensor, wish: Wish
 ) -> tuple[dict[int, _Sample], set[int]]:
-    """The patches of some samples on every rank, and the samples that this rank has read.
+    """The patches of some samples, on every rank, and the samples that this rank has read.
 
     Raises:
         InputError: the loader gives other samples than before.
     """
-    label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
-    strange = NonFinite(net.head.proto_manager.prototypes.device)
+    label_of = dict(zip(before.ids[rows].tolist(), before.labels[rows].tolist(), strict=True))
     here: dict[int, _Sample] = {}
 
-    def read() -> None:
-        for batch in embedded(net, _batches_of(source, sorted(label_of)), wish.use_local, classes, strange):
-            allowed = batch.valid
-            if wish.allow is not None:
-                allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
-            for row, number in enumerate(batch.ids.tolist()):
-                if number in label_of:
-                    # Copies: a view would keep its whole batch in memory.
-                    unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
-                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
+    def keep(batch: Embedded) -> None:
+        allowed = batch.valid
+        if wish.allow is not None:
+            allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
+        for row, number in enumerate(batch.ids.tolist()):
+            if number in label_of:
+                # Copies: a view would keep its whole batch in memory.
+                unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
+                here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
 
-    raise_on_all_ranks(read)
-    refuse_non_finite(strange, source)
-    everyone = {number: sample for one in reversed(all_gather_objects(here)) for number, sample in one.items()}
-    other = [i for i, label in sorted(label_of.items()) if i not in everyone or everyone[i].label != label]
+    batches = source.pick(sorted(label_of)) if isinstance(source, DatasetSource) else source.batches()
+    read_embedded(net, source, batches, wish.use_local, keep)
+    of_all = {number: sample for of_rank in reversed(all_gather_objects(here)) for number, sample in of_rank.items()}
+    other = [i for i, label in sorted(label_of.items()) if i not in of_all or of_all[i].label != label]
     if other:
         raise InputError(
             f"read again, the loader has no sample {listing(other, 5)} of the same label; expected the same samples "
             "each time: give a DataLoader over a dataset, or a list of (images, labels, ids); nothing was changed"
         )
-    return everyone, set(here)
-
-
-def _batches_of(source: Source, ids: list[int]) -> Iterable[Batch]:
-    """This rank's batches of some samples, and of others where only a whole stream can be read."""
-    return source.pick(ids) if isinstance(source, DatasetSource) else source.batches()
+    return of_all, set(here)
 
 
 def _best_patches(
     samples: list[_Sample], coverage: Tensor, worst: Tensor, limit: int, wish: Wish, device: torch.device
-) -> list[_Pick]:
+) -> list[_Choice]:
     """The patches of one class that help most, each after the ones before it.
 
     Args:
@@ -189,21 +180,22 @@ def _best_patches(
         wish: as asked.
         device: where to compute.
     """
-    unit = pad_sequence([sample.unit for sample in samples], batch_first=True)  # batches may differ in their cells
-    valid = pad_sequence([sample.valid for sample in samples], batch_first=True)
-    allowed = pad_sequence([sample.allowed for sample in samples], batch_first=True) & valid
-    candidates = allowed.nonzero()  # (P, 2): sample and cell, in the order that settles ties
+    tensors = list(zip(*samples, strict=True))[:3]
+    unit, valid, allowed = (
+        pad_sequence(list(part), batch_first=True) for part in tensors
+    )  # cells may differ in number
+    candidates = (allowed & valid).nonzero()  # (P, 2): sample and cell, in the order that settles ties
     reach = _reach(unit.to(device), valid.to(device), candidates.to(device))
     coverage = coverage.clone()
     tie = TIE * len(samples)
-    found: list[_Pick] = []
-    while len(candidates) and len(found) < limit and wish.badly(coverage):
+    found: list[_Choice] = []
+    while len(candidates) and len(found) < limit and wish.badly_covered(coverage):
         gains = (reach - coverage[worst]).clamp(min=0).sum(dim=1, dtype=torch.float64)
         first = int((gains >= gains.max() - tie).to(torch.uint8).argmax())
         if gains[first] <= tie:
             break
         row, cell = candidates[first].tolist()
-        found.append(_Pick(row, cell, float(gains[first]), reach[first].clone()))
+        found.append((row, cell, float(gains[first]), reach[first].clone()))
         coverage[worst] = torch.maximum(coverage[worst], reach[first])
     return found
 
@@ -233,7 +225,10 @@ def _reach(unit: Tensor, valid: Tensor, candidates: Tensor) -> Tensor:
 def coverage_after(
     net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
 ) -> tuple[Tensor, list[float | None]]:
-    """The samples' coverage (N,) with the new prototypes; and, of each, its best cosine in any other sample."""
+    """The samples' coverage (N,) with the new prototypes; and, of each, its best cosine in any other sample.
+
+    The choice knows the cosines of the worst covered samples alone: classes that have more are read once more.
+    """
     coverage, runner_ups = before.coverage(), list[float | None]()
     large = {gain.class_index for gain in gains if int((before.labels == gain.class_index).sum()) > wish.max_samples}
     unit, new = slots.unit.clone(), torch.zeros_like(slots.used)
@@ -246,8 +241,8 @@ def coverage_after(
         own = before.labels == gain.class_index
         reach, ids = gain.reach, gain.ids
         if gain.class_index in large:
-            there = again.labels == gain.class_index
-            reach, ids = again.best[there, gain.slot], again.ids[there]
+            of_class = again.labels == gain.class_index
+            reach, ids = again.best[of_class, gain.slot], again.ids[of_class]
         if not torch.equal(ids, before.ids[own]):
             raise InputError(
                 "read again, the loader gives other samples; expected the same each time: give a DataLoader over a "

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.guard import Score, Validation
+from protopush.push.live_anchors import POOLED, features_at
 from protopush.push.nearest_patches import Allow
-from protopush.push.protocol import Slots, class_names_of, resolve_device, unwrap
+from protopush.push.protocol import Pushable, Slots, class_names_of
 from protopush.push.reader import DatasetSource, Source, read_through
-from protopush.push.resize.coverage import ClassCoverage, class_coverage, coverage_lines, effect, own_similarity
-from protopush.push.resize.facility_location import Wish, coverage_after, find_gains
-from protopush.push.resize.slots import all_or_nothing, forget, live_features, move_in, slot_mask
-
-logger = logging.getLogger("protopush.push")
+from protopush.push.resize.coverage import (
+    ResizeReport,
+    check_quantile,
+    class_coverage,
+    connections_of,
+    own_similarity,
+    scored_change,
+    slot_mask,
+    slots_of,
+)
+from protopush.push.resize.facility_location import Gain, Wish, coverage_after, find_gains
+from protopush.push.update import reset_moments
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,13 @@ class GrownPrototype:
     gain: float
     anchor: Anchor
 
+    def __str__(self) -> str:
+        patch = f"{self.anchor.file or self.anchor.sample_id} cell {self.anchor.cell}"
+        return f"slot {self.prototype}: {patch}, gain {self.gain:.4f}"
+
 
 @dataclass(frozen=True)
-class GrowthReport:
+class GrowthReport(ResizeReport):
     """What growth did.
 
     Attributes:
@@ -56,36 +68,19 @@ class GrowthReport:
         class_names: of the model, where it has them.
     """
 
-    use_local: bool
-    quantile: float
     min_coverage: float
     per_class: int
     max_samples: int
-    classes: list[ClassCoverage]
     added: list[GrownPrototype]
     verified: bool
-    notes: list[str]
-    val_before: Score | None
-    val_after: Score | None
-    seconds: float
-    class_names: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
-        told: dict[int, list[str]] = {}
-        for new in self.added:
-            where = f"{new.anchor.file or new.anchor.sample_id} cell {new.anchor.cell}"
-            told.setdefault(new.class_index, []).append(f"slot {new.prototype}: {where}, gain {new.gain:.4f}")
         title = (
             f"growth, coverage at quantile {self.quantile:g} below {self.min_coverage:g}: "
             f"{len(self.added)} prototypes added in {self.seconds:.1f} s"
-            + ("" if self.verified else " (anchors unverified)")
         )
-        table = coverage_lines(self.classes, self.class_names, told)
-        return "\n".join([title, *table, *self.notes, effect(self.val_before, self.val_after)])
+        title += "" if self.verified else " (anchors unverified)"
+        return self._table(title, [(new.class_index, str(new)) for new in self.added])
 
 
 def grow_prototypes(
@@ -124,10 +119,10 @@ def grow_prototypes(
         per_class: new prototypes per class, at most.
         quantile: of the samples' coverage, in [0, 1].
         min_coverage: cosine, in [-1, 1].
-        max_samples: of a class, that are looked at for a new prototype: the worst covered ones.
+        max_samples: of a class, that are searched for a new prototype: the worst covered ones.
         use_local: patches ``x_fu1`` (True) or the pooled feature ``x_fu``.
         allow: which patches may become prototypes: ids (B,) and grid (rows, columns) to bool (B, L), on the CPU.
-        val_loader: validation images: the report then tells the effect.
+        val_loader: validation images: the report then has the effect.
         optimizer: its moments of the new prototypes, and of their connections, are set to 0.
 
     Raises:
@@ -152,16 +147,15 @@ def grow_prototypes(
     started = time.perf_counter()
     wish = Wish(per_class, quantile, min_coverage, max_samples, use_local, allow)
     _check(wish)
-    net = unwrap(model)
-    target = resolve_device(net, device)
-    slot_mask(net.head.proto_manager, "grow")
+    net, slots = slots_of(model, device, "grow")
     live = getattr(net.head.proto_manager, "anchor_features", None) is not None
-    if live:
-        net.head.sync_prototypes()  # type: ignore[attr-defined]
-    slots = Slots.of(net.head.proto_manager)
     with preserve_state(model, dataloader, val_loader):
         source = read_through(dataloader)
-        _check_live(live, source)
+        if live and not isinstance(source, DatasetSource):
+            raise InputError(
+                "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
+                "dataset with len() and []; nothing was changed"
+            )
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
         gains, why = find_gains(net, source, slots, before, wish)
         coverage, runner_ups = coverage_after(net, source, slots, before, gains, wish)
@@ -169,15 +163,16 @@ def grow_prototypes(
             Anchor.at(gain.origin, gain.cell, gain.grid, verified=source.verified, runner_up=runner_up)
             for gain, runner_up in zip(gains, runner_ups, strict=True)
         ]
-        features = live_features(net, source, slots, gains, use_local) if live and gains else None
-        validation = None if val_loader is None else Validation(model, net, val_loader, target)
-        val_before = val_after = None if validation is None else validation.score()
-        with all_or_nothing(net, slots):
-            if gains:
-                move_in(net, slots, gains, anchors, features, use_local)
-                val_after = None if validation is None else validation.score()
+        new = _New(net, slots, gains, anchors, use_local)
+        features = new.features(source) if live and gains else None
+        val_before, val_after = scored_change(
+            model, net, slots, val_loader, (lambda: new.move_in(features)) if gains else None
+        )
     if optimizer is not None and gains:
-        forget(optimizer, net, slots, gains)
+        new.reset_moments(optimizer)
+    notes = [source.note] if source.note else []
+    if why and not bool(((slots.rows >= 0) & ~slots.used).any()):
+        notes.append("no class has a free slot: make the head with max_prototypes above num_prototypes")
     grown = Slots.of(net.head.proto_manager)
     report = GrowthReport(
         use_local=use_local,
@@ -188,38 +183,70 @@ def grow_prototypes(
         classes=class_coverage((slots, grown), before.labels, (before.coverage(), coverage), quantile, why),
         added=[GrownPrototype(g.class_index, g.slot, g.gain, a) for g, a in zip(gains, anchors, strict=True)],
         verified=source.verified,
-        notes=_notes(source, slots, why),
+        notes=notes,
         val_before=val_before,
         val_after=val_after,
         seconds=time.perf_counter() - started,
         class_names=class_names_of(net, len(slots.rows)),
     )
-    for note in report.notes:
-        logger.warning("%s", note)
-    logger.info("%s", str(report).splitlines()[0])
+    report.log()
     return report
 
 
 def _check(wish: Wish) -> None:
-    if wish.per_class < 1 or wish.max_samples < 1:
-        name, value = ("per_class", wish.per_class) if wish.per_class < 1 else ("max_samples", wish.max_samples)
-        raise InputError(f"{name} is {value}; expected at least 1")
-    if not 0.0 <= wish.quantile <= 1.0:
-        raise InputError(f"quantile is {wish.quantile}; expected 0 (the worst sample) to 1, such as 0.1")
+    for name in ("per_class", "max_samples"):
+        if getattr(wish, name) < 1:
+            raise InputError(f"{name} is {getattr(wish, name)}; expected at least 1")
+    check_quantile(wish.quantile)
     if not -1.0 <= wish.min_coverage <= 1.0:
         raise InputError(f"min_coverage is {wish.min_coverage}; expected a cosine, -1 to 1, such as 0.7")
 
 
-def _check_live(live: bool, source: Source) -> None:
-    if live and not isinstance(source, DatasetSource):
-        raise InputError(
-            "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
-            "dataset with len() and []; nothing was changed"
-        )
+class _New:
+    """New prototypes, and what belongs to each: vector, mask, anchor, stored features, connection, moments."""
 
+    def __init__(self, net: Pushable, slots: Slots, gains: list[Gain], anchors: list[Anchor], use_local: bool) -> None:
+        self.net, self.slots, self.gains, self.anchors = net, slots, gains, anchors
+        self.manager: Any = net.head.proto_manager
+        index = partial(torch.tensor, dtype=torch.int64, device=slots.rows.device)
+        self.classes, self.places = index([g.class_index for g in gains]), index([g.slot for g in gains])
+        self.rows = slots.rows[self.classes, self.places]
+        self.ids = index([g.sample for g in gains])
+        self.cells = index([g.cell if use_local else POOLED for g in gains])
 
-def _notes(source: Source, slots: Slots, why: dict[int, str]) -> list[str]:
-    notes = [source.note] if source.note else []
-    if why and not bool(((slots.rows >= 0) & ~slots.used).any()):
-        notes.append("no class has a free slot: make the head with max_prototypes above num_prototypes")
-    return notes
+    def features(self, source: Source) -> Tensor:
+        """The backbone's features at the new live anchors, (G, C), the same on every rank."""
+        every_id = torch.full_like(self.manager.anchor_ids, -1)
+        every_cell = torch.zeros_like(self.manager.anchor_cells)
+        every_id[self.rows], every_cell[self.rows] = self.ids, self.cells
+        samples, indexed = sorted(set(self.ids.tolist())), cast(DatasetSource, source)
+        return features_at(self.net, indexed, samples, every_id, every_cell, self.rows.device)[self.rows]
+
+    def move_in(self, features: Tensor | None) -> None:
+        """Put them into their slots; a connection starts as the mean of its class's."""
+        manager, rows = self.manager, self.rows
+        vectors = torch.stack([gain.unit for gain in self.gains]).to(rows.device)
+        if features is not None:
+            manager.anchor_features[rows] = features.to(manager.anchor_features.dtype)
+            manager.anchor_ids[rows], manager.anchor_cells[rows] = self.ids, self.cells
+            vectors = self.net.head.proj(manager.anchor_features[rows])
+        unit = F.normalize(vectors.to(self.slots.unit.dtype), dim=-1)
+        manager.prototypes.data[rows] = unit.to(manager.prototypes.dtype)
+        slot_mask(manager, "grow")[rows] = True
+        if getattr(manager, "anchors", None) is not None:
+            for row, anchor in zip(rows.tolist(), self.anchors, strict=True):
+                manager.anchors[row] = anchor
+        connections = connections_of(self.net, self.slots)
+        if connections is not None:
+            for c, k in zip(self.classes.tolist(), self.places.tolist(), strict=True):
+                if self.slots.used[c].any():
+                    connections.data[c, k] = connections.data[c][self.slots.used[c]].mean()
+
+    def reset_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimiser's moments of the new prototypes and of their connections."""
+        reset_moments(optimizer, self.manager.prototypes, self.rows)
+        connections = connections_of(self.net, self.slots)
+        if connections is not None:
+            for value in optimizer.state.get(connections, {}).values():
+                if isinstance(value, Tensor) and value.shape == connections.shape:
+                    value[self.classes.to(value.device), self.places.to(value.device)] = 0

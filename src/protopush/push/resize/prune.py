@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,22 +13,20 @@ from torch import Tensor, nn
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.guard import Score, Validation
-from protopush.push.protocol import Pushable, Slots, class_names_of, resolve_device, unwrap
+from protopush.push.protocol import Pushable, Slots, class_names_of
 from protopush.push.reader import read_through
 from protopush.push.resize.coverage import (
-    ClassCoverage,
     OwnSimilarity,
+    ResizeReport,
+    check_quantile,
     class_coverage,
-    coverage_lines,
-    effect,
     in_order,
     own_similarity,
+    scored_change,
+    slot_mask,
+    slots_of,
 )
-from protopush.push.resize.slots import all_or_nothing, move_out, slot_mask
 from protopush.push.top_candidates import TIE
-
-logger = logging.getLogger("protopush.push")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class PrunedPrototype:
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(ResizeReport):
     """What pruning did.
 
     Attributes:
@@ -74,30 +71,14 @@ class PruningReport:
         class_names: of the model, where it has them.
     """
 
-    use_local: bool
     max_cosine: float
     unused: bool
     keep_at_least: int
-    quantile: float
-    classes: list[ClassCoverage]
     removed: list[PrunedPrototype]
-    notes: list[str]
-    val_before: Score | None
-    val_after: Score | None
-    seconds: float
-    class_names: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
-        told: dict[int, list[str]] = {}
-        for gone in self.removed:
-            told.setdefault(gone.class_index, []).append(str(gone))
         title = f"pruning: {len(self.removed)} prototypes removed in {self.seconds:.1f} s"
-        table = coverage_lines(self.classes, self.class_names, told)
-        return "\n".join([title, *table, *self.notes, effect(self.val_before, self.val_after)])
+        return self._table(title, [(gone.class_index, str(gone)) for gone in self.removed])
 
 
 def prune_prototypes(
@@ -117,7 +98,7 @@ def prune_prototypes(
     1. Duplicates: of prototypes of a class that stand for the same patch, or whose cosine is above ``max_cosine``, the
        one stays that gives the largest contribution to the most samples (of equals, the first slot).
     2. Unused: of those that are left, prototypes that give the largest contribution to no sample of their class. Equal
-       contributions all count as the largest. A class without a sample cannot tell: it keeps them.
+       contributions all count as the largest. A class without a sample keeps them.
 
     The contribution is the similarity times the head's ``weights()``, where it has such a method; else the similarity.
 
@@ -128,12 +109,12 @@ def prune_prototypes(
         model: as for :func:`protopush.push_prototypes`, its manager with a ``valid_mask``.
         dataloader: training images, as for the push.
         device: where the model is.
-        max_cosine: in [-1, 1]; 1 leaves only the patch to tell duplicates.
+        max_cosine: in [-1, 1]; at 1 only those of the same patch are duplicates.
         unused: whether the second kind is removed too.
         keep_at_least: prototypes of a class that stay: those that matter most.
         use_local: patches ``x_fu1`` (True) or the pooled feature ``x_fu``.
-        quantile: of the samples' coverage that the report tells.
-        val_loader: validation images: the report then tells the effect.
+        quantile: of the samples' coverage, for the report.
+        val_loader: validation images: the report then has the effect.
 
     Raises:
         InputError: non-finite features (the samples are named), labels without a class, a manager without
@@ -155,24 +136,26 @@ def prune_prototypes(
         slot 1: duplicate of slot 0 (cosine 1.0000)
     """
     started = time.perf_counter()
-    _check(max_cosine, keep_at_least, quantile)
-    net = unwrap(model)
-    target = resolve_device(net, device)
-    slot_mask(net.head.proto_manager, "be removed")
-    if getattr(net.head.proto_manager, "anchor_features", None) is not None:
-        net.head.sync_prototypes()  # type: ignore[attr-defined]
-    slots = Slots.of(net.head.proto_manager)
+    if not -1.0 <= max_cosine <= 1.0:
+        raise InputError(f"max_cosine is {max_cosine}; expected -1 to 1, such as 0.99")
+    if keep_at_least < 1:
+        raise InputError(f"keep_at_least is {keep_at_least}; expected at least 1: a class needs a prototype")
+    check_quantile(quantile)
+    net, slots = slots_of(model, device, "be removed")
     with preserve_state(model, dataloader, val_loader):
         source = read_through(dataloader)
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
-        removed = _removed(net, slots, before, _Rule(max_cosine, unused, keep_at_least))
-        leaving = [(gone.class_index, gone.prototype) for gone in removed]
-        validation = None if val_loader is None else Validation(model, net, val_loader, target)
-        val_before = val_after = None if validation is None else validation.score()
-        with all_or_nothing(net, slots):
-            if leaving:
-                move_out(net, slots, leaving)
-                val_after = None if validation is None else validation.score()
+        removed = []
+        for members in _members(net, slots, before):
+            room = len(members.slots) - keep_at_least
+            if room > 0:
+                gone = _duplicates(members, max_cosine)[::-1][:room]  # those that matter least first
+                if unused and len(members.contributions):
+                    gone += _unused(members, gone)[: room - len(gone)]
+                removed += gone
+        val_before, val_after = scored_change(
+            model, net, slots, val_loader, (lambda: _move_out(net, slots, removed)) if removed else None
+        )
     left = Slots.of(net.head.proto_manager)
     after = before._replace(best=before.best.masked_fill(~left.used.cpu()[before.labels], -torch.inf))
     coverage = (before.coverage(), after.coverage())
@@ -190,53 +173,8 @@ def prune_prototypes(
         seconds=time.perf_counter() - started,
         class_names=class_names_of(net, len(slots.rows)),
     )
-    for note in report.notes:
-        logger.warning("%s", note)
-    logger.info("%s", str(report).splitlines()[0])
+    report.log()
     return report
-
-
-class _Rule(NamedTuple):
-    max_cosine: float
-    unused: bool
-    keep_at_least: int
-
-
-def _check(max_cosine: float, keep_at_least: int, quantile: float) -> None:
-    if not -1.0 <= max_cosine <= 1.0:
-        raise InputError(f"max_cosine is {max_cosine}; expected -1 to 1, such as 0.99")
-    if keep_at_least < 1:
-        raise InputError(f"keep_at_least is {keep_at_least}; expected at least 1: a class needs a prototype")
-    if not 0.0 <= quantile <= 1.0:
-        raise InputError(f"quantile is {quantile}; expected 0 (the worst sample) to 1, such as 0.1")
-
-
-def _removed(net: Pushable, slots: Slots, before: OwnSimilarity, rule: _Rule) -> list[PrunedPrototype]:
-    """Who goes, class by class; of a class, duplicates first."""
-    weights = _weights(net, slots)
-    anchors = getattr(net.head.proto_manager, "anchors", None)
-    removed = []
-    for c, used in enumerate(slots.used.cpu()):
-        places = used.nonzero().flatten()
-        members = _Members(
-            c,
-            places.tolist(),
-            slots.unit[c].cpu()[places],
-            [None if anchors is None else anchors[int(slots.rows[c, k])] for k in places],
-            before.best[before.labels == c][:, places].double() * weights[c, places],
-            TIE * float(weights[c, places].abs().amax()) if len(places) else TIE,
-        )
-        removed += _of_class(members, rule)
-    return removed
-
-
-def _weights(net: Pushable, slots: Slots) -> Tensor:
-    """What a similarity of 1 contributes, float64 (C, K) on the CPU; 1 where the head doesn't tell."""
-    if callable(getattr(type(net.head), "weights", None)):
-        told = net.head.weights()  # type: ignore[attr-defined]
-        if isinstance(told, Tensor) and told.shape == slots.rows.shape:
-            return told.detach().cpu().double()
-    return torch.ones(slots.rows.shape, dtype=torch.float64)
 
 
 class _Members(NamedTuple):
@@ -250,16 +188,21 @@ class _Members(NamedTuple):
     tie: float
 
 
-def _of_class(members: _Members, rule: _Rule) -> list[PrunedPrototype]:
-    room = len(members.slots) - rule.keep_at_least
-    if room <= 0:
-        return []
-    removed = _duplicates(members, rule.max_cosine)[::-1][:room]  # those that matter least first
-    if rule.unused and len(members.contributions):
-        gone = {double.prototype for double in removed}
-        left = [j for j, slot in enumerate(members.slots) if slot not in gone]
-        removed += _unused(members, left)[: room - len(removed)]
-    return removed
+def _members(net: Pushable, slots: Slots, before: OwnSimilarity) -> list[_Members]:
+    """Those of each class; a contribution is a similarity times its weight, 1 where the head has no ``weights()``."""
+    weights = net.head.weights() if callable(getattr(type(net.head), "weights", None)) else None  # type: ignore[attr-defined]
+    if not isinstance(weights, Tensor) or weights.shape != slots.rows.shape:
+        weights = torch.ones(slots.rows.shape)
+    weights = weights.detach().cpu().double()
+    anchors = getattr(net.head.proto_manager, "anchors", None)
+    found = []
+    for c, used in enumerate(slots.used.cpu()):
+        k = used.nonzero().flatten()
+        own = [None if anchors is None else anchors[row] for row in slots.rows[c].cpu()[k].tolist()]
+        contributions = before.best[before.labels == c][:, k].double() * weights[c, k]
+        tie = TIE * max(weights[c, k].abs().tolist(), default=1.0)
+        found.append(_Members(c, k.tolist(), slots.unit[c].cpu()[k], own, contributions, tie))
+    return found
 
 
 def _duplicates(members: _Members, max_cosine: float) -> list[PrunedPrototype]:
@@ -279,13 +222,14 @@ def _duplicates(members: _Members, max_cosine: float) -> list[PrunedPrototype]:
         if twin is None:
             stay.append(j)
         else:
-            told = (members.slots[twin], cosine[j][twin], same[twin], members.anchors[j])
-            doubles.append(PrunedPrototype(members.class_index, members.slots[j], "duplicate", *told))
+            of_twin = (members.slots[twin], cosine[j][twin], same[twin], members.anchors[j])
+            doubles.append(PrunedPrototype(members.class_index, members.slots[j], "duplicate", *of_twin))
     return doubles
 
 
-def _unused(members: _Members, left: list[int]) -> list[PrunedPrototype]:
-    """Those of ``left`` that give the largest contribution to no sample, the one farthest from it first."""
+def _unused(members: _Members, gone: list[PrunedPrototype]) -> list[PrunedPrototype]:
+    """Of those that are left, the ones that give the largest contribution to no sample, the farthest from it first."""
+    left = [j for j, slot in enumerate(members.slots) if slot not in {double.prototype for double in gone}]
     some = members.contributions[:, left]
     behind = (some - some.amax(dim=1, keepdim=True)).amax(dim=0)  # (len(left),), at most 0
     never = (behind < -members.tie).nonzero().flatten()
@@ -293,3 +237,15 @@ def _unused(members: _Members, left: list[int]) -> list[PrunedPrototype]:
     order = in_order(behind[never], -slots, members.tie)
     anchors = dict(zip(members.slots, members.anchors, strict=True))
     return [PrunedPrototype(members.class_index, k, "unused", anchor=anchors[k]) for k in slots[order].tolist()]
+
+
+def _move_out(net: Pushable, slots: Slots, removed: list[PrunedPrototype]) -> None:
+    """Free the slots of some prototypes; a vector stays where it is, and counts for nothing."""
+    manager: Any = net.head.proto_manager
+    rows = torch.stack([slots.rows[gone.class_index, gone.prototype] for gone in removed])
+    slot_mask(manager, "be removed")[rows] = False
+    if getattr(manager, "anchor_ids", None) is not None:
+        manager.anchor_ids[rows] = -1
+    if getattr(manager, "anchors", None) is not None:
+        for row in rows.tolist():
+            manager.anchors[row] = None
