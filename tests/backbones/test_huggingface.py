@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import assert_prototypes_are_patches
+from helpers import assert_prototypes_are_patches
 from protopush import ProtoModel, load
 from protopush._compat import ensure_torchvision
 from protopush.backbones.create import Backbone, create_backbone

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from conftest import make_images
+from helpers import make_images
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.audit import Audit, audit

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet
 from protopush import InputError, PushSchedule, push_prototypes
 from protopush._compat import ensure_torchvision
 

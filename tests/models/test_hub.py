@@ -19,7 +19,6 @@ import yaml
 from torch import nn
 
 import protopush
-from conftest import make_images, train_small
 from protopush import HeadOptimal, InputError, ProtoModel, create_backbone
 from protopush.cli import main
 from protopush.data.dataset import ImageDataset
@@ -38,14 +37,6 @@ WRITTEN = {
     "prototypes.png",
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """``images``, and ``run``, trained on them."""
-    root = tmp_path_factory.mktemp("hub")
-    make_images(root / "images", ["bird", "cat", "dog"], 10)
-    return train_small(root, root / "images", epochs=1)
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import protopush
-from conftest import SMALL, make_images, train_small
+from browser import CONTRASTS, Visit
+from docs_blocks import ROOT, blocks, commands
+from helpers import SMALL, make_images, make_isic, train_small
 from protopush.backbones.create import BUILDERS
 from protopush.cli import main
 from protopush.cli.parser import ABOUT
@@ -34,9 +36,6 @@ from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.build import SECTIONS
 from protopush.report.glossary import PER_CLASS, TERMS
-from test_report_browser import CONTRASTS, Visit
-from test_sources import make_isic
-from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sorted(DOCS.rglob("*.md"))}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_images
+from helpers import make_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import make_images
+from browser import Visit, keep
+from docs_blocks import ROOT, blocks, commands
+from helpers import make_images
 from protopush.cli import main
 from protopush.cli.commands import config_of, train_parser
-from test_report_browser import Visit, keep
-from told import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import protopush
-from told import ROOT, blocks
+from docs_blocks import ROOT, blocks
 
 SCHEMAS = {
     ".github/workflows/*.yml": "vendor.github-workflows",

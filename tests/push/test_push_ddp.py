@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.errors import InputError

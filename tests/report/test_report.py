@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_images, train_small
+from helpers import make_images, train_small
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.audit import Audit, Pair, audit

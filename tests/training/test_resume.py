@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import protopush.training.run_writer as journal
-from conftest import SMALL, make_images
+from helpers import SMALL, make_images
 from protopush.cli import main
 from protopush.runs.run import append_metrics
 

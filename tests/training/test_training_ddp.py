@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_images
+from helpers import make_images
 from protopush.cli import main
 
 pytestmark = pytest.mark.ddp
