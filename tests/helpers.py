@@ -182,12 +182,14 @@ def python(*words: object, cwd: Path | None = None, **variables: str) -> subproc
     )  # fmt: skip
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
-    """The one line that a refused command prints."""
+def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2, logged: bool = False) -> str:
+    """The one line that a refused command prints; ``logged``: the last one, after those of its log."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == code
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    *log, line = err.splitlines()
+    assert log == [] or logged
     assert line.startswith("protopush: error: ")
+    assert not any("Traceback" in line or "error: " in line for line in log)
     return line

@@ -228,7 +228,7 @@ def test_a_class_without_an_allowed_patch_leaves_the_run_as_it_was(run, home, tm
     )
     (data / "manifest.csv").write_text(text)
     words = ["--mask-column", "--reason", "r", "--data.path", data / "manifest.csv", "--data.num_workers", "0"]
-    line = refused(capsys, "forbid", run, *words)
+    line = refused(capsys, "forbid", run, *words, logged=True)
     assert "no allowed patch is left for cat:0, cat:1" in line
     assert contents(run) == contents(home / "run")
     assert main(["verify", str(run)]) == 0
@@ -331,7 +331,8 @@ def test_a_failure_before_the_end_changes_nothing(run, home, capsys, monkeypatch
     for name in ("_to_disk", "tempfile.mkdtemp"):
         with monkeypatch.context() as patch:
             patch.setattr(f"protopush.data.files.{name}", full)
-            line = refused(capsys, "forbid", run, "--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0")
+            words = ["--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0"]
+            line = refused(capsys, "forbid", run, *words, logged=True)
             assert "No space left on device" in line
         assert contents(run) == contents(home / "run")
         assert not list(run.glob(".change*"))
@@ -366,7 +367,8 @@ def test_a_run_that_another_process_changes_meanwhile_is_left_to_it(run, home, c
 
     monkeypatch.setattr(module, "replace_anchors", slow)
     monkeypatch.setattr(writing, "add_decision", lambda *_: None)
-    line = refused(capsys, "forbid", run, "--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0")
+    words = ["--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0"]
+    line = refused(capsys, "forbid", run, *words, logged=True)
     assert "was changed by another process meanwhile" in line
     assert (run / "model.safetensors").read_bytes() == (home / "run" / "model.safetensors").read_bytes()
 
