@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import make_images, refused
+from helpers import make_images, python, refused
 from protopush import HeadOptimal, InputError, ProtoModel, create_backbone
 from protopush.cli import main
 from protopush.data.dataset import ImageDataset
@@ -228,15 +226,6 @@ def test_wrong_words(home, tmp_path, capsys):
     assert "cannot write" in refused(capsys, "export", home / "run", "--out", tmp_path / "file" / "model.onnx")
 
 
-def test_help_does_not_import_torch():
-    code = (
-        "import sys; from protopush.cli import main\n"
-        "try: main(['export', '--help'])\n"
-        "except SystemExit: sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-
-
 class FixedBatch(nn.Module):
     """What is often written: the size of the batch becomes a number of the graph."""
 
@@ -325,8 +314,7 @@ def test_the_example_needs_neither_torch_nor_protopush(home, tmp_path):
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    words = [sys.executable, "-c", code, EXAMPLE, home / "run" / "model.onnx", file]
-    found = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    found = python("-c", code, EXAMPLE, home / "run" / "model.onnx", file)
     assert found.returncode == 0, found.stderr
     run = open_run(home / "run")
     wanted = explain_image(run.model, file, run.transform, run.class_names)
