@@ -70,7 +70,8 @@ def workshop(home, tmp_path, monkeypatch) -> Path:
     here = tmp_path / "here"
     shutil.copytree(home / "images", here / "images")
     for name in ("mine", "pushed"):
-        shutil.copytree(home / "run", here / "runs" / name)
+        config = Path(shutil.copytree(home / "run", here / "runs" / name)) / "config.yaml"
+        config.write_text(config.read_text().replace(str(home / "images"), "images"))
     rows = [f"images/{c}/{i:03d}.png,{c},train" for c in ("bird", "cat") for i in range(3)]
     (here / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
     (here / "recipes").symlink_to(ROOT / "recipes")
