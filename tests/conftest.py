@@ -1,4 +1,4 @@
-"""Shared fixtures: a small foreign model, small image folders, and the real dermoscopy images where they are."""
+"""Shared fixtures: a small foreign model, small image folders, runs, and the real dermoscopy images where they are."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
-from protopush import ProtoModel, PushMixin
+from helpers import CLASSES, ToyNet, contents, made_once, make_images, make_masked_images, train_small
 from protopush._compat import ensure_torchvision
-from protopush.cli import main
-from protopush.nn.prototypes import PrototypeManager
 
 ensure_torchvision()  # also for the process that hands out the tests: it imports what a warning comes from
 
@@ -48,20 +43,12 @@ def _log_as_imported() -> None:
     log.setLevel(logging.NOTSET)
 
 
-class ToyNet(PushMixin, nn.Module):
-    """Somebody else's model: images are patches (B, L, C) already; anything goes in between."""
-
-    def __init__(self, classes: int, prototypes: int, channels: int = 6, dim: int | None = None) -> None:
-        super().__init__()
-        self.head = nn.Module()
-        self.head.proj = nn.Identity() if dim is None else nn.Sequential(nn.Linear(channels, dim), nn.Dropout(0.5))
-        self.head.proto_manager = PrototypeManager(classes, prototypes, dim or channels)
-        self.norm = nn.BatchNorm1d(channels)  # in train mode its statistics would move
-
-    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        patches = images.flatten(2).transpose(1, 2) if images.ndim == 4 else images
-        self.norm(patches.transpose(1, 2))
-        return patches.mean(1, keepdim=True), patches
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    """Nothing is read from or written to the cache of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOPUSH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
@@ -69,36 +56,40 @@ def toy() -> type[ToyNet]:
     return ToyNet
 
 
-def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int, int] = (40, 32)) -> Path:
-    """Folders of noisy images whose mean colour tells the class."""
-    random = np.random.default_rng(0)
-    for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for index in range(per_class):
-            pixels = random.integers(0, 60, (size[1], size[0], 3))
-            pixels[..., number % 3] += 120 + 20 * (number // 3)
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03d}.png")
-    return root
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "images", CLASSES, 10)
 
 
-# A run that takes seconds; words after these override them.
-SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
-         "--train.epochs", "2", "--trainer.device", "cpu", "--train.batch_size", "8",
-         "--data.num_workers", "0"]  # fmt: skip
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Iterator[Path]:
+    """``images``, and a ``run`` of two epochs on them; a test that changes anything takes a copy."""
+    root = made_once(
+        tmp_path_factory, "home", lambda root: train_small(root, make_images(root / "images", CLASSES, 10), 2)
+    )
+    yield from unchanged(root)
 
 
-def train_small(root: Path, data: Path, epochs: int) -> Path:
-    """A run over small images in ``root/run``, its cache beside it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
-        words = ["train", "--data.path", str(data), "--out", str(root / "run")]
-        assert main([*words, *SMALL, "--train.epochs", str(epochs)]) == 0
-    return root
+@pytest.fixture(scope="session")
+def masked_home(tmp_path_factory) -> Iterator[Path]:
+    """``data`` with masks, and a ``run`` of one epoch on its manifest; a test that changes anything takes a copy."""
+    root = made_once(tmp_path_factory, "masked", lambda root: train_small(root, make_masked_images(root / "data"), 1))
+    yield from unchanged(root)
+
+
+def unchanged(root: Path) -> Iterator[Path]:
+    def state() -> dict[Path, bytes]:
+        return {file: data for file, data in contents(root).items() if file.parts[0] != "cache"}
+
+    before = state()
+    yield root
+    assert {file for file, data in before.items() ^ state().items()} == set()
 
 
 @pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    return make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
+def run(home, tmp_path) -> Path:
+    """A run of one's own."""
+    return Path(shutil.copytree(home / "run", tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +99,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def assert_prototypes_are_patches(model: ProtoModel, images: Tensor, grid: tuple[int, int]) -> None:
-    """Each prototype is the embedding of the very patch that its anchor names."""
-    manager = model.head.proto_manager
-    for row, anchor in enumerate(manager.anchors):
-        assert anchor is not None
-        assert anchor.grid == grid
-        patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
-        embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
-        torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

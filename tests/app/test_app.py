@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_forbid import anchors, contents, make_data, refused
 
-from conftest import train_small
+from helpers import anchors, contents, refused
 from protopush import InputError
 from protopush.cli import main
 from protopush.explain import explain_image
@@ -44,16 +43,9 @@ from protopush.app.upload import Limits, Upload, read_upload  # noqa: E402
 MARKUP = "<img src=x onerror=alert(1)>"
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory) -> Path:
-    """Data, and a run of which no test changes anything."""
-    root = tmp_path_factory.mktemp("app")
-    return train_small(root, make_data(root / "data"), epochs=1)
-
-
-@pytest.fixture
-def run(first, tmp_path) -> Path:
-    return Path(shutil.copytree(first / "run", tmp_path / "run"))
+@pytest.fixture(scope="session")
+def home(masked_home) -> Path:
+    return masked_home
 
 
 # What people drop on a page.
@@ -136,11 +128,11 @@ def test_unusual_pictures_are_read_right(tmp_path):
 # What it says.
 
 
-def test_names_of_people_classes_and_files_are_never_markup(first):
-    opened = open_run(first / "run")
+def test_names_of_people_classes_and_files_are_never_markup(home):
+    opened = open_run(home / "run")
     opened = replace(opened, class_names=[MARKUP, "b", "c"])
     shown = Shown.of(opened, Upload(MARKUP, photo()))
-    explanation = shown.explain(RunStore(first / "run"), opened)
+    explanation = shown.explain(RunStore(home / "run"), opened)
     made = Decision(1, MARKUP, MARKUP, "keep", MARKUP, class_name=MARKUP, prototype=0, file=MARKUP)
     pages = [render("prediction", explanation, MARKUP), render("log", [made])]
     pages += [contributions(evidence) for evidence in explanation.classes]
@@ -148,9 +140,9 @@ def test_names_of_people_classes_and_files_are_never_markup(first):
     assert not any("<img" in page for page in pages)
 
 
-def test_the_page_explains_as_the_library_does(first):
-    opened, file = open_run(first / "run"), first / "data" / "images" / "cat" / "009.png"
-    found = Shown.of(opened, read_upload(file)).explain(RunStore(first / "run"), opened)
+def test_the_page_explains_as_the_library_does(home):
+    opened, file = open_run(home / "run"), home / "data" / "images" / "cat" / "009.png"
+    found = Shown.of(opened, read_upload(file)).explain(RunStore(home / "run"), opened)
     expected = explain_image(opened.model, file, opened.transform, opened.class_names)
     assert replace(found, file="") == replace(expected, file="")
     assert contributions(found.classes[0]).count('class="bar"') == 2
@@ -213,8 +205,8 @@ def test_no_cell_of_the_table_is_a_formula():
     assert [row[name] for name in ("who", "reason", "class", "file")] == ["'=HYPERLINK(1)", "' @SUM(1)", "'-x", "'+y"]
 
 
-def test_without_the_training_images_it_explains_but_says_what_forbidding_needs(run, first, tmp_path):
-    moved = Path(shutil.copytree(first / "data", tmp_path / "moved"))
+def test_without_the_training_images_it_explains_but_says_what_forbidding_needs(run, home, tmp_path):
+    moved = Path(shutil.copytree(home / "data", tmp_path / "moved"))
     (moved / "images" / "cat" / "003.png").unlink()
     missing = [({"path": str(tmp_path / "gone.csv")}, "gone.csv"), ({"path": str(moved / "manifest.csv")}, "1 of 24")]
     for data, why in missing:
@@ -228,7 +220,7 @@ def test_without_the_training_images_it_explains_but_says_what_forbidding_needs(
             assert why in str(told_so.value)
         assert contents(run) == before
         assert desk.keep("cat:0", "good", "Ada").kind == "keep"
-    shutil.copyfile(first / "data" / "images" / "cat" / "003.png", moved / "images" / "cat" / "003.png")
+    shutil.copyfile(home / "data" / "images" / "cat" / "003.png", moved / "images" / "cat" / "003.png")
     RunStore(run, {"path": str(moved / "manifest.csv"), "source": "manifest"}).forbid("cat:0", "r", "w")
     assert main(["verify", str(run), "--root", str(moved)]) == 0
 
@@ -271,9 +263,9 @@ def test_what_works_in_the_background_stops_with_the_app(run):
 
 
 @pytest.fixture(scope="module")
-def client(first, tmp_path_factory):
+def client(home, tmp_path_factory):
     """A server for a run, without a network; its uploads go to ``client.uploads``."""
-    run = Path(shutil.copytree(first / "run", tmp_path_factory.mktemp("served") / "run"))
+    run = Path(shutil.copytree(home / "run", tmp_path_factory.mktemp("served") / "run"))
     uploads = tmp_path_factory.mktemp("uploads")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_RUN_HISTORY",
@@ -362,20 +354,20 @@ def test_decisions_can_be_taken_away(client):
     (["{run}", "--max_megapixels", "0"], "expected numbers above 0"),
     (["{run}", "--prot", "1"], "did you mean 'port'?"),
 ])  # fmt: skip
-def test_what_cannot_be_shown_ends_before_the_server_starts(first, tmp_path, capsys, words, message):
-    given = [word.format(tmp=tmp_path, run=first / "run") for word in words]
+def test_what_cannot_be_shown_ends_before_the_server_starts(home, tmp_path, capsys, words, message):
+    given = [word.format(tmp=tmp_path, run=home / "run") for word in words]
     assert message in refused(capsys, "app", *given)
 
 
-def test_a_taken_port_and_a_missing_extra_get_one_line(first, capsys, monkeypatch):
+def test_a_taken_port_and_a_missing_extra_get_one_line(home, capsys, monkeypatch):
     with listening("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
-        line = refused(capsys, "app", first / "run", "--port", port)
+        line = refused(capsys, "app", home / "run", "--port", port)
         assert f"cannot listen on 127.0.0.1 port {port}" in line
         assert "choose another --port" in line
     socket.create_server(("127.0.0.1", port)).close()  # it is free again
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install protopush[app]" in refused(capsys, "app", first / "run", "--port", "0")
+    assert "pip install protopush[app]" in refused(capsys, "app", home / "run", "--port", "0")
 
 
 def test_which_addresses_are_this_computer_alone():
@@ -383,5 +375,5 @@ def test_which_addresses_are_this_computer_alone():
     assert [is_local(host) for host in ("0.0.0.0", "::", "192.168.1.4", "example.org")] == [False] * 4
 
 
-def test_the_device_of_a_desk_is_its_own(first):
-    assert next(RunStore(first / "run", device=torch.device("cpu")).run().model.parameters()).device.type == "cpu"
+def test_the_device_of_a_desk_is_its_own(home):
+    assert next(RunStore(home / "run", device=torch.device("cpu")).run().model.parameters()).device.type == "cpu"

@@ -15,12 +15,11 @@ from urllib.request import urlopen
 
 import pytest
 from PIL import Image
-from test_app import BOMB, bytes_of, photo
-from test_forbid import anchors, make_data
 
-from conftest import train_small
+from helpers import anchors, make_masked_images, train_small
 from protopush.cli import main
 from protopush.runs.decisions import load_decisions
+from test_app import BOMB, bytes_of, photo
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
 
@@ -46,7 +45,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("reviewed")
-    data = make_data(root / "data")
+    data = make_masked_images(root / "data")
     data.write_text(data.read_text().replace(",cat,", f',"{CAT}",'))
     train_small(root, data, epochs=1)
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import assert_prototypes_are_patches
+from helpers import assert_prototypes_are_patches
 from protopush import ProtoModel, load
 from protopush.backbones.create import Backbone, create_backbone
 from protopush.backbones.fusion import FusedModel

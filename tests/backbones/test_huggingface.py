@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import assert_prototypes_are_patches
+from helpers import assert_prototypes_are_patches, python
 from protopush import ProtoModel, load
 from protopush._compat import ensure_torchvision
 from protopush.backbones.create import Backbone, create_backbone
@@ -383,7 +382,7 @@ def test_transformers_is_not_installed(vit: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_models_are_imported_when_they_are_needed() -> None:
     code = "import sys, protopush.backbones.create; print({'timm', 'torchvision', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout == "set()\n"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,53 +12,28 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import SMALL, make_images, train_small
+from helpers import SMALL, make_images, python, refused
 from protopush.cli import COMMANDS, main
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with images and a trained run."""
-    root = tmp_path_factory.mktemp("cli")
-    make_images(root / "images", ["bird", "cat", "dog"], 10)
-    return train_small(root, root / "images", epochs=2)
-
-
-@pytest.fixture
-def run_copy(home, tmp_path) -> Path:
-    return Path(shutil.copytree(home / "run", tmp_path / "run"))
-
-
-def refused(capsys, *words: str) -> str:
-    """The one line that a refused command prints."""
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if line.startswith("protopush: error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in err
-    assert out == ""
-    return lines[0]
 
 
 def test_help_does_not_import_torch():
     code = "import sys; from protopush.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = python("-c", code)
     assert found.returncode == 0
     assert all(command in found.stdout for command in COMMANDS)
 
 
 def test_parsing_options_does_not_import_torch():
     code = (
-        "import sys; from protopush.cli import main\n"
-        "for c in ('train', 'push', 'evaluate', 'explain', 'verify', 'demo', 'forbid'):\n"
-        "    try: main([c, '--help'])\n"
+        "import sys; from protopush.cli import COMMANDS, main\n"
+        "for c in (*COMMANDS.keys() - {'data'}, 'data audit'):\n"
+        "    try: main([*c.split(), '--help'])\n"
         "    except SystemExit as e: assert e.code == 0\n"
         "sys.exit('torch' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = python("-c", code)
     assert found.returncode == 0, found.stderr
-    assert "--train.epochs" in found.stdout
+    assert all(option in found.stdout for option in ("--train.epochs", "--share", "--threshold", "--format"))
 
 
 def test_evaluate(home, capsys):
@@ -129,62 +102,62 @@ def test_explain_writes_panel_and_data_that_add_up(home, tmp_path, capsys):
             assert all(match["anchor"]["file"] for match in evidence["matches"])
 
 
-def test_verify_tells_what_no_longer_holds(home, run_copy, tmp_path, capsys):
-    assert main(["verify", str(run_copy)]) == 0
+def test_verify_tells_what_no_longer_holds(home, run, tmp_path, capsys):
+    assert main(["verify", str(run)]) == 0
     assert "All 6 anchors hold" in capsys.readouterr().out
     moved = shutil.copytree(home / "images", tmp_path / "moved")
-    assert main(["verify", str(run_copy), "--root", str(moved)]) == 0
+    assert main(["verify", str(run), "--root", str(moved)]) == 0
 
-    anchors = [entry["anchor"] for entry in json.loads((run_copy / "prototypes.json").read_text())["prototypes"]]
+    anchors = [entry["anchor"] for entry in json.loads((run / "prototypes.json").read_text())["prototypes"]]
     file = moved / anchors[0]["file"]
     file.write_bytes((moved / "dog" / "009.png").read_bytes())
-    assert main(["verify", str(run_copy), "--root", str(moved)]) == 1
+    assert main(["verify", str(run), "--root", str(moved)]) == 1
     assert "file changed" in capsys.readouterr().out
     file.unlink()
-    assert main(["verify", str(run_copy), "--root", str(moved), "--json"]) == 1
+    assert main(["verify", str(run), "--root", str(moved), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert not told["holds"]
     assert {a["problem"] for a in told["anchors"] if a["file"] == anchors[0]["file"]} == {"file missing"}
 
 
-def test_verify_notices_other_weights_and_edited_records(run_copy, capsys):
-    certificate = json.loads((run_copy / "prototypes.json").read_text())
+def test_verify_notices_other_weights_and_edited_records(run, capsys):
+    certificate = json.loads((run / "prototypes.json").read_text())
     certificate["prototypes"][3]["anchor"]["cell"] = 24 - certificate["prototypes"][3]["anchor"]["cell"]
-    (run_copy / "prototypes.json").write_text(json.dumps(certificate))
-    assert main(["verify", str(run_copy)]) == 1
+    (run / "prototypes.json").write_text(json.dumps(certificate))
+    assert main(["verify", str(run)]) == 1
     assert "1 of 6 anchors do not hold" in capsys.readouterr().out
     for outside in (-1, 25, 10**9):
         certificate["prototypes"][3]["anchor"]["cell"] = outside
-        (run_copy / "prototypes.json").write_text(json.dumps(certificate))
-        assert main(["verify", str(run_copy)]) == 1
+        (run / "prototypes.json").write_text(json.dumps(certificate))
+        assert main(["verify", str(run)]) == 1
     certificate["prototypes"][3]["anchor"]["file"] = "../../etc/passwd"
-    (run_copy / "prototypes.json").write_text(json.dumps(certificate))
-    assert main(["verify", str(run_copy)]) == 1
+    (run / "prototypes.json").write_text(json.dumps(certificate))
+    assert main(["verify", str(run)]) == 1
     assert "outside the data folder" in capsys.readouterr().out
 
-    weights = load_file(run_copy / "model.safetensors")
+    weights = load_file(run / "model.safetensors")
     weights["head.proj.0.weight"] += 0.01 * torch.randn_like(weights["head.proj.0.weight"])
-    save_file(weights, run_copy / "model.safetensors")
-    assert main(["verify", str(run_copy)]) == 1
+    save_file(weights, run / "model.safetensors")
+    assert main(["verify", str(run)]) == 1
     assert "weights changed" in capsys.readouterr().out
 
 
-def test_damaged_run_folders(run_copy, tmp_path, capsys):
+def test_damaged_run_folders(run, tmp_path, capsys):
     assert "no such run folder" in refused(capsys, "verify", tmp_path / "nothing")
-    whole = (run_copy / "model.safetensors").read_bytes()
+    whole = (run / "model.safetensors").read_bytes()
     for damage in (whole[:-100], b"", whole[:1000] + b"\0\1\2\3" + whole[1004:]):
-        (run_copy / "model.safetensors").write_bytes(damage)
-        message = refused(capsys, "evaluate", run_copy)
+        (run / "model.safetensors").write_bytes(damage)
+        message = refused(capsys, "evaluate", run)
         assert "damaged file" in message
         assert "model.safetensors" in message
-    (run_copy / "model.safetensors").unlink()
-    assert "no such file" in refused(capsys, "evaluate", run_copy)
-    (run_copy / "config.json").write_text("{")
-    assert "damaged file" in refused(capsys, "evaluate", run_copy)
-    (run_copy / "config.json").write_text("{}")
-    assert "damaged file" in refused(capsys, "evaluate", run_copy)
-    (run_copy / "config.json").unlink()
-    assert "did not come to its end" in refused(capsys, "evaluate", run_copy)
+    (run / "model.safetensors").unlink()
+    assert "no such file" in refused(capsys, "evaluate", run)
+    (run / "config.json").write_text("{")
+    assert "damaged file" in refused(capsys, "evaluate", run)
+    (run / "config.json").write_text("{}")
+    assert "damaged file" in refused(capsys, "evaluate", run)
+    (run / "config.json").unlink()
+    assert "did not come to its end" in refused(capsys, "evaluate", run)
 
 
 def broken_image(home: Path) -> None:
@@ -292,6 +265,6 @@ def test_explain_refuses_bad_images_before_it_begins(home, tmp_path, capsys):
 
 def test_train_script_is_a_door_to_the_command(tmp_path):
     script = Path(__file__).parents[2] / "train.py"
-    found = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+    found = python(script, "--help")
     assert found.returncode == 0
     assert "--push.start_epoch" in found.stdout

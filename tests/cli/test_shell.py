@@ -14,16 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, make_images, train_small
+from helpers import SMALL, make_images
 
 BIN = Path(sys.executable).parent
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("shell")
-    return train_small(root, make_images(root / "images", ["bird", "cat", "dog"], 10), epochs=1)
 
 
 def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from conftest import make_images
+from helpers import make_images
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.audit import Audit, audit
@@ -259,18 +257,6 @@ def test_command_refuses_in_one_line(capsys, words, message):
     assert out == ""
     assert message in err
     assert main(["data"]) == 2
-
-
-def test_help_of_the_command_does_not_import_torch():
-    code = (
-        "import sys; from protopush.cli import main\n"
-        "try: main(['data', 'audit', '--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "--threshold" in found.stdout
 
 
 def test_real_dermoscopy_images_have_no_alarm_but_for_what_is_planted(ham, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_images
+from helpers import make_images
 from protopush import InputError
 from protopush.data.dataset import ImageDataset
 from protopush.data.images import check_images, image_size, read_image

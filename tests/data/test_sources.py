@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import SMALL, make_images
+from helpers import SMALL, make_images, make_isic, noise, save_noise, write_table
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.images import read_image
@@ -22,24 +22,6 @@ from protopush.data.sources import SOURCES, load_catalog, recognise
 from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 
 HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-
-
-def picture(label: int, number: int, size: int = 32) -> np.ndarray:
-    """Noise whose mean colour tells the class."""
-    pixels = np.random.default_rng([label, number]).integers(0, 60, (size, size, 3))
-    pixels[..., label % 3] += 100 + 20 * (label // 3)
-    return pixels.astype(np.uint8)
-
-
-def save(path: Path, label: int, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(label, number)).save(path)
-
-
-def write_table(path: Path, header: str, rows: list[list[object]], separator: str = ",") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [header.replace(",", separator), *(separator.join(map(str, row)) for row in rows)]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def splits_of(catalog: Catalog) -> Counter[str]:
@@ -65,29 +47,6 @@ def trains(tmp_path: Path, data: Path, monkeypatch, *words: str) -> dict:
 
 
 # ISIC 2018
-
-
-def make_isic(root: Path, parts: tuple[str, ...] = ("Training", "Validation", "Test"), lesions: int = 4) -> Path:
-    """Seven classes; two images of each training lesion, of which the second is another class's neighbour by number."""
-    groupings, number = [], 0
-    for part in parts:
-        rows = []
-        for label in range(7):
-            for lesion in range(lesions if part == "Training" else 1):
-                for _ in range(2):
-                    name, number = f"ISIC_{number:07d}", number + 1
-                    rows.append([name, *(float(label == other) for other in range(7))])
-                    save(root / f"ISIC2018_Task3_{part}_Input" / f"{name}.jpg", label, number)
-                    if part == "Training":
-                        groupings.append([name, f"HAM_{label}{lesion:06d}", "histopathology"])
-        name = f"ISIC2018_Task3_{part}_GroundTruth"
-        write_table(root / name / f"{name}.csv", f"image,{','.join(ISIC_CLASSES)}", rows)
-        for text in ("ATTRIBUTION.txt", "LICENSE.txt"):
-            (root / f"ISIC2018_Task3_{part}_Input" / text).write_text("CC-BY-NC")
-    write_table(
-        root / "ISIC2018_Task3_Training_LesionGroupings.csv", "image,lesion_id,diagnosis_confirm_type", groupings
-    )
-    return root
 
 
 def test_isic2018_as_published(tmp_path):
@@ -181,7 +140,7 @@ def make_ham(root: Path, lesions: int = 10, ending: str = ".csv", separator: str
             for part in (1, 2):
                 name, number = f"ISIC_{number:07d}", number + 1
                 rows.append([f"HAM_{label}{lesion:06d}", name, dx, "histo", "", "male", "back", "vidir_modern"])
-                save(root / f"HAM10000_images_part_{part}" / f"{name}.jpg", label, number)
+                save_noise(root / f"HAM10000_images_part_{part}" / f"{name}.jpg", label, number)
                 if part == 1:
                     mask = root / "HAM10000_segmentations_lesion_tschandl" / f"{name}_segmentation.png"
                     mask.parent.mkdir(exist_ok=True)
@@ -191,7 +150,7 @@ def make_ham(root: Path, lesions: int = 10, ending: str = ".csv", separator: str
         rows = [[f"HAMTEST_{i}", f"ISIC_9{i:06d}", dx, "histo", "", "", "", ""] for i, dx in enumerate(HAM_CLASSES)]
         write_table(root / f"ISIC2018_Task3_Test_GroundTruth{ending}", header, rows, separator)
         for label, row in enumerate(rows):
-            save(root / "ISIC2018_Task3_Test_Images" / f"{row[1]}.jpg", label, 10_000 + label)
+            save_noise(root / "ISIC2018_Task3_Test_Images" / f"{row[1]}.jpg", label, 10_000 + label)
     return root
 
 
@@ -224,7 +183,7 @@ def test_ham10000_takes_the_published_images_not_resized_copies(tmp_path):
     nested = root / "dataverse_files" / "HAM10000_images_part_1"
     nested.parent.mkdir()
     (root / "HAM10000_images_part_1").rename(nested)
-    save(root / "a_small_copy" / "ISIC_0000000.jpg", 5, 5)
+    save_noise(root / "a_small_copy" / "ISIC_0000000.jpg", 5, 5)
     assert load_catalog(str(root)).samples[0].image == nested / "ISIC_0000000.jpg"
 
 
@@ -261,7 +220,7 @@ def make_npz(path: Path, classes: int = 3, size: int = 28, grey: bool = False, *
     arrays = {}
     for split, count in (("train", 8), ("val", 2), ("test", 4)):
         labels = np.tile(np.arange(classes), count)
-        images = np.stack([picture(label, i, size) for i, label in enumerate(labels)])
+        images = np.stack([noise(label, i, size) for i, label in enumerate(labels)])
         arrays[f"{split}_images"] = images.mean(axis=3).astype(np.uint8) if grey else images
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +338,7 @@ def make_metadata(root: Path, kind: str, where: str = "", split_column: bool = F
         for label, name in enumerate(("cat", "dog")):
             for index in range(count):
                 file = root / ("images" if split_column else split) / f"{split}-{name}-{index}.png"
-                save(file, label, index)
+                save_noise(file, label, index)
                 place = root / (where.format(split=split))
                 row = {"file_name": file.relative_to(place).as_posix(), "label": name}
                 tables[place].append(row | ({"split": split} if split_column else {}))
@@ -423,14 +382,14 @@ def test_imagefolder_without_metadata_knows_all_words_for_splits(tmp_path):
     ("file_name,label\na.png,\n", "no file_name or no label in rows 1"),
 ])  # fmt: skip
 def test_imagefolder_refuses_in_one_line(tmp_path, text, message):
-    save(tmp_path / "a.png", 0, 0)
+    save_noise(tmp_path / "a.png", 0, 0)
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         load_catalog(str(tmp_path), "imagefolder")
 
 
 def test_imagefolder_refuses_damaged_or_mixed_metadata(tmp_path):
-    save(tmp_path / "a.png", 0, 0)
+    save_noise(tmp_path / "a.png", 0, 0)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 0}\n{"file_name"')
     with pytest.raises(InputError, match="not JSON lines"):
         load_catalog(str(tmp_path))

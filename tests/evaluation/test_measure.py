@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SMALL, make_images
+from helpers import SMALL, make_images
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
 from protopush.evaluation.measure import measure, observe

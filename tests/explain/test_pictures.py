@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
-from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 
 from protopush.data.images import read_image
 from protopush.data.transforms import View
@@ -33,6 +32,7 @@ from protopush.explain.overlay import unseen_share, with_map, with_outline, with
 from protopush.explain.panel import BETWEEN, LEFT
 from protopush.explain.rows import region_words
 from protopush.nn.prototypes import Anchor
+from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 
 GREY = (90, 91, 92)
 PINK = (250, 0, 250)

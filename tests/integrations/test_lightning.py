@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet, python
 from protopush import InputError, PushSchedule, push_prototypes
 from protopush._compat import ensure_torchvision
 
@@ -210,9 +209,7 @@ def fit_in(folder: Path, world: int) -> None:
 @pytest.mark.ddp
 def test_two_processes_end_with_the_prototypes_of_one(tmp_path):
     fit_in(tmp_path, 1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = python(__file__, tmp_path, 2, PYTHONPATH=os.pathsep.join(sys.path))  # it imports our helpers
     assert done.returncode == 0, done.stderr[-2000:]
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert first["sampler"] == second["sampler"] == "DistributedSampler"
@@ -296,7 +293,7 @@ def test_the_older_package_takes_the_callback_too(tmp_path):
 def test_protopush_does_not_import_lightning():
     names = "[n for n in sys.modules if n.split('.')[0] in ('lightning', 'pytorch_lightning')]"
     check = f"import sys, protopush; protopush.PushSchedule; protopush.push_prototypes; print({names})"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip() == "[]"
+    assert python("-c", check).stdout.strip() == "[]"
 
 
 def test_without_lightning_one_line_says_what_to_install(monkeypatch):

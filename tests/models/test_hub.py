@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import yaml
 from torch import nn
 
 import protopush
-from conftest import make_images, train_small
+from helpers import python
 from protopush import HeadOptimal, InputError, ProtoModel, create_backbone
 from protopush.cli import main
 from protopush.data.dataset import ImageDataset
@@ -38,14 +36,6 @@ WRITTEN = {
     "prototypes.png",
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """``images``, and ``run``, trained on them."""
-    root = tmp_path_factory.mktemp("hub")
-    make_images(root / "images", ["bird", "cat", "dog"], 10)
-    return train_small(root, root / "images", epochs=1)
 
 
 @pytest.fixture
@@ -231,7 +221,7 @@ def test_importing_protopush_stays_light():
         "left = {'timm', 'torchvision', 'lightning_fabric', 'transformers', 'onnx', 'onnxruntime', 'matplotlib'}\n"
         "assert not left & set(sys.modules), left & set(sys.modules)\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = python("-c", code)
     assert found.returncode == 0, found.stderr
 
 

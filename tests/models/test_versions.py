@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SMALL, make_images, train_small
+from helpers import SMALL, refused
 from protopush.cli import main
 from protopush.data.images import sha256_of
 from protopush.models.versions import current_versions, version_change
 
 OLD = f"saved with timm 0.9.16, read with timm {timm.__version__}; pip install timm==0.9.16 reads it as it was saved"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("versions")
-    return train_small(root, make_images(root / "images", ["bird", "cat", "dog"], 10), epochs=1)
-
-
-@pytest.fixture
-def run(home, tmp_path) -> Path:
-    return Path(shutil.copytree(home / "run", tmp_path / "run"))
 
 
 def edit(run: Path, **changes: object) -> None:
@@ -43,19 +30,13 @@ def rename_weights(run: Path) -> None:
     edit(run, weights_sha256=sha256_of(run / "model.safetensors"))
 
 
-def refused(capsys, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    return capsys.readouterr().err.strip()
-
-
-def test_a_run_records_what_saved_it(home, capsys):
-    versions = json.loads((home / "run" / "config.json").read_text())["versions"]
+def test_a_run_records_what_saved_it(run):
+    versions = json.loads((run / "config.json").read_text())["versions"]
     assert versions == current_versions()
     assert {"protopush", "torch", "timm", "pillow"} <= set(versions)
     assert versions["torch"] == torch.__version__
-    assert main(["report", str(home / "run"), "--faithfulness", "0", "--resamples", "0"]) == 0
-    assert f"timm {timm.__version__}" in (home / "run" / "report.html").read_text()
+    assert main(["report", str(run), "--faithfulness", "0", "--resamples", "0"]) == 0
+    assert f"timm {timm.__version__}" in (run / "report.html").read_text()
 
 
 def test_weights_of_other_names_are_those_of_another_version(run, capsys):
@@ -115,7 +96,7 @@ def test_a_checkpoint_of_another_version(run, home, capsys):
     torch.save(state, file)
     (run / "config.json").unlink()  # as a run that was cut off
     out = ["--out", str(run), "--resume"]
-    message = refused(capsys, "train", "--data.path", home / "images", *SMALL, "--train.epochs", "1", *out)
+    message = refused(capsys, "train", "--data.path", home / "images", *SMALL, *out)
     assert "does not fit the model and optimizer of this run" in message
     assert 'Missing key(s) in state_dict: "head.bias"' in message
     assert OLD in message

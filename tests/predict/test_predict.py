@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_images, train_small
+from helpers import python, refused
 from protopush.cli import main
 from protopush.data.manifest import Sample
 from protopush.errors import InputError
@@ -40,13 +40,6 @@ from protopush.runs.run import open_run
 
 CLASSES = ["bird", "cat", "dog"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("predict")
-    make_images(root / "images", CLASSES, 10)
-    return train_small(root, root / "images", epochs=2)
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +65,6 @@ def told(capsys, *words: object) -> dict:
     capsys.readouterr()
     assert main(["predict", *map(str, words), "--device", "cpu", "--data.num_workers", "0", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *words: object) -> str:
-    capsys.readouterr()
-    assert main(["predict", *map(str, words), "--device", "cpu"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("protopush: error: ")]
-    return line
 
 
 # The oracle: one image at a time, through protopush.explain.
@@ -298,7 +281,7 @@ def test_a_reader_that_dies_is_one_line(home, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         read = Pictures.__getitem__
         patch.setattr(Pictures, "__getitem__", lambda self, i: os._exit(1) if i == 28 else read(self, i))
-        assert "a process that reads images died" in refused(capsys, *words, "--data.num_workers", "1")
+        assert "a process that reads images died" in refused(capsys, "predict", *words, "--data.num_workers", "1")
     # Its batch, the fourth, is asked for when the second is here, so that the first has been written.
     assert 0 < told(capsys, *words)["resumed_from"] <= 24
 
@@ -377,12 +360,8 @@ def test_killed_and_started_again(home, tmp_path, capsys):
 def test_two_processes_write_what_one_writes(home, tmp_path, capsys):
     out, share = tmp_path / "two" / "o.csv", ["--share", "0.4", "--top", "2"]
     words = [str(home / "run"), str(home / "images"), *share, "--device", "cpu", "--data.num_workers", "0", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "protopush",
-         "predict", *words, "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PROTOPUSH_CACHE": str(tmp_path / "cache")},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "protopush"]
+    done = python(*launcher, "predict", *words, "--out", out, PROTOPUSH_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     one = told(capsys, home / "run", home / "images", "--out", tmp_path / "one.csv", *share)
@@ -408,14 +387,14 @@ def test_other_words_are_refused_and_overwrite_begins_anew(home, tmp_path, monke
     words = begun(home, out, monkeypatch)
     part = tmp_path / ".o.csv.part-0"
     before = part.read_bytes()
-    assert "other options" in refused(capsys, *words, "--top", "1")
-    assert "other options" in refused(capsys, *words, "--threshold", "0.6")
-    assert "other options" in refused(capsys, home / "run", home / "images", "--out", out)
-    assert "other images: 30," in refused(capsys, home / "run", home / "images" / "cat", *words[2:])
+    assert "other options" in refused(capsys, "predict", *words, "--top", "1")
+    assert "other options" in refused(capsys, "predict", *words, "--threshold", "0.6")
+    assert "other options" in refused(capsys, "predict", home / "run", home / "images", "--out", out)
+    assert "other images: 30," in refused(capsys, "predict", home / "run", home / "images" / "cat", *words[2:])
     other = shutil.copytree(home / "run", tmp_path / "run")
     values = json.loads((other / "prototypes.json").read_text())
     (other / "prototypes.json").write_text(json.dumps(values | {"more": 1}))
-    assert "other prototypes" in refused(capsys, other, *words[1:])
+    assert "other prototypes" in refused(capsys, "predict", other, *words[1:])
     assert part.read_bytes() == before
     side = tmp_path / ".o.csv.belongs.json"
     text = side.read_text()
@@ -428,13 +407,13 @@ def test_other_words_are_refused_and_overwrite_begins_anew(home, tmp_path, monke
         text.replace('"share"', '"sheer"'),
     ):
         side.write_text(damage)
-        assert "damaged" in refused(capsys, *words)
+        assert "damaged" in refused(capsys, "predict", *words)
     side.unlink()
-    assert "is gone" in refused(capsys, *words)
+    assert "is gone" in refused(capsys, "predict", *words)
     found = told(capsys, *words, "--overwrite")
     assert found["resumed_from"] == 0
     whole = out.read_bytes()
-    assert "exists already" in refused(capsys, *words)
+    assert "exists already" in refused(capsys, "predict", *words)
     assert out.read_bytes() == whole
     out.write_text("something else")
     told(capsys, *words, "--overwrite")
@@ -452,7 +431,7 @@ def test_another_process_is_writing(home, tmp_path, capsys):
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     words = (home / "run", home / "images", "--threshold", "0.5", "--out", tmp_path / "o.csv")
-    assert "another process is writing" in refused(capsys, *words)
+    assert "another process is writing" in refused(capsys, "predict", *words)
     other.kill()
     other.wait()
     told(capsys, *words)
@@ -485,7 +464,7 @@ def test_bad_words_are_one_line_and_nothing_is_left(home, tmp_path, capsys, monk
         (run, images, *out, "--shere", "1"): "did you mean 'share'",
     }
     for words, message in cases.items():
-        assert message in refused(capsys, *words), words
+        assert message in refused(capsys, "predict", *words), words
         assert left(tmp_path) == before
     with pytest.raises(InputError, match="expected a cosine"):
         predict(open_run(run), [str(images)], tmp_path / "o.csv", threshold=math.nan)
@@ -500,7 +479,7 @@ def test_a_full_disk_is_one_line_and_the_rest_goes_on_later(home, tmp_path, caps
     with monkeypatch.context() as patch:
         patch.setattr(Growing, "part", lambda self, batch: Path("/dev/full"))
         patch.setattr(Growing, "done", lambda self: [])
-        assert "No space left on device" in refused(capsys, *words, "--data.num_workers", "0")
+        assert "No space left on device" in refused(capsys, "predict", *words, "--data.num_workers", "0")
     assert part.read_bytes() == rows
     assert told(capsys, *words)["resumed_from"] == 8
 
@@ -625,18 +604,6 @@ def test_validation_images_that_cannot_be_read_do_not_count(home, run, tmp_path,
     found = thresholds.calibrate(run, config, 0.05)
     assert (found.value, found.source) == (None, "none")
     assert "can be read" in found.problem
-
-
-def test_help_does_not_import_torch():
-    code = (
-        "import sys; from protopush.cli import main\n"
-        "try: main(['predict', '--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "--share" in found.stdout
 
 
 def test_the_benchmark_runs(home, tmp_path, monkeypatch, capsys):

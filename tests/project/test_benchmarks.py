@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import protopush
-from conftest import make_images
+from helpers import make_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "repetitions": 1}

@@ -22,12 +22,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from test_report_browser import CONTRASTS, Visit
-from test_sources import make_isic
 from torch.utils.data import DataLoader, TensorDataset
 
 import protopush
-from conftest import SMALL, make_images, train_small
+from browser import CONTRASTS, Visit
+from docs_blocks import ROOT, blocks, commands
+from helpers import SMALL, make_isic
 from protopush.backbones.create import BUILDERS
 from protopush.cli import main
 from protopush.cli.parser import ABOUT
@@ -37,7 +37,6 @@ from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.sections import SECTIONS
-from told import ROOT, blocks, commands
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
@@ -66,30 +65,20 @@ def tool(name: str) -> ModuleType:
 parser_of = tool("options").parser_of
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, one_thread) -> Path:
-    """A folder with images and two small runs, as the pages speak of them."""
-    root = tmp_path_factory.mktemp("made")
-    make_images(root / "images", ["bird", "cat"], 10)
-    rows = [f"images/{c}/{i:03d}.png,{c},train" for c in ("bird", "cat") for i in range(3)]
-    (root / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
-    with pytest.MonkeyPatch.context() as moved:
-        moved.chdir(root)
-        train_small(root, Path("images"), epochs=2)
-    (root / "runs").mkdir()
-    (root / "run").rename(root / "runs/mine")
-    shutil.copytree(root / "runs/mine", root / "runs/pushed")
-    return root
-
-
 @pytest.fixture
-def workshop(made, tmp_path, monkeypatch) -> Path:
-    """A copy of that folder of one's own, in which one stands."""
-    shutil.copytree(made, tmp_path / "here")
-    (tmp_path / "here/recipes").symlink_to(ROOT / "recipes")
-    monkeypatch.chdir(tmp_path / "here")
+def workshop(home, tmp_path, monkeypatch) -> Path:
+    """A folder with images and two small runs, as the pages describe them, in which one stands."""
+    here = tmp_path / "here"
+    shutil.copytree(home / "images", here / "images")
+    for name in ("mine", "pushed"):
+        config = Path(shutil.copytree(home / "run", here / "runs" / name)) / "config.yaml"
+        config.write_text(config.read_text().replace(str(home / "images"), "images"))
+    rows = [f"images/{c}/{i:03d}.png,{c},train" for c in ("bird", "cat") for i in range(3)]
+    (here / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
+    (here / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(here)
     monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "here"
+    return here
 
 
 @pytest.fixture

@@ -1,27 +1,19 @@
-"""Each example as its docstring says: run as a script of its own, on small images, with right and with wrong words."""
+"""Each example as its docstring says: run as a script, on small images, with right and with wrong words."""
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import make_images
+from helpers import make_images, python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 DDP = ["--backbone", "test_convnext", "--size", "64", "--epochs", "2", "--push-start", "1", "--push-interval", "1"]
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +28,22 @@ def test_examples_are_short_and_tell_how_to_run_them(script):
     assert f"python examples/{script.name} " in text.split('"""')[1]
 
 
-def test_your_own_model_prints_what_each_push_did(images):
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What a script prints; in this process, which has imported all that it needs."""
+
+    def of(script: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return of
+
+
+def test_your_own_model_prints_what_each_push_did(images, printed):
     words = ["--epochs", "16", "--classes", "cat", "bird", "--per-class", "7"]
-    done = run(EXAMPLES / "your_own_model.py", images, *words)
-    assert done.returncode == 0, done.stderr
-    told, header, *rows = done.stdout.splitlines()
+    told, header, *rows = printed("your_own_model.py", images, *words).splitlines()
     assert told == "14 training, 2 validation images: cat, bird"
     assert header.split() == ["epoch", "min_dist", "after", "mean_dist", "after", "accuracy", "after"]
     values = [[float(word) for word in row.split()] for row in rows]
@@ -53,11 +56,11 @@ def test_your_own_model_prints_what_each_push_did(images):
 
 
 @pytest.mark.ddp
-def test_train_ddp_in_one_process_and_in_two(images):
-    for start, told in (([], "1 process,"), (TORCHRUN, "2 processes,")):
-        done = run(*start, EXAMPLES / "train_ddp.py", images, *DDP)
-        assert done.returncode == 0, done.stderr
-        first, second, last = done.stdout.splitlines()  # rank 0 alone speaks
+def test_train_ddp_in_one_process_and_in_two(images, printed):
+    two = python(*TORCHRUN, EXAMPLES / "train_ddp.py", images, *DDP)
+    assert two.returncode == 0, two.stderr
+    for out, told in ((printed("train_ddp.py", images, *DDP), "1 process,"), (two.stdout, "2 processes,")):
+        first, second, last = out.splitlines()  # rank 0 alone prints
         for epoch, line in enumerate((first, second), start=1):
             assert line.startswith(f"epoch {epoch}: 27 images, 108 patches, mean distance ")  # each image once
             before, after = map(float, re.findall(r"\d\.\d+", line))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_report_browser import Visit, keep
 
-from conftest import make_images
+from browser import Visit, keep
+from docs_blocks import ROOT, blocks, commands
+from helpers import SMALL, make_images
 from protopush.cli import main
 from protopush.cli.commands import config_of, train_parser
-from told import ROOT, blocks, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -53,7 +53,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
             continue  # test_demo, which is slow
         if command[1] == "train" and command[-1] == "runs/mine" and Path("runs/mine").exists():
             continue  # the first screen's train, told again further down
-        extra = ["--train.epochs", "2"] if command[1] == "train" else []
+        extra = {"runs/mine": SMALL, "runs/ham": ["--train.epochs", "2"]}[command[-1]] if command[1] == "train" else []
         assert main([*command[1:], *extra]) == 0, command
     capsys.readouterr()
     assert Path("explained/000.png").is_file()

@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import protopush
-from told import ROOT, blocks
+from docs_blocks import ROOT, blocks
 
 SCHEMAS = {
     ".github/workflows/*.yml": "vendor.github-workflows",
@@ -182,7 +182,7 @@ def test_requirements_have_lower_bounds_that_the_pins_keep(metadata):
 
 
 def test_a_wheel_alone_does_it_all(packages, tmp_path):
-    """Outside the tree, from another working directory: the smoke test of `make compat`, with these versions."""
+    """Outside the tree: the smoke test of `make compat` with these versions, its commands in one process."""
     site, script = tmp_path / "site", ROOT / "tests" / "scripts" / "smoke.py"
     run("pip", "install", "--quiet", "--no-deps", "--target", site, next(packages.glob("*.whl")))
     variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
@@ -194,4 +194,4 @@ def test_a_wheel_alone_does_it_all(packages, tmp_path):
         return done.stdout
 
     assert outside("-c", "import protopush; print(protopush.__file__)").startswith(str(site))
-    assert outside(script, tmp_path / "work").startswith("core ")
+    assert outside(script, tmp_path / "work", "--together").startswith("core ")

@@ -11,7 +11,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet
 from protopush import HeadOptimal, InputError, push_prototypes
 from protopush.backbones.create import Features
 from protopush.nn.prototypes import Anchor, PrototypeManager

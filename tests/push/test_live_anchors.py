@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import make_images
+from helpers import make_images
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.cli import main

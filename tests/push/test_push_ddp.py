@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet, python
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.errors import InputError
@@ -174,13 +171,12 @@ def test_ranks_end_with_the_anchors_and_the_very_bits_of_one_process(tmp_path, w
 @pytest.mark.ddp
 def test_torchrun_and_fabric(tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "push_with_fabric.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ends = []
-    for launcher, ranks in (([sys.executable], 1), (torchrun, 2)):
+    for launcher, ranks in (([], 1), (torchrun, 2)):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        words = [*launcher, str(script), str(folder), str(ranks)]
-        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = python(*launcher, script, folder, ranks)
         assert done.returncode == 0, done.stderr
         ends += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for prototypes, anchors in ends[1:]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import ToyNet
+from helpers import ToyNet
 from protopush.push import nearest_patches as search
 from protopush.push.patch_cap import NonFinite, Tally
 from protopush.push.reader import DatasetSource

@@ -10,21 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_images, train_small
+from helpers import refused
 from protopush.cli import main
 from protopush.nn.prototypes import Anchor
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("verify")
-    make_images(root / "images", ["bird", "cat", "dog"], 10)
-    return train_small(root, root / "images", epochs=1)
-
-
-@pytest.fixture
-def run(home, tmp_path) -> Path:
-    return Path(shutil.copytree(home / "run", tmp_path / "run"))
 
 
 @pytest.fixture
@@ -125,14 +113,6 @@ def test_a_prototype_without_anchor(run, images, capsys):
     values["prototypes"][1]["anchor"] = None
     (run / "prototypes.json").write_text(json.dumps(values))
     assert told(capsys, run, images)[0]["bird", 1]["fault"] == "no_anchor"
-
-
-def refused(capsys, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    return next(line for line in err.splitlines() if line.startswith("protopush: error: "))
 
 
 def test_weights_that_cannot_be_loaded_are_an_error(run, images, capsys):

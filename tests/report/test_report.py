@@ -20,7 +20,7 @@ from jinja2 import ChoiceLoader, FileSystemLoader
 from markupsafe import escape
 from PIL import Image
 
-from conftest import make_images, train_small
+from helpers import make_images, train_small
 from protopush import InputError
 from protopush.cli import main
 from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from conftest import SMALL, make_images, train_small
+from helpers import SMALL, SPLITS, anchors, contents, refused
 from protopush import InputError
 from protopush.cli import main
 from protopush.data import files as change
@@ -24,38 +23,10 @@ from protopush.models.model_folder import save_run
 from protopush.runs.decisions import load_decisions
 from protopush.runs.run import open_run
 
-CLASSES = ["bird", "cat", "dog"]
-SPLITS = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
 
-
-def make_data(root: Path) -> Path:
-    """A manifest of 40x32 pictures, each but the first of a class with a mask: its left half."""
-    make_images(root / "images", CLASSES, 10)
-    mask = np.zeros((32, 40), dtype=np.uint8)
-    mask[:, :20] = 255
-    rows = []
-    for name in CLASSES:
-        for i, split in enumerate(SPLITS):
-            path = root / "masks" / f"{name}-{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(mask).save(path)
-            rows.append([f"images/{name}/{i:03d}.png", name, split, f"masks/{path.name}" if i else ""])
-    with (root / "manifest.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["image", "label", "split", "mask"], *rows])
-    return root / "manifest.csv"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Data, and a run of which no test changes anything."""
-    root = tmp_path_factory.mktemp("forbid")
-    data = make_data(root / "data")
-    return train_small(root, data, epochs=1)
-
-
-@pytest.fixture
-def run(home, tmp_path) -> Path:
-    return Path(shutil.copytree(home / "run", tmp_path / "run"))
+@pytest.fixture(scope="session")
+def home(masked_home) -> Path:
+    return masked_home
 
 
 def forbid(capsys, run: Path, *words: object) -> dict:
@@ -64,26 +35,6 @@ def forbid(capsys, run: Path, *words: object) -> dict:
     given = ["forbid", run, *words, "--json", "--device", "cpu", "--data.num_workers", "0"]
     assert main([str(w) for w in [*given, *([] if "--reason" in words else ["--reason", "a ruler"])]]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    (line,) = (line for line in err.splitlines() if line.startswith("protopush: error: "))
-    return line
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {path.relative_to(folder): path.read_bytes() for path in files}
-
-
-def anchors(run: Path) -> dict[tuple[str, int], dict]:
-    found = json.loads((run / "prototypes.json").read_text())["prototypes"]
-    return {(entry["class"], entry["prototype"]): entry["anchor"] for entry in found}
 
 
 def place(anchor: dict) -> tuple[str, int]:
@@ -277,7 +228,7 @@ def test_a_class_without_an_allowed_patch_leaves_the_run_as_it_was(run, home, tm
     )
     (data / "manifest.csv").write_text(text)
     words = ["--mask-column", "--reason", "r", "--data.path", data / "manifest.csv", "--data.num_workers", "0"]
-    line = refused(capsys, "forbid", run, *words)
+    line = refused(capsys, "forbid", run, *words, logged=True)
     assert "no allowed patch is left for cat:0, cat:1" in line
     assert contents(run) == contents(home / "run")
     assert main(["verify", str(run)]) == 0
@@ -380,7 +331,8 @@ def test_a_failure_before_the_end_changes_nothing(run, home, capsys, monkeypatch
     for name in ("_to_disk", "tempfile.mkdtemp"):
         with monkeypatch.context() as patch:
             patch.setattr(f"protopush.data.files.{name}", full)
-            line = refused(capsys, "forbid", run, "--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0")
+            words = ["--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0"]
+            line = refused(capsys, "forbid", run, *words, logged=True)
             assert "No space left on device" in line
         assert contents(run) == contents(home / "run")
         assert not list(run.glob(".change*"))
@@ -415,7 +367,8 @@ def test_a_run_that_another_process_changes_meanwhile_is_left_to_it(run, home, c
 
     monkeypatch.setattr(module, "replace_anchors", slow)
     monkeypatch.setattr(writing, "add_decision", lambda *_: None)
-    line = refused(capsys, "forbid", run, "--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0")
+    words = ["--prototype", "cat:0", "--reason", "r", "--data.num_workers", "0"]
+    line = refused(capsys, "forbid", run, *words, logged=True)
     assert "was changed by another process meanwhile" in line
     assert (run / "model.safetensors").read_bytes() == (home / "run" / "model.safetensors").read_bytes()
 

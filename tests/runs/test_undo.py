@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_forbid import anchors, contents, forbid, inside_share, make_data, next_best, place, refused
 
-from conftest import SMALL, train_small
+from helpers import SMALL, anchors, contents, refused
 from protopush import InputError
 from protopush.cli import main
 from protopush.models.model_folder import save_run
@@ -24,20 +23,14 @@ from protopush.runs.decisions import FILE, Decision, alone, in_force, load_decis
 from protopush.runs.review import Wish, keep
 from protopush.runs.review import forbid as forbid_in
 from protopush.runs.run import open_run
+from test_forbid import forbid, inside_share, next_best, place
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory) -> Path:
-    """Data, and a run of which no test changes anything."""
-    root = tmp_path_factory.mktemp("undo")
-    return train_small(root, make_data(root / "data"), epochs=1)
-
-
-@pytest.fixture
-def run(first, tmp_path) -> Path:
-    return Path(shutil.copytree(first / "run", tmp_path / "run"))
+@pytest.fixture(scope="session")
+def home(masked_home) -> Path:
+    return masked_home
 
 
 def take_back(capsys, run: Path, number: int, *words: object) -> dict:
@@ -58,14 +51,14 @@ def assert_same_model(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--prototype", "cat:1"], ["--image", "IMAGE"], ["--mask-column"]])
-def test_it_is_as_if_nothing_had_been_forbidden(run, first, capsys, words):
+def test_it_is_as_if_nothing_had_been_forbidden(run, home, capsys, words):
     words = [anchors(run)["dog", 0]["file"] if word == "IMAGE" else word for word in words]
     made = forbid(capsys, run, *words)
     assert made["replaced"]
-    assert whole(run) != whole(first / "run")
+    assert whole(run) != whole(home / "run")
     undone = take_back(capsys, run, 1, "--reason", "no ruler after all", "--who", "dr. who")
-    assert whole(run) == whole(first / "run")  # byte for byte
-    assert_same_model(run, first / "run")
+    assert whole(run) == whole(home / "run")  # byte for byte
+    assert_same_model(run, home / "run")
     assert main(["verify", str(run)]) == 0
     assert [json.loads(line) for line in (run / FILE).read_text().splitlines()] == [made, undone]
     told = {k: undone[k] for k in ("id", "kind", "undoes", "who", "reason")}
@@ -79,14 +72,14 @@ def test_it_is_as_if_nothing_had_been_forbidden(run, first, capsys, words):
 
 
 @pytest.mark.parametrize("kind", ["momentum", "live", "global"])
-def test_exactly_for_every_kind_of_prototype(first, tmp_path, capsys, monkeypatch, kind):
-    monkeypatch.setenv("PROTOPUSH_CACHE", str(first / "cache"))
+def test_exactly_for_every_kind_of_prototype(home, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(home / "cache"))
     more = {
         "momentum": ["--push.final", "momentum"],
         "live": ["--push.anchoring", "live", "--push.start_epoch", "0", "--push.unique", "image"],
         "global": ["--model.match", "global"],
     }[kind]
-    words = ["train", "--data.path", first / "data" / "manifest.csv", "--out", tmp_path / "run", *SMALL]
+    words = ["train", "--data.path", home / "data" / "manifest.csv", "--out", tmp_path / "run", *SMALL]
     assert main([str(w) for w in (*words, "--train.epochs", "1", *more)]) == 0
     run = tmp_path / "run"
     before = Path(shutil.copytree(run, tmp_path / "before"))
@@ -112,7 +105,7 @@ def test_exactly_for_every_kind_of_prototype(first, tmp_path, capsys, monkeypatc
         )  # float16 in training
 
 
-def test_a_chain_comes_back_in_any_order(run, first, capsys):
+def test_a_chain_comes_back_in_any_order(run, home, capsys):
     seen = [place(anchors(run)["bird", 0])]
     for _ in range(3):
         forbid(capsys, run, "--prototype", "bird:0")
@@ -122,7 +115,7 @@ def test_a_chain_comes_back_in_any_order(run, first, capsys):
     take_back(capsys, run, 1)
     assert place(anchors(run)["bird", 0]) == seen[0]
     assert take_back(capsys, run, 3)["replaced"] == []  # it stands before that place
-    assert_same_model(run, first / "run")
+    assert_same_model(run, home / "run")
     assert main(["verify", str(run)]) == 0
     assert len(load_decisions(run)) == 6
 
@@ -209,7 +202,7 @@ def test_an_image_that_another_prototype_has_taken_is_left_to_it(run, capsys):
     assert main(["verify", str(run)]) == 0
 
 
-def test_what_a_push_has_moved_since_stays_there_but_may_go_back(run, first, tmp_path, capsys):
+def test_what_a_push_has_moved_since_stays_there_but_may_go_back(run, home, tmp_path, capsys):
     old = place(anchors(run)["cat", 0])
     forbid(capsys, run, "--prototype", "cat:0")
     words = ["push", run, "--momentum", "0.5", "--data.num_workers", "0", "--out", tmp_path / "pushed"]
@@ -218,7 +211,7 @@ def test_what_a_push_has_moved_since_stays_there_but_may_go_back(run, first, tmp
     now = anchors(pushed)
     assert take_back(capsys, pushed, 1)["replaced"] == []
     assert anchors(pushed) == now
-    opened, former = open_run(pushed), open_run(first / "run")
+    opened, former = open_run(pushed), open_run(home / "run")
     opened.head.proto_manager.prototypes.data[2] = former.head.proto_manager.prototypes.data[2]
     save_run(replace(opened, folder=pushed))
     assert next_best(pushed, "cat", 0, set()) == old
@@ -253,9 +246,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(decided, capsys, words, mess
 
 
 @pytest.fixture(scope="module")
-def decided(first, tmp_path_factory) -> Path:
+def decided(home, tmp_path_factory) -> Path:
     """A run with a forbid that was undone, another that holds, and a prototype that is kept."""
-    run = Path(shutil.copytree(first / "run", tmp_path_factory.mktemp("decided") / "run"))
+    run = Path(shutil.copytree(home / "run", tmp_path_factory.mktemp("decided") / "run"))
     for words in (["--prototype", "cat:0"], ["--prototype", "dog:0"], ["--undo", "1"]):
         assert main([str(w) for w in ("forbid", run, *words, "--reason", "r", "--data.num_workers", "0")]) == 0
     with alone(run):
@@ -278,8 +271,8 @@ def test_keeping_changes_the_log_alone(decided):
     assert Decision.from_dict(json.loads(json.dumps(load_decisions(decided)[2].to_dict()))).undoes == 1
 
 
-def test_a_former_image_that_changed_is_not_gone_back_to(run, first, tmp_path, capsys):
-    data = Path(shutil.copytree(first / "data", tmp_path / "data"))
+def test_a_former_image_that_changed_is_not_gone_back_to(run, home, tmp_path, capsys):
+    data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     words = ["--data.path", data / "manifest.csv"]
     old = anchors(run)["cat", 0]["file"]
     forbid(capsys, run, "--image", old, *words)

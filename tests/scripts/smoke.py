@@ -2,6 +2,7 @@
 
     python smoke.py FOLDER             train, push, evaluate, explain, report, verify, predict, compare, in FOLDER
     python smoke.py FOLDER app export  what these extras are for, on the run in FOLDER/run
+    python smoke.py FOLDER --together  the first, with the commands in one process: most are quicker than their imports
 
 It needs protopush alone and runs it with the interpreter that runs this. The first command that fails ends it with
 what that printed and exit code 1; so does a deprecation warning that is about protopush's own code.
@@ -9,13 +10,16 @@ what that printed and exit code 1; so does a deprecation warning that is about p
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -24,6 +28,7 @@ MODEL = [
     "--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
     "--train.epochs", "2", "--train.batch_size", "8", "--trainer.device", "cpu", "--data.path", "images",
 ]  # fmt: skip
+TOGETHER = "--together" in sys.argv
 OURS = re.compile(r"protopush[/\\][\w/\\]+\.py:\d+: \w*(?:Deprecation|Future)Warning.*")
 
 
@@ -53,7 +58,14 @@ def python(*words: str) -> str:
 
 def protopush(*words: str) -> str:
     """The output of a command of protopush."""
-    return python("-m", "protopush", *words)
+    if not TOGETHER:
+        return python("-m", "protopush", *words)
+    from protopush.cli import main
+
+    with redirect_stdout(io.StringIO()) as out:
+        code = main(list(words))
+    expect(code == 0, f"exit code {code} of {' '.join(words)}")
+    return out.getvalue()
 
 
 def expect(holds: object, what: str) -> None:
@@ -65,10 +77,9 @@ def expect(holds: object, what: str) -> None:
 def core() -> None:
     """All commands that need no extra."""
     make_images(Path("images"))
-    expect(re.fullmatch(r"protopush \S+\s+", protopush("--version")), "protopush --version")
-    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0:
-        for first, second in (("protopush", "torchvision"), ("torchvision", "protopush")):
-            python("-c", f"import {first}, {second}; protopush.ProtoModel; import timm")
+    expect(re.fullmatch(r"protopush \S+\s+", python("-m", "protopush", "--version")), "protopush --version")
+    if not TOGETHER:
+        import_orders()
     protopush("train", *MODEL, "--out", "run")
     protopush("train", *MODEL, "--out", "live", "--push.anchoring", "live", "--train.freeze_backbone", "false")
     protopush("push", "run", "--momentum", "0", "--unique", "image", "--out", "pushed", "--json")
@@ -84,6 +95,13 @@ def core() -> None:
     for file in ("explained/0.png", "explained/0-why-not.png", "run/report.html", "run/prototypes.png"):
         expect(Path(file).stat().st_size > 1000, f"{file} is written")
     missing_extras()
+
+
+def import_orders() -> None:
+    """Whichever of protopush and torchvision comes first, if torchvision can be imported at all."""
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0:
+        for first, second in (("protopush", "torchvision"), ("torchvision", "protopush")):
+            python("-c", f"import {first}, {second}; protopush.ProtoModel; import timm")
 
 
 def missing_extras() -> None:
@@ -176,7 +194,11 @@ EXTRAS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Run what the words ask for and print how long each took."""
-    folder, extras = Path(sys.argv[1]), sys.argv[2:]
+    folder, extras = Path(sys.argv[1]), [word for word in sys.argv[2:] if word != "--together"]
+    if TOGETHER:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.filterwarnings("error", category=category, module="protopush")
+        os.environ |= {"PROTOPUSH_CACHE": "cache", "HF_HUB_OFFLINE": "1"}
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     for name, step in [("core", core)] if not extras else [(name, EXTRAS[name]) for name in extras]:

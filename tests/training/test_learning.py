@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import make_images
+from helpers import make_images
 from protopush import InputError
 from protopush.backbones.create import create_backbone
 from protopush.data.manifest import DataConfig

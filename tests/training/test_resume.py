@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import protopush.training.run_writer as journal
-from conftest import SMALL, make_images
+from helpers import SMALL, make_images, python
 from protopush.cli import main
 from protopush.runs.run import append_metrics
 
@@ -203,7 +203,7 @@ def test_a_read_only_folder_is_told_before_the_work(home, capsys):
 @pytest.mark.slow
 def test_twenty_kills_at_random_times():
     script = Path(__file__).parents[1] / "scripts" / "kill_twenty.py"
-    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    found = python(script)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "kill 20:" in found.stdout
     assert "largest difference of a weight: 0; same lines of metrics.jsonl: True" in found.stdout

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import make_images
+from helpers import make_images
 from protopush import InputError, ProtoModel, load
 from protopush.backbones.create import create_backbone
 from protopush.data.dataset import ImageDataset

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_images
+from helpers import make_images, python
 from protopush.cli import main
 
 pytestmark = pytest.mark.ddp
@@ -36,13 +33,10 @@ def home(tmp_path_factory) -> Path:
 
 
 def run(home: Path, name: str, *words: str, launcher: tuple[str, ...] = ()) -> Path:
-    command = [sys.executable, *launcher, "-m", "protopush", "train", "--data.path", str(home / "images"), *WORDS]
-    environment = os.environ | {"PROTOPUSH_CACHE": str(home / f"cache-{name}"), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
-        [*command, "--out", str(home / name), *words], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [*launcher, "-m", "protopush", "train", "--data.path", home / "images", *WORDS, "--out", home / name]
+    found = python(*command, *words, PROTOPUSH_CACHE=str(home / f"cache-{name}"))
     assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.count("Trained") == 1  # one process speaks
+    assert found.stdout.count("Trained") == 1  # one process reports
     assert found.stderr.count("Epoch 1/4") == 1
     return home / name
 
@@ -87,11 +81,8 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(home, alone, h
 
 
 def test_one_process_tells_what_is_wrong_and_all_end(home, tmp_path):
-    command = [sys.executable, "-m", "protopush", "train", "--data.path", str(home / "nothing"), *WORDS]
-    found = subprocess.run(
-        [*command, "--out", str(tmp_path / "run"), "--trainer.devices", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    command = ["-m", "protopush", "train", "--data.path", home / "nothing", *WORDS]
+    found = python(*command, "--out", tmp_path / "run", "--trainer.devices", 2)
     assert found.returncode == 2
     assert found.stderr.count("protopush: error") == 1
     assert "Traceback" not in found.stderr

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from protopush.explain.overlay import upsampled
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.prototypes import Anchor
+from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 
 # Maps.
 

@@ -1,4 +1,4 @@
-"""What the README and the docs tell: their blocks of code, and their commands as words."""
+"""Code blocks and commands of the README and the docs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,195 @@
+"""Images, models, runs and commands that tests of several rooms need."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from protopush.data.sources.isic2018 import CLASSES as ISIC_CLASSES
+from torch import Tensor, nn
+
+from protopush import ProtoModel, PushMixin
+from protopush.cli import main
+from protopush.nn.prototypes import PrototypeManager
+
+# Data.
+
+CLASSES = ["bird", "cat", "dog"]
+SPLITS = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
+
+
+def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int, int] = (40, 32)) -> Path:
+    """Folders of noisy images whose mean colour is their class's."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            pixels = random.integers(0, 60, (size[1], size[0], 3))
+            pixels[..., number % 3] += 120 + 20 * (number // 3)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index:03d}.png")
+    return root
+
+
+def make_masked_images(root: Path) -> Path:
+    """A manifest of 40x32 pictures, each but the first of a class with a mask: its left half."""
+    make_images(root / "images", CLASSES, 10)
+    mask = np.zeros((32, 40), dtype=np.uint8)
+    mask[:, :20] = 255
+    rows = []
+    for name in CLASSES:
+        for i, split in enumerate(SPLITS):
+            path = root / "masks" / f"{name}-{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(mask).save(path)
+            rows.append([f"images/{name}/{i:03d}.png", name, split, f"masks/{path.name}" if i else ""])
+    with (root / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "label", "split", "mask"], *rows])
+    return root / "manifest.csv"
+
+
+def noise(label: int, number: int, size: int = 32) -> np.ndarray:
+    """Noise whose mean colour is its label's."""
+    pixels = np.random.default_rng([label, number]).integers(0, 60, (size, size, 3))
+    pixels[..., label % 3] += 100 + 20 * (label // 3)
+    return pixels.astype(np.uint8)
+
+
+def save_noise(path: Path, label: int, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(label, number)).save(path)
+
+
+def write_table(path: Path, header: str, rows: list[list[object]], separator: str = ",") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [header.replace(",", separator), *(separator.join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def make_isic(root: Path, parts: tuple[str, ...] = ("Training", "Validation", "Test"), lesions: int = 4) -> Path:
+    """ISIC 2018 in small: seven classes, two images of each training lesion, the second another class's neighbour."""
+    groupings, number = [], 0
+    for part in parts:
+        rows = []
+        for label in range(7):
+            for lesion in range(lesions if part == "Training" else 1):
+                for _ in range(2):
+                    name, number = f"ISIC_{number:07d}", number + 1
+                    rows.append([name, *(float(label == other) for other in range(7))])
+                    save_noise(root / f"ISIC2018_Task3_{part}_Input" / f"{name}.jpg", label, number)
+                    if part == "Training":
+                        groupings.append([name, f"HAM_{label}{lesion:06d}", "histopathology"])
+        name = f"ISIC2018_Task3_{part}_GroundTruth"
+        write_table(root / name / f"{name}.csv", f"image,{','.join(ISIC_CLASSES)}", rows)
+        for text in ("ATTRIBUTION.txt", "LICENSE.txt"):
+            (root / f"ISIC2018_Task3_{part}_Input" / text).write_text("CC-BY-NC")
+    write_table(
+        root / "ISIC2018_Task3_Training_LesionGroupings.csv", "image,lesion_id,diagnosis_confirm_type", groupings
+    )
+    return root
+
+
+# Models.
+
+
+class ToyNet(PushMixin, nn.Module):
+    """Somebody else's model: images are patches (B, L, C) already; anything goes in between."""
+
+    def __init__(self, classes: int, prototypes: int, channels: int = 6, dim: int | None = None) -> None:
+        super().__init__()
+        self.head = nn.Module()
+        self.head.proj = nn.Identity() if dim is None else nn.Sequential(nn.Linear(channels, dim), nn.Dropout(0.5))
+        self.head.proto_manager = PrototypeManager(classes, prototypes, dim or channels)
+        self.norm = nn.BatchNorm1d(channels)  # in train mode its statistics would move
+
+    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        patches = images.flatten(2).transpose(1, 2) if images.ndim == 4 else images
+        self.norm(patches.transpose(1, 2))
+        return patches.mean(1, keepdim=True), patches
+
+
+def assert_prototypes_are_patches(model: ProtoModel, images: Tensor, grid: tuple[int, int]) -> None:
+    """Each prototype is the embedding of the very patch that its anchor names."""
+    manager = model.head.proto_manager
+    for row, anchor in enumerate(manager.anchors):
+        assert anchor is not None
+        assert anchor.grid == grid
+        patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
+        embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
+        torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)
+
+
+# Runs.
+
+# A run that takes seconds; words after these override them.
+SMALL = ["--model.backbone", "test_resnet", "--model.pretrained", "false", "--model.num_prototypes", "2",
+         "--train.epochs", "2", "--trainer.device", "cpu", "--train.batch_size", "8",
+         "--data.num_workers", "0"]  # fmt: skip
+
+
+def train_small(root: Path, data: Path, epochs: int) -> Path:
+    """A run over small images in ``root/run``, its cache beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOPUSH_CACHE", str(root / "cache"))
+        words = ["train", "--data.path", str(data), "--out", str(root / "run")]
+        assert main([*words, *SMALL, "--train.epochs", str(epochs)]) == 0
+    return root
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process of a test session makes and the others find (as the docs of pytest-xdist do)."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def anchors(run: Path) -> dict[tuple[str, int], dict]:
+    found = json.loads((run / "prototypes.json").read_text())["prototypes"]
+    return {(entry["class"], entry["prototype"]): entry["anchor"] for entry in found}
+
+
+# Commands.
+
+
+def python(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with one thread: its exit code, and all that it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd, env=environment
+    )  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2, logged: bool = False) -> str:
+    """The one line that a refused command prints; ``logged``: the last one, after those of its log."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    *log, line = err.splitlines()
+    assert log == [] or logged
+    assert line.startswith("protopush: error: ")
+    assert not any("Traceback" in line or "error: " in line for line in log)
+    return line
