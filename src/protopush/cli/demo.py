@@ -13,7 +13,7 @@ import torch
 
 from protopush.api import Measuring, explain_to, write_report
 from protopush.training.config import RunConfig
-from protopush.training.loop import train
+from protopush.training.trainer import train
 
 
 def run_demo(config: RunConfig, out: Path) -> str:
