@@ -229,7 +229,7 @@ def predict(words: list[str]) -> int:
     options = parse(parser, words)
     log()
     from protopush.api import predict_files
-    from protopush.predict.summary import in_words
+    from protopush.predict.prediction import in_words
 
     try:
         found = predict_files(options)
