@@ -32,11 +32,10 @@ from protopush.errors import InputError
 from protopush.evaluation.evaluate import evaluate, score_of
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
 from protopush.training.final_push import final_push
-from protopush.training.loop import fit
 from protopush.training.phases import Frozen, Joint, Stage
-from protopush.training.run_writer import Journal
+from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job, prepare
-from protopush.training.trainer import Learner
+from protopush.training.trainer import Trainer, fit
 
 NEVER = PushConfig(start_epoch=10**6)
 HARD = replace(NEVER, unique="image")
@@ -165,12 +164,12 @@ def _run(training: Training, seed: int, rate: float, options: argparse.Namespace
     job = job if training.push else without_prototypes(job)
     name = list(training.arms)[-1].replace(", ", "-").replace(" ", "-")
     folder, rows = options.runs / name / f"{seed}-{rate:g}", []
-    with Journal(folder, job.config) as journal:
-        stage = fit(job, journal)
+    with RunWriter(folder, job.config) as writer:
+        stage = fit(job, writer)
         for arm, end in training.arms.items():
             if end is not None:
                 job.config.push = end
-                final_push(job, stage, journal)
+                final_push(job, stage, writer)
             told = {"arm": arm, "seed": seed, "rate": rate, **_history(folder)}
             rows.append(told | {"test": _test(job, stage, options)})
     return rows
@@ -203,26 +202,26 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     So many that embedding the live anchors anew, once an epoch, weighs as much as in a run over 4,189 images.
     """
     tuned = {arm: training for training in TRAININGS for arm in training.arms if training.tuned}
-    learners = {name: _learner(tuned[name], options) for name in ("fine-tuned, black box", "fine-tuned, live")}
-    for learner in learners.values():  # warm
-        learner.epoch(0)
-    speeds: dict[str, list[float]] = {name: [] for name in learners}
+    trainers = {name: _trainer(tuned[name], options) for name in ("fine-tuned, black box", "fine-tuned, live")}
+    for trainer in trainers.values():  # warm
+        trainer.epoch(0)
+    speeds: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(options.throughput):
-        for name, learner in sorted(learners.items(), reverse=turn % 2 == 1):
-            speeds[name].append(learner.epoch(turn + 1)["images_per_second"])
+        for name, trainer in sorted(trainers.items(), reverse=turn % 2 == 1):
+            speeds[name].append(trainer.epoch(turn + 1)["images_per_second"])
     black, live = speeds.values()
     ratios = [b / a for a, b in zip(black, live, strict=True)]
     return {"images_per_second": speeds, "ratios": ratios, "median": median(ratios), "goal": ">= 0.95"}
 
 
-def _learner(training: Training, options: argparse.Namespace) -> Learner:
+def _trainer(training: Training, options: argparse.Namespace) -> Trainer:
     job = prepare(config_of(training, 0, 1e-3, options))
     job.train.samples = job.train.samples[:2048]
     job = job if training.push else without_prototypes(job)
-    learner = Learner(job, Joint(job), 0, options.throughput + 1)
+    trainer = Trainer(job, Joint(job), 0, options.throughput + 1)
     if job.head.anchoring == "live":
-        learner.push(0, None)
-    return learner
+        trainer.push(0, None)
+    return trainer
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

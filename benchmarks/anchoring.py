@@ -31,10 +31,10 @@ from protopush.models.model_folder import Run, save_run
 from protopush.push.certificate import verify_anchors
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
 from protopush.training.final_push import embed_anchors, fit_to_prototypes, push_now
-from protopush.training.loop import fit
 from protopush.training.phases import Frozen
-from protopush.training.run_writer import Journal
+from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job, prepare
+from protopush.training.trainer import fit
 
 NEVER = 10**6  # an epoch that doesn't come
 
@@ -111,8 +111,8 @@ def run_training(name: str, arms: list[str], seed: int, options: argparse.Namesp
     )
     job = prepare(config)
     folder = options.runs / f"{name}-{seed}"
-    with Journal(folder, config) as journal:
-        stage = fit(job, journal)
+    with RunWriter(folder, config) as writer:
+        stage = fit(job, writer)
     assert isinstance(stage, Frozen)
     test = job.loader(stage.features(job, ImageDataset(job.catalog.split("test"), job.transform), "test"))
     trained = copy.deepcopy(job.head.state_dict()), list(job.head.proto_manager.anchors)

@@ -22,11 +22,12 @@ import torch
 from measuring import Comparison, Goal, Side, paired, save, timed
 from rich.console import Console
 from showing import Parser, count, surroundings, table
+from torch.utils.data import DataLoader
 
 from protopush.data.features import inference_batch_size
 from protopush.errors import InputError
 from protopush.models.model_folder import Run
-from protopush.predict.inputs import Batches, Pictures, list_inputs, read
+from protopush.predict.inputs import Pictures, list_inputs
 from protopush.predict.prediction import predict
 from protopush.preserve_state import preserve_state
 from protopush.runs.fabric import make_fabric
@@ -66,11 +67,11 @@ def comparisons(
 ) -> list[Comparison]:
     """Both sides, over all files, by the clock and by the processors' time."""
     size = inference_batch_size(device)
-    batches = Batches(0, -(-len(files) // size), size, len(files))
 
     def forward() -> None:
+        pictures = Pictures(list_inputs(files).names, run.transform)
         with preserve_state(run.model):
-            for images, _ in read(Pictures(list_inputs(files).names, run.transform), batches, workers):
+            for images, _ in DataLoader(pictures, size, num_workers=workers):
                 run.model.backbone(images.to(device)).patches.sum().item()  # .item() waits for a GPU
 
     def predictions() -> None:

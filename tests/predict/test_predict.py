@@ -30,11 +30,12 @@ from protopush.errors import InputError
 from protopush.explain import explain_image
 from protopush.models.model_folder import Run
 from protopush.predict import prediction as predicting
+from protopush.predict import prediction_rows, resumable_csv
 from protopush.predict import threshold as thresholds
 from protopush.predict.inputs import Pictures, Strings, list_inputs
 from protopush.predict.prediction import predict
 from protopush.predict.prediction_rows import shown
-from protopush.predict.resumable_csv import Growing
+from protopush.predict.resumable_csv import ResumableCsv
 from protopush.predict.threshold import Threshold, halved, largest_threshold
 from protopush.runs.run import open_run
 
@@ -286,16 +287,16 @@ def test_a_reader_that_dies_is_one_line(home, tmp_path, monkeypatch, capsys):
     assert 0 < told(capsys, *words)["resumed_from"] <= 24
 
 
-def cut_after(monkeypatch, batches: int, module=predicting) -> None:
+def cut_after(monkeypatch, batches: int) -> None:
     """Ctrl-C while batch number ``batches`` is computed."""
-    look, seen = module.look, iter(range(batches))
+    run_model, seen = prediction_rows.run_model, iter(range(batches))
 
     def cut(*args, **options):
         if next(seen, None) is None:
             raise KeyboardInterrupt
-        return look(*args, **options)
+        return run_model(*args, **options)
 
-    monkeypatch.setattr(module, "look", cut)
+    monkeypatch.setattr(prediction_rows, "run_model", cut)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -309,9 +310,10 @@ def test_interrupted_and_started_again(home, tmp_path, monkeypatch, capsys, batc
     assert "goes on where it stopped" in capsys.readouterr().err
     assert left(tmp_path) - {"whole.csv"} <= {".o.csv.belongs.json", ".o.csv.part-0"}
     with (tmp_path / ".o.csv.part-0").open("ab") as file:
-        file.write(b"/half/a/ro")
+        file.write(b'\n[2, [["/half/a/ro')
     seen = []
-    monkeypatch.setattr(predicting, "look", lambda *args, look=predicting.look: seen.append(1) or look(*args))
+    run_model = prediction_rows.run_model
+    monkeypatch.setattr(prediction_rows, "run_model", lambda *args: seen.append(1) or run_model(*args))
     monkeypatch.setattr(predicting, "calibrate", lambda *_: pytest.fail("the threshold is known"))
     found = told(capsys, home / "run", home / "images", *words)
     assert len(seen) == 4 - batches
@@ -324,7 +326,7 @@ def test_interrupted_and_started_again(home, tmp_path, monkeypatch, capsys, batc
 def test_interrupted_before_the_side_file(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        cut_after(patch, 0, thresholds)
+        cut_after(patch, 0)
         out = ["--out", str(tmp_path / "o" / "o.csv"), "--data.num_workers", "0"]
         assert main(["predict", str(home / "run"), str(home / "images"), *out]) == 130
     assert left(tmp_path / "o") == set()
@@ -421,13 +423,10 @@ def test_other_words_are_refused_and_overwrite_begins_anew(home, tmp_path, monke
     assert left(tmp_path) == {"o.csv", "run"}
 
 
-def test_another_process_is_writing(home, tmp_path, capsys):
-    pytest.importorskip("fcntl")
+def test_another_process_is_writing(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resumable_csv, "PATIENCE", 0.1)
     lock = tmp_path / ".o.csv.lock"
-    code = (
-        "import fcntl, sys\n"
-        f"file = open({str(lock)!r}, 'wb'); fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); input()"
-    )
+    code = f"import filelock\nwith filelock.FileLock({str(lock)!r}): print('locked', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     words = (home / "run", home / "images", "--threshold", "0.5", "--out", tmp_path / "o.csv")
@@ -477,8 +476,7 @@ def test_a_full_disk_is_one_line_and_the_rest_goes_on_later(home, tmp_path, caps
     part = tmp_path / ".o.csv.part-0"
     rows = part.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(Growing, "part", lambda self, batch: Path("/dev/full"))
-        patch.setattr(Growing, "done", lambda self: [])
+        patch.setattr(ResumableCsv, "part", lambda self, process: Path("/dev/full"))
         assert "No space left on device" in refused(capsys, "predict", *words, "--data.num_workers", "0")
     assert part.read_bytes() == rows
     assert told(capsys, *words)["resumed_from"] == 8
@@ -556,7 +554,7 @@ def test_without_test_images_val_is_halved_by_group_and_known_similarities_are_k
     assert (threshold["set_images"], threshold["measured_images"]) == (len(first), len(second))
     assert threshold["measured_flagged"] == sum(best_of(run, s.image) < value - 2e-6 for s in second)
 
-    monkeypatch.setattr(thresholds, "look", lambda *_, **__: pytest.fail("they are known"))
+    monkeypatch.setattr(thresholds, "run_over", lambda *_, **__: pytest.fail("they are known"))
     assert told(capsys, *words, tmp_path / "p.csv")["threshold"] == threshold
     capsys.readouterr()
     again = [str(w) for w in (*words, tmp_path / "q.csv")]

@@ -20,15 +20,12 @@ from protopush.data.manifest import DataConfig
 from protopush.data.transforms import Preprocessing, TrainTransform
 from protopush.models.model import ProtoModel
 from protopush.nn.losses import balanced_class_weights, effective_class_weights, logit_shift
-from protopush.training.config import LossConfig, ModelConfig, PushConfig, RunConfig, TrainConfig
-from protopush.training.config import TrainerConfig as Trainer
+from protopush.training.config import LossConfig, ModelConfig, PushConfig, RunConfig, TrainConfig, TrainerConfig
 from protopush.training.limits import check_numbers
-from protopush.training.loop import phases, train
 from protopush.training.optim import Ema, make_optimizer, set_rate
-from protopush.training.phases import Frozen, Joint
-from protopush.training.samplers import Order
-from protopush.training.setup import prepare
-from protopush.training.trainer import Learner
+from protopush.training.phases import Frozen, Joint, phases
+from protopush.training.setup import EpochSampler, prepare
+from protopush.training.trainer import Trainer, train
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +41,7 @@ def config(path: Path, **options) -> RunConfig:
         loss=LossConfig(class_weights="none", grounding=0.0),
         push=PushConfig(start_epoch=10**6),
         train=TrainConfig(epochs=2, batch_size=8, freeze_backbone=False, warmup_epochs=0.0),
-        trainer=Trainer(device="cpu"),
+        trainer=TrainerConfig(device="cpu"),
     )
     return replace(made, train=replace(made.train, **options))
 
@@ -62,13 +59,13 @@ def images(tmp_path) -> Path:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_share_the_batches_of_one_process(monkeypatch, size):
-    import protopush.training.samplers as order
+    import protopush.training.setup as setup
 
     labels, batch = [0] * 13 + [1] * 4, 3
 
     def read(rank: int, ranks: int) -> list[int]:
-        monkeypatch.setattr(order, "rank_and_size", lambda: (rank, ranks))
-        made = Order(labels, seed=7)
+        monkeypatch.setattr(setup, "rank_and_size", lambda: (rank, ranks))
+        made = EpochSampler(labels, seed=7)
         made.set_epoch(3)
         assert len(list(made)) == len(made)
         return list(made)
@@ -85,19 +82,19 @@ def test_ranks_share_the_batches_of_one_process(monkeypatch, size):
 
 
 def test_an_epoch_has_an_order_of_its_own_and_always_the_same():
-    order = Order([0] * 50, seed=1)
+    order = EpochSampler([0] * 50, seed=1)
     orders = []
     for epoch in (0, 1, 0):
         order.set_epoch(epoch)
         orders.append(list(order))
     assert orders[0] == orders[2] != orders[1]
-    assert orders[0] == list(Order([0] * 50, seed=1))
-    assert orders[0] != list(Order([0] * 50, seed=2))
+    assert orders[0] == list(EpochSampler([0] * 50, seed=1))
+    assert orders[0] != list(EpochSampler([0] * 50, seed=2))
 
 
 def test_balanced_sampling_draws_classes_alike():
     labels = [0] * 900 + [1] * 90 + [2] * 10
-    order, drawn = Order(labels, seed=0, balanced=True), np.zeros(3)
+    order, drawn = EpochSampler(labels, seed=0, balanced=True), np.zeros(3)
     for epoch in range(30):
         order.set_epoch(epoch)
         drawn += np.bincount(np.array(labels)[list(order)], minlength=3)
@@ -203,9 +200,9 @@ def test_each_part_has_its_rate_and_each_layer_its_share():
 
 def weights_after(made: RunConfig, epochs: int = 1) -> dict[str, torch.Tensor]:
     job = prepare(made)
-    learner = Learner(job, Joint(job), 0, made.train.epochs)
+    trainer = Trainer(job, Joint(job), 0, made.train.epochs)
     for epoch in range(epochs):
-        learner.epoch(epoch)
+        trainer.epoch(epoch)
     return copy.deepcopy(job.model.state_dict())
 
 
@@ -225,10 +222,10 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(images):
 
 def test_gradients_are_clipped(images):
     job = prepare(config(images, clip_norm=1e-3))
-    learner, norms = Learner(job, Joint(job), 0, 2), []
-    step = learner.wrapped.step
-    learner.wrapped.step = lambda: norms.append(_norm(job.model)) or step()
-    learner.epoch(0)
+    trainer, norms = Trainer(job, Joint(job), 0, 2), []
+    step = trainer.wrapped.step
+    trainer.wrapped.step = lambda: norms.append(_norm(job.model)) or step()
+    trainer.epoch(0)
     assert len(norms) == 4
     assert max(norms) <= 1e-3 * 1.001
 
@@ -239,10 +236,10 @@ def _norm(model: nn.Module) -> float:
 
 def test_the_average_is_the_textbooks_and_what_is_validated(images):
     job = prepare(config(images, ema=0.8))
-    learner = Learner(job, Joint(job), 0, 2)
+    trainer = Trainer(job, Joint(job), 0, 2)
     name = "head.proj.0.weight"
     expected, steps = job.model.state_dict()[name].clone(), 0
-    update = learner.ema.update
+    update = trainer.ema.update
 
     def by_hand() -> None:
         nonlocal expected, steps
@@ -251,13 +248,13 @@ def test_the_average_is_the_textbooks_and_what_is_validated(images):
         steps += 1
         update()
 
-    learner.ema.update = by_hand
-    learner.epoch(0)
+    trainer.ema.update = by_hand
+    trainer.epoch(0)
     stepped = copy.deepcopy(job.model.state_dict())
     assert steps == 4
-    learner.validate("now")
-    assert torch.allclose(learner.best.state[name], expected, atol=1e-6)
-    assert difference(learner.best.state, stepped) > 1e-5
+    trainer.validate("now")
+    assert torch.allclose(trainer.best.state[name], expected, atol=1e-6)
+    assert difference(trainer.best.state, stepped) > 1e-5
     assert difference(job.model.state_dict(), stepped) == 0  # training goes on from the weights, not their average
 
 
@@ -266,8 +263,8 @@ def test_an_average_takes_counts_as_they_are_and_a_push_at_once():
     ema = Ema(model, 0.9)
     model(torch.randn(8, 3))
     ema.update()
-    assert ema.average["0.num_batches_tracked"] == 1
-    assert not torch.equal(ema.average["0.running_mean"], model[0].running_mean)
+    assert ema.averaged.module[0].num_batches_tracked == 1
+    assert not torch.equal(ema.averaged.module[0].running_mean, model[0].running_mean)
     with torch.no_grad():
         model[1].weight.fill_(7.0)
     ema.take(model[1])
@@ -290,8 +287,8 @@ def test_the_head_warms_up_alone(images, tmp_path):
     assert [p.stage for p in phases(config(images, freeze_backbone=True))] == [Frozen]
     job = prepare(made)
     before = copy.deepcopy(job.model.backbone.state_dict())
-    learner = Learner(job, Frozen(job), 0, 2)
-    learner.epoch(0)
+    trainer = Trainer(job, Frozen(job), 0, 2)
+    trainer.epoch(0)
     assert all(torch.equal(value, before[name]) for name, value in job.model.backbone.state_dict().items())
     run = train(made, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import protopush.training.run_writer as journal
+import protopush.training.run_writer as run_writer
 from helpers import SMALL, make_images, python
 from protopush.cli import main
 from protopush.runs.run import append_metrics
@@ -101,7 +101,7 @@ def cut_off(monkeypatch, at: int, of: str) -> None:
     if of == "file":
         monkeypatch.setattr(os, "fsync", dying)
     else:
-        monkeypatch.setattr(journal, "append_metrics", half_a_line)
+        monkeypatch.setattr(run_writer, "append_metrics", half_a_line)
 
 
 @pytest.mark.parametrize(("options", "of", "at"), [
@@ -171,12 +171,12 @@ def test_a_full_disk_gets_one_line_and_leaves_the_last_good_checkpoint(home, tmp
 
     first = [*words(home, out, *FROZEN), "--model.embed_dim", "16", "--train.patience", "9"]
     script = (
-        "import resource, sys; from protopush.cli import main; import protopush.training.run_writer as journal\n"
-        "save = journal.save_checkpoint\n"
+        "import resource, sys; from protopush.cli import main; import protopush.training.run_writer as run_writer\n"
+        "save = run_writer.save_checkpoint\n"
         "def full(folder, state):\n"
         f"    if state['epoch'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
         "    save(folder, state)\n"
-        "journal.save_checkpoint = full\n"
+        "run_writer.save_checkpoint = full\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     found = subprocess.run(

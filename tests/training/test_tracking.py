@@ -11,7 +11,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from PIL import Image
 from protopush.errors import InputError
 from protopush.runs.run import append_metrics
 from protopush.training import tracking
-from protopush.training.tracking import Tracker, check_trackers, open_trackers, scalars, step_of
+from protopush.training.config import RunConfig, TrainerConfig
+from protopush.training.run_writer import RunWriter
+from protopush.training.tracking import Tracker, Trackers, check_trackers, scalars
 
 # TensorBoard writes in a thread: an error that we get is raised there as well, maybe a moment later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -92,7 +94,6 @@ def test_numbers_and_nothing_else() -> None:
     assert scalars(ROWS[2]) == {"train/loss": 0.9, "train/cross_entropy": 0.6}
     assert scalars(ROWS[3]) == {"final/min_dist": 0.125, "final/val_after/auroc": 0.8}
     assert {name.split("/")[0] for name in scalars(ROWS[1])} == {"push"}
-    assert [step_of(row) for row in ROWS] == [1, 1, 2, 2, None]
 
 
 def curves(run: Path) -> Any:
@@ -102,7 +103,7 @@ def curves(run: Path) -> Any:
 
 
 def test_tensorboard_has_the_rows_of_metrics(run: Path) -> None:
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         for row in ROWS:
             append_metrics(run, row)
             trackers.log(row)
@@ -113,7 +114,7 @@ def test_tensorboard_has_the_rows_of_metrics(run: Path) -> None:
     epoch = 0
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        epoch = step_of(row) or epoch
+        epoch = row.get("epoch", row.get("push", epoch))
         for name, value in scalars(row).items():
             expected.setdefault(name, []).append((epoch, pytest.approx(value)))
     assert {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]} == expected
@@ -124,10 +125,10 @@ def test_tensorboard_has_the_rows_of_metrics(run: Path) -> None:
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(run: Path) -> None:
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         for epoch in (1, 2, 3):
             trackers.log({"epoch": epoch, "loss": float(epoch)})
-    with open_trackers(["tensorboard"], run, CONFIG, resumed_at=2) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG, resumed_at=2)) as trackers:
         for epoch in (3, 4):
             trackers.log({"epoch": epoch, "loss": 10.0 * epoch})
     assert [(e.step, e.value) for e in curves(run).Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
@@ -161,7 +162,7 @@ def history(run: Path) -> list[list[dict[str, Any]]]:
 
 
 def test_wandb_offline_has_the_rows_of_metrics(run: Path, offline: set[int], capfd: pytest.CaptureFixture[str]) -> None:
-    with open_trackers(["wandb"], run, CONFIG) as trackers:
+    with closing(Trackers(["wandb"], run, CONFIG)) as trackers:
         for row in ROWS:
             trackers.log(row)
         trackers.picture("prototypes", run / "prototypes.png")
@@ -187,7 +188,7 @@ def test_wandb_goes_on_with_the_same_run(
     caplog.set_level(logging.INFO)
     ids = []
     for epochs, resumed_at in (((1, 2), None), ((2, 3), 1), ((1,), None)):
-        with open_trackers(["wandb"], run, CONFIG | {"resumed": resumed_at}, resumed_at) as trackers:
+        with closing(Trackers(["wandb"], run, CONFIG | {"resumed": resumed_at}, resumed_at)) as trackers:
             for epoch in epochs:
                 trackers.log({"epoch": epoch, "loss": 1 / epoch})
             assert trackers._live["wandb"].run.project == "moles"
@@ -204,7 +205,7 @@ def test_wandb_leaves_a_run_of_the_caller_alone(run: Path, offline: set[int], tm
     import wandb
 
     with wandb.init(dir=tmp_path, settings=wandb.Settings(silent=True)) as own:
-        with open_trackers(["wandb"], run, CONFIG) as trackers:
+        with closing(Trackers(["wandb"], run, CONFIG)) as trackers:
             trackers.log(ROWS[0])
         own.log({"still": 1})
         assert wandb.run is own
@@ -236,7 +237,7 @@ def test_without_a_login_the_work_does_not_start(
     ],
 )
 def test_unknown_names_are_refused(run: Path, name: str, message: str) -> None:
-    for act in (check_trackers, lambda names: open_trackers(names, run, CONFIG)):
+    for act in (check_trackers, lambda names: Trackers(names, run, CONFIG)):
         with pytest.raises(InputError) as caught:
             act(["tensorboard", name])
         assert str(caught.value) == message
@@ -248,7 +249,7 @@ def test_a_missing_package_is_told_before_anything_starts(
     run: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    for act in (check_trackers, lambda names: open_trackers(names, run, CONFIG)):
+    for act in (check_trackers, lambda names: Trackers(names, run, CONFIG)):
         with pytest.raises(InputError, match=rf"{name} .*; pip install 'protopush\[track\]'$"):
             act([name])
 
@@ -280,7 +281,7 @@ def test_a_failing_tracker_is_switched_off_alone(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(tracking.TRACKERS, "broken", Broken)
-    with open_trackers(["broken", "tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["broken", "tensorboard"], run, CONFIG)) as trackers:
         broken = trackers._live["broken"]
         for row in ROWS:
             append_metrics(run, row)
@@ -297,12 +298,12 @@ def test_a_failing_tracker_is_switched_off_alone(
 
 
 def test_tensorboard_without_its_folder(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         shutil.rmtree(run / "tensorboard")
         for row in ROWS:
             trackers.log(row)
     (run / "tensorboard").write_text("in the way")
-    with open_trackers(["tensorboard"], run, CONFIG) as trackers:
+    with closing(Trackers(["tensorboard"], run, CONFIG)) as trackers:
         trackers.log(ROWS[0])
     first, second = warnings(caplog)
     assert "off from here on ([Errno 2]" in first
@@ -311,7 +312,7 @@ def test_tensorboard_without_its_folder(run: Path, caplog: pytest.LogCaptureFixt
 
 def test_wandb_without_its_service(run: Path, offline: set[int], caplog: pytest.LogCaptureFixture) -> None:
     start = time.monotonic()
-    with open_trackers(["wandb"], run, CONFIG) as trackers:
+    with closing(Trackers(["wandb"], run, CONFIG)) as trackers:
         trackers.log(ROWS[0])
         (service,) = children() - offline
         os.kill(service, signal.SIGKILL)
@@ -326,11 +327,18 @@ def test_wandb_without_its_service(run: Path, offline: set[int], caplog: pytest.
     ]
 
 
-def test_a_run_that_breaks_off_is_told_as_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[bool] = []
-    monkeypatch.setattr(Broken, "close", lambda self, failed: told.append(failed))
+def test_a_run_that_breaks_off_is_reported_as_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    pictures: list[Path] = []
+    monkeypatch.setattr(Broken, "close", lambda self, failed: closed.append(failed))
+    monkeypatch.setattr(Broken, "picture", lambda self, name, path, epoch: pictures.append(path))
     monkeypatch.setitem(tracking.TRACKERS, "broken", Broken)
-    with pytest.raises(KeyboardInterrupt), open_trackers(["broken"], run, CONFIG):
+    config = RunConfig(trainer=TrainerConfig(track=["broken"]))
+    writer = RunWriter(run, config)
+    writer.start()
+    with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
-    open_trackers(["broken"], run, CONFIG).close()
-    assert told == [True, False]
+    assert (closed, pictures) == ([True], [])
+    with RunWriter(run, config) as writer:
+        writer.start()
+    assert (closed, pictures) == ([True, False], [run / "prototypes.png"])

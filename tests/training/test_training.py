@@ -27,8 +27,8 @@ from protopush.push.certificate import verify_anchors
 from protopush.runs.run import open_run
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig, TrainerConfig
 from protopush.training.final_push import refit
-from protopush.training.loop import train
 from protopush.training.optim import learning_rate_factor
+from protopush.training.trainer import train
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def train(words: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on where a run in --out was cut off")
     options = parse(parser, words)
     log()
-    from protopush.training.loop import train as train_run
+    from protopush.training.trainer import train as train_run
 
     run = train_run(config_of(parser, options), options.out, overwrite=options.overwrite, resume=options.resume)
     if is_first():
@@ -229,7 +229,7 @@ def predict(words: list[str]) -> int:
     options = parse(parser, words)
     log()
     from protopush.api import predict_files
-    from protopush.predict.summary import in_words
+    from protopush.predict.prediction import in_words
 
     try:
         found = predict_files(options)

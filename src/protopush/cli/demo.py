@@ -15,7 +15,7 @@ from protopush.api import Measuring, explain_to, write_report
 from protopush.metrics.glossary import metric_name, metric_text
 from protopush.report.cases import select_cases
 from protopush.training.config import RunConfig
-from protopush.training.loop import train
+from protopush.training.trainer import train
 
 NAMES = {"right": "surest-right", "unsure": "least-sure", "wrong": "surest-wrong"}  # of the panels
 

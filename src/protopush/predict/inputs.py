@@ -1,7 +1,4 @@
-"""Which images are to be predicted: folders, manifests and single files, in an order that is always the same.
-
-Pictures for prediction: one that can't be read is told, and its place in the batch stays empty.
-"""
+"""Inputs of a prediction: folders, manifests and single files in an order that is always the same, read in batches."""
 
 from __future__ import annotations
 
@@ -9,21 +6,18 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from protopush.data.images import EXTENSIONS, read_image, why_unreadable
 from protopush.data.manifest import rows_of
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError, first_line, listing
+from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.predict")
 
@@ -37,18 +31,19 @@ class Strings:
     references copies it.
 
     Example:
-        >>> names = Strings()
-        >>> names.append("a.jpg")
+        >>> names = Strings(["a.jpg"])
         >>> names[0], len(names)
         ('a.jpg', 1)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Iterable[str] = ()) -> None:
         self._bytes = bytearray()
         self._ends = array("q")
+        for text in texts:
+            self.append(text)
 
     def append(self, text: str) -> None:
-        """Add one at the end; what the file system can't say in UTF-8 (surrogateescape) is kept as it is."""
+        """Add one at the end; what the file system has beyond UTF-8 (surrogateescape) is kept as it is."""
         self._bytes += text.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._bytes))
 
@@ -67,7 +62,6 @@ class Strings:
         return digest.hexdigest()
 
 
-@dataclass
 class Inputs:
     """The images, in order.
 
@@ -76,15 +70,14 @@ class Inputs:
         labels: what a manifest calls each image, "" for others; None where no manifest has labels.
     """
 
-    names: Strings = field(default_factory=Strings)
-    labels: Strings | None = None
+    def __init__(self) -> None:
+        self.names = Strings()
+        self.labels: Strings | None = None
 
     def add(self, name: str, label: str | None = None) -> None:
         """One more image; from the first label on there are labels."""
         if label is not None and self.labels is None:
-            self.labels = Strings()
-            for _ in range(len(self.names)):
-                self.labels.append("")
+            self.labels = Strings("" for _ in range(len(self.names)))
         self.names.append(name)
         if self.labels is not None:
             self.labels.append(label or "")
@@ -94,7 +87,7 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
     """The images of folders (with all folders in them, sorted), manifests (in their order) and files, path by path.
 
     Hidden files and folders are left out. Links to folders inside a folder are not followed, so that a loop of links
-    does no harm; the log tells how many there are.
+    does no harm; the log names them.
 
     Args:
         paths: folders, manifests (.csv, .tsv or .tab, with a column ``image``, relative to the manifest, and
@@ -191,52 +184,3 @@ class Pictures(Dataset[tuple[Tensor, str]]):
 
     def _empty(self) -> Tensor:
         return torch.zeros(3, *self.transform.preprocessing.size)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The images of batches ``first`` to ``last`` (not included), of ``size`` images each but the very last.
-
-    Which images make a batch depends on nothing else: the same batch gives the same bits, whoever computes it and
-    when. That is why a table that was cut off ends as if it had not been.
-
-    Example:
-        >>> list(Batches(1, 3, size=2, images=5))
-        [range(2, 4), range(4, 5)]
-    """
-
-    first: int
-    last: int
-    size: int
-    images: int
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[range]:
-        for batch in range(self.first, self.last):
-            yield range(batch * self.size, min((batch + 1) * self.size, self.images))
-
-
-def read(pictures: Pictures, batches: Batches, num_workers: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of (images (B, 3, H, W), B reasons), in order; to be used within :func:`readers`."""
-    loader: DataLoader[Any] = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
-    yield from loader
-
-
-@contextmanager
-def readers(num_workers: int) -> Iterator[None]:
-    """Around all that is done while other processes read: torch tells of one's death wherever we are just then.
-
-    Raises:
-        InputError: a process that reads images has died, mostly for want of memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            f"a process that reads images died ({first_line(error)}); expected memory for {num_workers} of them; start "
-            "the same again with fewer --data.num_workers: it goes on where it stopped"
-        ) from error

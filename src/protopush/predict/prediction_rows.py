@@ -1,22 +1,22 @@
-"""What the model says of a batch, as far as a table tells it.
-
-The columns of the table, and an image's row.
-"""
+"""Rows of a table of predictions: the outputs of a batch, the columns, and the row of an image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from protopush.errors import InputError, first_line
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.prototypes import Anchor
+from protopush.predict.inputs import Pictures, Strings
+from protopush.preserve_state import preserve_state
 
 DIGITS = 6  # of numbers in the table; what is compared is what is written
 
@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
     finite: NDArray[np.bool_]
 
 
-def look(model: ProtoModel, images: Tensor, top: int) -> Outputs:
+def run_model(model: ProtoModel, images: Tensor, top: int) -> Outputs:
     """Run a model, in eval mode and without gradients, over images (B, 3, H, W) that are on its device.
 
     Args:
@@ -77,33 +77,52 @@ def _array(values: Tensor) -> NDArray[Any]:
     return values.float().cpu().numpy().astype(np.float64)
 
 
+def run_over(
+    run: Run,
+    names: Strings,
+    batches: Sequence[range],
+    top: int,
+    device: torch.device | str,
+    num_workers: int,
+    take: Callable[[range, Sequence[str], Outputs], object],
+) -> None:
+    """Run a run's model over images in batches; ``take`` gets of each, in order, (indices, B problems, outputs).
+
+    Raises:
+        InputError: a process that reads images has died, mostly for want of memory.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        Pictures(names, run.transform), batch_sampler=batches, num_workers=num_workers  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        with preserve_state(run.model):
+            for indices, (images, problems) in zip(batches, loader, strict=True):
+                take(indices, problems, run_model(run.model, images.to(device), top))
+    except RuntimeError as error:  # from anywhere above: torch interrupts what is being done
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that reads images died ({first_line(error)}); expected memory for {num_workers} of them; start "
+            "the same again with fewer --data.num_workers: it goes on where it stopped"
+        ) from error
+
+
 NOT_FINITE = "the model's logits are not finite"
 
 
-@dataclass(frozen=True)
 class Columns:
-    """How the table is laid out.
+    """How the table of a run is laid out.
 
-    Attributes:
-        class_names: in label order.
-        anchors: C * ``slots`` of them, what each prototype stands for.
-        slots: prototypes that a class may have.
-        top: prototypes told for each image.
+    Args:
+        run: names classes and prototypes.
+        top: prototypes named for each image; where a class has room for fewer, all of them.
         labelled: whether there is a column of labels.
     """
 
-    class_names: tuple[str, ...]
-    anchors: tuple[Anchor | None, ...]
-    slots: int
-    top: int
-    labelled: bool
-
-    @classmethod
-    def of(cls, run: Run, top: int, labelled: bool) -> Columns:
-        """Those for a run; where its classes have fewer prototypes than ``top``, all of them are told."""
+    def __init__(self, run: Run, top: int, labelled: bool) -> None:
         manager = run.head.proto_manager
-        slots = manager.max_prototypes
-        return cls(tuple(run.class_names), tuple(manager.anchors), slots, min(top, slots), labelled)
+        self.class_names, self.anchors, self.slots = run.class_names, manager.anchors, manager.max_prototypes
+        self.top, self.labelled = min(top, self.slots), labelled
 
     @property
     def header(self) -> list[str]:

@@ -1,252 +1,172 @@
-"""The table while it grows: rows in parts beside it, whose whole rows count after a kill at any moment.
+"""Resumable CSV: each process appends whole batches of rows to a part of its own, and the parts make the table.
 
-Beside ``table.csv`` lie ``.table.csv.belongs.json``, what the rows belong to, and ``.table.csv.part-N``, the rows from
-batch N on; part 0 begins with the header. Each process appends to parts of its own. When all batches are there, the
-parts become one file, it takes the name ``table.csv``, and what lay beside it is removed.
+Beside ``table.csv`` lie ``.table.csv.belongs.json``, what the rows belong to, and ``.table.csv.part-N``, the batches of
+process N, a line of JSON each. The invariant: a batch is finished if and only if a line with all of it can be parsed. A
+line that was cut off never can be, so that after a kill nothing has to be repaired.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
-import io
+import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from protopush.data.files import read_json, write_json
 from protopush.errors import InputError
-from protopush.predict.inputs import Strings
-from protopush.predict.prediction_rows import shown
 
 FORMAT = 1
-
-
-class Span(NamedTuple):
-    """Batches ``first`` to ``last``, the latter not included, of the part that begins with batch ``part``."""
-
-    part: int
-    first: int
-    last: int
-
-
-class Begun(NamedTuple):
-    """A table that was begun before: what was kept for going on, and whether only its last step is left."""
-
-    kept: dict[str, Any]
-    whole: bool
+PATIENCE = 6.0  # seconds: readers of images that a killed process has forked end within five, and hold its lock so long
 
 
 @dataclass(frozen=True)
-class Growing:
+class ResumableCsv:
     """A table that is being written.
 
     Attributes:
         out: its final place.
         header: its columns.
-        names: a file for each row.
+        count: its rows.
         size: rows of a batch; the last batch may have fewer.
         belongs: what decides the rows; rows that belong to anything else are refused.
     """
 
     out: Path
     header: Sequence[str]
-    names: Strings
+    count: int
     size: int
     belongs: Mapping[str, Any]
 
-    @property
-    def batches(self) -> int:
-        """How many there are in all."""
-        return -(-len(self.names) // self.size)
+    def rows_of(self, batch: int) -> range:
+        """The rows of a batch, counted from 0."""
+        return range(self.count)[batch * self.size : (batch + 1) * self.size]
 
-    def part(self, batch: int) -> Path:
-        """The file of the rows from a batch on."""
-        return self._beside(f"part-{batch}")
-
-    def open(self, overwrite: bool = False) -> Begun | None:
-        """What is there of the table; None where nothing is, and the place is free.
+    def open(self, overwrite: bool = False) -> tuple[dict[str, Any] | None, list[int]]:
+        """What :meth:`start` kept, None where nothing is there and the place is free; and the batches still to write.
 
         Raises:
-            InputError: the place is taken, or what was begun there belongs to something else.
+            InputError: the place is taken, or what is there belongs to something else.
         """
-        side = self._beside("belongs.json")
         if overwrite:
-            with writing(self.out):
-                for file in (side, *self._parts().values(), self._beside("whole")):
-                    file.unlink(missing_ok=True)
-            return None
-        if side.is_file():
-            return self._begun(side)
-        if self._parts():
+            self._remove_side_and_parts()
+        elif self._side.is_file():
+            return self._resumed()
+        elif self._parts():
             raise InputError(
-                f"{self.out} was begun, but {side.name}, which tells with what, is gone; expected both; add "
-                "--overwrite to begin anew"
+                f"{self.out} was begun, but {self._side.name}, which says with what, is gone; expected both; add "
+                "--overwrite to start again"
             )
-        if self.out.exists():
+        elif self.out.exists():
             raise InputError(f"{self.out} exists already; choose another --out, or add --overwrite to replace it")
-        return None
+        return None, list(self._batches)
 
-    def _begun(self, side: Path) -> Begun:
+    def _resumed(self) -> tuple[dict[str, Any], list[int]]:
         try:
-            values = read_json(side)
+            values = read_json(self._side)
             if values["format"] != FORMAT:
                 raise ValueError(values["format"])
-            before, begun = dict(values["belongs"]), Begun(dict(values["kept"]), "merged" in values)
+            before, kept = dict(values["belongs"]), dict(values["kept"])
         except (InputError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"damaged file: {side}; add --overwrite to begin {self.out} anew") from error
+            raise InputError(f"damaged file: {self._side}; add --overwrite to start {self.out} again") from error
         for what, value in self.belongs.items():
             if before.get(what) != value:
                 raise InputError(
                     f"{self.out} was begun with other {what}: {before.get(what)}, and now {value}; expected the same, "
-                    "or --overwrite to begin anew"
+                    "or --overwrite to start again"
                 )
-        if begun.whole:
-            self._take_place(values["merged"])
-        return begun
+        if values.get("in_place"):
+            self._remove_side_and_parts()
+            return kept, []
+        finished = self._finished()
+        return kept, [batch for batch in self._batches if batch not in finished]
 
-    def begin(self, kept: Mapping[str, Any]) -> None:
-        """Keep what the rows belong to, and whatever else one must know to go on; rows may follow."""
-        self._write_side(kept)
+    def start(self, kept: Mapping[str, Any]) -> None:
+        """Keep what the rows belong to, and what else one must know to go on; rows may follow."""
+        write_json(self._side, {"format": FORMAT, "belongs": dict(self.belongs), "kept": dict(kept)})
 
-    def plan(self, processes: int) -> list[list[Span]]:
-        """The batches that are not there yet, for each process a consecutive share, each span in a part to append to.
+    def append(self, process: int, batch: int, rows: Iterable[Sequence[str]]) -> None:
+        """Add a batch to the part of a process; it survives a kill from when this returns."""
+        line = json.dumps([batch, list(rows)])
+        with writing(self.out), self.part(process).open("a", encoding="utf-8") as file:
+            file.write("\n" + line)  # the break comes first: it also ends a line that was cut off
 
-        What follows the last whole batch of a part is cut off first.
-        """
-        done = self.done()
-        last = [0, *(span.last for span in done)]
-        gaps = zip(last, [*(span.first for span in done), self.batches], strict=True)
-        part = {span.last: span.part for span in done}
-        missing = [(first, to) for first, to in gaps if first < to]
-        count, shares = sum(to - first for first, to in missing), list[list[Span]]()
-        for process in range(processes):
-            start, end = (count * number // processes for number in (process, process + 1))
-            share, before = list[Span](), 0
-            for first, to in missing:
-                here, there = max(first, first + start - before), min(to, first + end - before)
-                if here < there:
-                    share.append(Span(part.get(here, here), here, there))
-                before += to - first
-            shares.append(share)
-        return shares
-
-    def done(self) -> list[Span]:
-        """The batches that are there, in order, after what follows the last whole batch of each part was cut off."""
-        with writing(self.out):
-            spans = [self._cut(first, file) for first, file in sorted((self._parts() | {0: self.part(0)}).items())]
-        for one, other in pairwise(spans):
-            if other.first < one.last:
-                raise InputError(f"the parts of {self.out} overlap; add --overwrite to begin anew")
-        return [span for span in spans if span.first < span.last]
-
-    def _cut(self, first: int, file: Path) -> Span:
-        """Leave the whole batches of a part: its rows must be those of the files that are to be there."""
-        rows = read_rows(file) if file.is_file() else iter(())
-        row, keep, batches = first * self.size, 0, 0
-        if first == 0:
-            header, keep = next(rows, ([], 0))
-            if header != list(self.header):
-                file.write_bytes(csv_bytes([self.header]))
-                return Span(0, 0, 0)
-        for values, end in rows:
-            if row == len(self.names) or len(values) != len(self.header) or values[0] != shown(self.names[row]):
-                break
-            row += 1
-            if row % self.size == 0 or row == len(self.names):
-                keep, batches = end, batches + 1
-        os.truncate(file, keep) if keep else file.unlink()
-        return Span(first, first, first + batches)
-
-    @contextmanager
-    def appending(self, span: Span) -> Iterator[Callable[[Iterable[Sequence[str]]], None]]:
-        """A function that appends rows; they survive a kill from when it returns."""
-        with writing(self.out):
-            file = self.part(span.part).open("ab", buffering=0)
-
-        def append(rows: Iterable[Sequence[str]]) -> None:
-            with writing(self.out):
-                rest = memoryview(csv_bytes(rows))
-                while rest:  # unbuffered, a full disk takes a part of it before it refuses
-                    rest = rest[file.write(rest) :]
-
-        with file:
-            yield append
-
-    def finish(self, kept: Mapping[str, Any]) -> None:
-        """Make one file of the parts, and give it its name.
+    def finish(self) -> None:
+        """Make the table of the parts, unless it is in its place already. Any step may be cut off and done again.
 
         Raises:
-            InputError: rows lack, or the disk is full.
+            InputError: rows are gone, or the disk is full.
         """
-        done = self.done()
-        ends = [0, *(span.last for span in done)]
-        if ends != [*(span.first for span in done), self.batches]:
+        if not self._side.is_file():
+            return
+        finished, whole = self._finished(), self._beside("whole")
+        if len(finished) < len(self._batches):
             raise InputError(f"rows of {self.out} are gone; expected what was written; the same words write them again")
-        merged = len(done) > 1
         with writing(self.out):
-            whole = self._beside("whole") if merged else self.part(0)
-            with whole.open("wb" if merged else "rb+") as file:
-                for span in done if merged else ():
-                    with self.part(span.part).open("rb") as part:
-                        shutil.copyfileobj(part, file)
+            with whole.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                table.writerow(self.header)
+                for batch in self._batches:
+                    part, start = finished[batch]
+                    with part.open("rb") as lines:
+                        lines.seek(start)
+                        table.writerows(json.loads(lines.readline())[1])
                 file.flush()
                 os.fsync(file.fileno())  # a power cut after the rename must find a whole file
-        self._write_side(kept, merged=merged)
-        self._take_place(merged)
+            whole.replace(self.out)
+        write_json(self._side, read_json(self._side) | {"in_place": True})
+        self._remove_side_and_parts()
 
-    def _take_place(self, merged: bool) -> None:
-        """The last step, which may be done twice."""
-        whole = self._beside("whole") if merged else self.part(0)
-        with writing(self.out):
-            if whole.exists():
-                whole.replace(self.out)
-            for file in (*self._parts().values(), self._beside("belongs.json")):
-                file.unlink(missing_ok=True)
+    def _finished(self) -> dict[int, tuple[Path, int]]:
+        """Where each finished batch lies: its part, and the byte at which its line begins."""
+        found: dict[int, tuple[Path, int]] = {}
+        for part in self._parts():
+            with writing(self.out), part.open("rb") as lines:
+                start = 0
+                for line in lines:
+                    if (batch := self._parsed(line)) is not None:
+                        found[batch] = part, start
+                    start += len(line)
+        return found
 
-    def _write_side(self, kept: Mapping[str, Any], **more: Any) -> None:
-        values = {"format": FORMAT, "belongs": dict(self.belongs), "kept": dict(kept), **more}
-        write_json(self._beside("belongs.json"), values)
+    def _parsed(self, line: bytes) -> int | None:
+        """The batch of a line; None where it isn't whole, or holds what a power cut has left."""
+        try:
+            batch, rows = json.loads(line)
+            expected = [len(self.header)] * len(self.rows_of(batch))
+            return batch if batch in self._batches and [len(row) for row in rows] == expected else None
+        except (TypeError, ValueError, RecursionError):
+            return None
+
+    def part(self, process: int) -> Path:
+        """The file of the batches of a process."""
+        return self._beside(f"part-{process}")
+
+    @property
+    def _batches(self) -> range:
+        return range(-(-self.count // self.size))
+
+    @property
+    def _side(self) -> Path:
+        return self._beside("belongs.json")
 
     def _beside(self, what: str) -> Path:
         return self.out.with_name(f".{self.out.name}.{what}")
 
-    def _parts(self) -> dict[int, Path]:
-        prefix = self._beside("part-").name
-        found = (path for path in self.out.parent.iterdir() if path.name.startswith(prefix))
-        return {int(path.name[len(prefix) :]): path for path in found if path.name[len(prefix) :].isdecimal()}
+    def _parts(self) -> list[Path]:
+        prefix = self._beside("part-").name  # no glob: the table's name may hold a * or a [
+        return [path for path in self.out.parent.iterdir() if path.name.startswith(prefix)]
 
-
-def read_rows(file: Path) -> Iterator[tuple[list[str], int]]:
-    """The whole rows of a CSV file, each with the offset of its end in bytes; a row that is cut off is left out."""
-    end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal end
-        with file.open("rb") as opened:
-            for line in opened:
-                if not line.endswith(b"\n"):
-                    return
-                end += len(line)
-                yield line.decode("utf-8")
-
-    try:
-        for row in csv.reader(lines(), strict=True):
-            yield row, end
-    except (csv.Error, UnicodeDecodeError):  # it ends within quotes, or holds what a power cut has left
-        return
-
-
-def csv_bytes(rows: Iterable[Sequence[str]]) -> bytes:
-    """Rows as RFC 4180 has them, in UTF-8."""
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode("utf-8")
+    def _remove_side_and_parts(self) -> None:
+        """The side file last: as long as it is there, the rest is known to be left over."""
+        with writing(self.out):
+            for file in (*self._parts(), self._beside("whole"), self._side):
+                file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -268,29 +188,18 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         InputError: another process writes it, it is a folder, or its folder can't be written.
     """
-    lock = out.with_name(f".{out.name}.lock")
+    file = out.with_name(f".{out.name}.lock")
+    lock = FileLock(file)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; expected the CSV file to write")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("wb")
-    with file:
-        if not _locked(file.fileno()):
-            raise InputError(f"another process is writing {out}; wait for it, or choose another --out")
         try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _locked(file: int) -> bool:
-    """Lock a file for this process alone: those that it forks (readers of images) don't hold it after a kill."""
+            lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            raise InputError(f"another process is writing {out}; wait for it, or choose another --out") from error
     try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # a file system that can't lock is no reason to refuse
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()

@@ -1,4 +1,4 @@
-"""Below which similarity nothing in training is like an image, set on images that training did not see."""
+"""Threshold of similarity, below which nothing in training is like an image, set on images not trained on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,9 +22,8 @@ from protopush.data.sources import load_catalog
 from protopush.distributed import all_gather_objects, broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, first_line
 from protopush.models.model_folder import Run
-from protopush.predict.inputs import Batches, Pictures, Strings, read, readers
-from protopush.predict.prediction_rows import DIGITS, look
-from protopush.preserve_state import preserve_state
+from protopush.predict.inputs import Strings
+from protopush.predict.prediction_rows import DIGITS, Outputs, run_over
 from protopush.runs.progress import bar
 
 logger = logging.getLogger("protopush.predict")
@@ -75,7 +75,7 @@ class Threshold:
         try:
             return cls(**{key: value for key, value in values.items() if key != "false_alarms"})
         except TypeError as error:
-            raise InputError(f"damaged record of a threshold ({error}); add --overwrite to begin anew") from error
+            raise InputError(f"damaged record of a threshold ({error}); add --overwrite to start again") from error
 
 
 def largest_threshold(similarities: Sequence[float], share: float) -> float:
@@ -93,17 +93,6 @@ def largest_threshold(similarities: Sequence[float], share: float) -> float:
     return sorted(similarities)[allowed]
 
 
-class _Sets(NamedTuple):
-    """The images that a threshold is set on and measured on; their similarities, where they are known."""
-
-    set_on: str
-    first: list[str]
-    measured_on: str
-    second: list[str]
-    key: str
-    known: list[float | None] | None
-
-
 def calibrate(
     run: Run, data: DataConfig, share: float, device: torch.device | str = "cpu", num_workers: int = 0
 ) -> Threshold:
@@ -111,7 +100,7 @@ def calibrate(
 
     It is measured on the test split; without one, it is set on half of the groups (lesions, patients) of the
     validation images and measured on the other half. At most ``MOST`` images are drawn of each. The similarities are
-    kept in the cache folder: other weights, another transform or a changed file give another key.
+    kept in the cache folder.
 
     Args:
         run: its model is on ``device``.
@@ -123,49 +112,48 @@ def calibrate(
     Returns:
         Without ``value``, and with the reason, where the images can't be had.
     """
-    sets = broadcast_from_rank_zero(lambda: _sets(run, data))
-    if isinstance(sets, str):
-        return Threshold(None, "none", problem=sets)
-    best = sets.known if sets.known is not None else _best(run, [*sets.first, *sets.second], device, num_workers)
-    if sets.known is None:
-        broadcast_from_rank_zero(lambda: _keep(sets.key, best))
-    first = [value for value in best[: len(sets.first)] if value is not None]
-    second = [value for value in best[len(sets.first) :] if value is not None]
-    if not first:
-        return Threshold(None, "none", problem=f"no image of {sets.set_on} can be read")
-    value = largest_threshold(first, share)
+    drawn = broadcast_from_rank_zero(lambda: _drawn(run, data))
+    if isinstance(drawn, str):
+        return Threshold(None, "none", problem=drawn)
+    (set_on, first), (measured_on, second) = drawn
+    best = _similarities(run, [*first, *second], device, num_workers)
+    below = [value for value in best[: len(first)] if value is not None]
+    beyond = [value for value in best[len(first) :] if value is not None]
+    if not below:
+        return Threshold(None, "none", problem=f"no image of {set_on} can be read")
+    value = largest_threshold(below, share)
     return Threshold(
         value=value,
         source="validation",
         share=share,
-        set_on=sets.set_on,
-        set_images=len(first),
-        set_flagged=sum(similarity < value for similarity in first),
-        measured_on=sets.measured_on if second else "",
-        measured_images=len(second),
-        measured_flagged=sum(similarity < value for similarity in second),
+        set_on=set_on,
+        set_images=len(below),
+        set_flagged=sum(similarity < value for similarity in below),
+        measured_on=measured_on if beyond else "",
+        measured_images=len(beyond),
+        measured_flagged=sum(similarity < value for similarity in beyond),
     )
 
 
-def _sets(run: Run, data: DataConfig) -> _Sets | str:
-    """The images, or why there are none."""
+def _drawn(run: Run, data: DataConfig) -> list[tuple[str, list[str]]] | str:
+    """The images that a threshold is set on and measured on, in words and as files; or why there are none."""
     try:
         catalog = load_catalog(data.path, data.source, classes=run.class_names, seed=data.split_seed)
         val = catalog.split("val")
     except (InputError, OSError) as error:
         return first_line(error)
     test = [sample for sample in catalog.samples if sample.split == "test"]
-    if test:
-        first, second, names = _drawn(val), _drawn(test), ("the validation images", "the test images")
-    else:
-        halves = halved(val)
-        first, second = _drawn(halves[0]), _drawn(halves[1])
-        names = ("half of the validation images", "the other half of the validation images")
+    sets = {"the validation images": val, "the test images": test}
+    if not test:
+        first, second = halved(val)
+        sets = {"half of the validation images": first, "the other half of the validation images": second}
         if not second:
-            names = ("the validation images", "")
-    files = [[str(sample.image) for sample in some] for some in (first, second)]
-    key = _key(run, [*files[0], *files[1]])
-    return _Sets(names[0], files[0], names[1], files[1], key, _known(key, len(first) + len(second)))
+            sets = {"the validation images": first, "": second}
+    return [(name, [str(sample.image) for sample in _some(samples)]) for name, samples in sets.items()]
+
+
+def _some(samples: Sequence[Sample]) -> Sequence[Sample]:
+    return samples if len(samples) <= MOST else Random(0).sample(samples, MOST)
 
 
 def halved(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -179,35 +167,32 @@ def halved(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return halves
 
 
-def _drawn(samples: Sequence[Sample]) -> list[Sample]:
-    return list(samples) if len(samples) <= MOST else Random(0).sample(list(samples), MOST)
-
-
-def _best(run: Run, files: Sequence[str], device: torch.device | str, num_workers: int) -> list[float | None]:
-    """The largest similarity of each image, None where it can't be read; each process has a share of the batches."""
-    names, size = Strings(), inference_batch_size(torch.device(device))
-    for file in files:
-        names.append(file)
+def _similarities(run: Run, files: Sequence[str], device: torch.device | str, num_workers: int) -> list[float | None]:
+    """The largest similarity of each image, None where it can't be read; from the cache where it is known."""
+    cache, known = broadcast_from_rank_zero(lambda: _cached(run, files))
+    if known is not None:
+        return known
+    size = inference_batch_size(torch.device(device))
     rank, ranks = rank_and_size()
-    count = -(-len(names) // size)
-    batches = Batches(count * rank // ranks, count * (rank + 1) // ranks, size, len(names))
+    batches = [range(len(files))[start : start + size] for start in range(0, len(files), size)]
+    batches = batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks]
+    found: list[float | None] = []
 
-    def here() -> list[float | None]:
-        found: list[float | None] = []
-        count = len(batches)
-        with readers(num_workers), preserve_state(run.model), bar("Similarity of validation images", count) as advance:
-            for images, problems in read(Pictures(names, run.transform), batches, num_workers):
-                outputs = look(run.model, images.to(device), top=0)
-                good = [not problem and bool(finite) for problem, finite in zip(problems, outputs.finite, strict=True)]
-                found += [value if ok else None for value, ok in zip(outputs.best.tolist(), good, strict=True)]
-                advance(1)
-        return found
+    def take(_: range, problems: Sequence[str], outputs: Outputs) -> None:
+        good = [not problem and bool(finite) for problem, finite in zip(problems, outputs.finite, strict=True)]
+        found.extend(value if ok else None for value, ok in zip(outputs.best.tolist(), good, strict=True))
+        advance(1)
 
-    return [value for some in all_gather_objects(raise_on_all_ranks(here)) for value in some]
+    with bar("Similarity of validation images", len(batches)) as advance:
+        raise_on_all_ranks(lambda: run_over(run, Strings(files), batches, 0, device, num_workers, take))
+    best = [value for some in all_gather_objects(found) for value in some]
+    broadcast_from_rank_zero(lambda: _keep(cache, best))
+    return best
 
 
-def _key(run: Run, files: Sequence[str]) -> str:
-    told = {
+def _cached(run: Run, files: Sequence[str]) -> tuple[Path, list[float | None] | None]:
+    """The file of the similarities, another for other weights, transforms or images; and what it holds."""
+    decides = {
         "format": 1,
         "digits": DIGITS,
         "weights": read_json(run.folder / "config.json")["weights_sha256"],
@@ -215,7 +200,21 @@ def _key(run: Run, files: Sequence[str]) -> str:
         "crop_pct": run.transform.crop_pct,
         "files": [_digest(file) for file in files],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    file = default_cache_dir() / f"similarities-{key}.json"
+    try:
+        values = read_json(file)
+    except InputError:
+        return file, None
+    good = isinstance(values, list) and len(values) == len(files)
+    return file, values if good and all(value is None or isinstance(value, float) for value in values) else None
+
+
+def _keep(file: Path, best: Sequence[float | None]) -> None:
+    try:
+        write_json(file, best)
+    except InputError as error:  # it is computed again another time
+        logger.warning("%s", error)
 
 
 def _digest(file: str) -> str:
@@ -223,19 +222,3 @@ def _digest(file: str) -> str:
         return sha256_of(file)
     except OSError:
         return "unreadable"
-
-
-def _known(key: str, count: int) -> list[float | None] | None:
-    try:
-        values = read_json(default_cache_dir() / f"similarities-{key}.json")
-    except InputError:
-        return None
-    good = isinstance(values, list) and len(values) == count
-    return values if good and all(value is None or isinstance(value, float) for value in values) else None
-
-
-def _keep(key: str, best: list[float | None]) -> None:
-    try:
-        write_json(default_cache_dir() / f"similarities-{key}.json", [None if v is None else float(v) for v in best])
-    except InputError as error:  # it is computed again another time
-        logger.warning("%s", error)

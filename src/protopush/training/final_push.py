@@ -1,12 +1,9 @@
-"""The last step of a run: similarities are fixed, and what they count for is fitted to them.
-
-Pushes in a run, and how it ends: the final push over the real images, and what is refitted to it.
-"""
+"""Pushes of a run: between epochs, and the final push with what is refitted to it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +16,114 @@ from protopush.nn.head import HeadOptimal
 from protopush.push import PushReport, push_prototypes, refresh_anchors
 from protopush.push.resize import grow_prototypes, prune_prototypes
 from protopush.training.phases import Stage, on_validation
-from protopush.training.run_writer import Journal
+from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job
 
+logger = logging.getLogger("protopush.training")
+
 FITTED = {"biases": ("bias",), "connections": ("bias", "log_temperature", "connections")}
+MOMENTUM = {"hard": 0.0, "none": 1.0}  # of the final push; else the run's own
+
+
+def push_now(
+    job: Job,
+    model: nn.Module,
+    loader: Iterable[Any],
+    momentum: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    val_loader: Iterable[Any] | None = None,
+) -> PushReport:
+    """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
+    config = job.config.push
+    return push_prototypes(
+        model,
+        loader,
+        job.fabric.device,
+        use_local=_use_local(job),
+        momentum=momentum,
+        max_patches_per_class=config.max_patches_per_class,
+        seed=job.config.train.seed,
+        optimizer=optimizer,
+        unique=config.unique,
+        interpolation=config.interpolation,
+        guard=config.guard if val_loader is not None else "off",
+        guard_budget=config.guard_budget,
+        val_loader=val_loader,
+    )
+
+
+def _use_local(job: Job) -> bool:
+    asked = job.config.push.use_local
+    return job.head.match == "local" if asked is None else asked
+
+
+def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Pruning and growth as the run asks for them; what they did, for the line in ``metrics.jsonl``."""
+    config, done = job.config.push, dict[str, Any]()
+    args = (stage.model, stage.train_loader, job.fabric.device)
+    options: dict[str, Any] = {"use_local": _use_local(job), "val_loader": stage.val_loader}
+    if config.prune:  # first: growth may use the slots
+        done["pruning"] = prune_prototypes(*args, max_cosine=config.prune_cosine, **options).to_dict()
+    if config.grow:
+        options |= {"quantile": config.grow_quantile, "min_coverage": config.grow_below, "optimizer": optimizer}
+        done["growth"] = grow_prototypes(*args, **options).to_dict()
+    return done
+
+
+def push_row(
+    report: PushReport, epoch: int, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A push as one line of ``metrics.jsonl``."""
+    return {
+        "push": epoch,
+        "use_local": report.use_local,
+        "momentum": report.momentum,
+        "min_dist": report.min_dist,
+        "mean_dist": report.mean_dist,
+        "mean_dist_after": report.mean_dist_after,
+        "mean_similarity_after": report.mean_similarity_after,
+        "duplicates_avoided": report.duplicates_avoided,
+        "notes": report.notes,
+        "guard": None if report.guard is None else asdict(report.guard),
+        "seconds": report.seconds,
+        "val_before": before,
+        "val_after": after,
+    }
+
+
+def final_push(job: Job, stage: Stage, writer: RunWriter) -> None:
+    """The last push, over the real images in full precision, and what is refitted to it."""
+    config = job.config
+    before = on_validation(job, stage)
+    if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
+        embed_anchors(job)
+        row: dict[str, Any] = {"final": "live", "val_before": before, "val_after": on_validation(job, stage)}
+        moved = True
+    else:
+        momentum = MOMENTUM.get(config.push.final, config.push.momentum)
+        report = push_now(job, job.model, job.loader(job.train), momentum)
+        row = push_row(report, config.train.epochs, before, on_validation(job, stage)) | {"final": config.push.final}
+        moved = momentum < 1
+    if config.train.refit != "none" and moved:
+        fit_to_prototypes(job, stage)
+        row["val_refitted"] = on_validation(job, stage)
+    writer.write(row | {"weights": stage.weights})
+    for name in ("val_before", "val_after", "val_refitted"):
+        if row.get(name):
+            logger.info("%-16s %s", name, in_short(row[name]))
+
+
+def embed_anchors(job: Job) -> None:
+    """Live prototypes are real patches already; their images are embedded once more, in full precision."""
+    refresh_anchors(job.model, job.loader(job.train), job.fabric.device)
+
+
+def fit_to_prototypes(job: Job, stage: Stage) -> None:
+    """Fit to the prototypes, as they are, what the run's configuration says."""
+    c, device = job.config.train, job.fabric.device
+    train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
+    similarities, labels = train.similarities.to(device), train.labels.to(device)
+    refit(job.head, similarities, labels, job.class_weights(), c.refit, c.refit_steps, c.refit_lr, c.refit_decay)
 
 
 def refit(
@@ -69,138 +170,3 @@ def refit(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     head.zero_grad()
-
-
-logger = logging.getLogger("protopush.training")
-
-
-def push_now(
-    job: Job,
-    model: nn.Module,
-    loader: Iterable[Any],
-    momentum: float,
-    optimizer: torch.optim.Optimizer | None = None,
-    val_loader: Iterable[Any] | None = None,
-) -> PushReport:
-    """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
-    config = job.config.push
-    return push_prototypes(
-        model,
-        loader,
-        job.fabric.device,
-        use_local=_use_local(job),
-        momentum=momentum,
-        max_patches_per_class=config.max_patches_per_class,
-        seed=job.config.train.seed,
-        optimizer=optimizer,
-        unique=config.unique,
-        interpolation=config.interpolation,
-        guard=config.guard if val_loader is not None else "off",
-        guard_budget=config.guard_budget,
-        val_loader=val_loader,
-    )
-
-
-def push_between(
-    job: Job,
-    stage: Stage,
-    epoch: int,
-    before: dict[str, Any] | None,
-    optimizer: torch.optim.Optimizer,
-    measure: Callable[[], dict[str, Any] | None],
-) -> dict[str, Any]:
-    """A push between two epochs, guarded, and what ``measure`` says after it; its line of ``metrics.jsonl``."""
-    with job.fabric.autocast():
-        momentum = job.config.push.momentum
-        report = push_now(job, stage.model, stage.train_loader, momentum, optimizer, stage.val_loader)
-        resized = resize(job, stage, optimizer)
-    return push_row(report, epoch, before, measure()) | resized
-
-
-def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Pruning and growth as the run asks for them; what they did, for the line in ``metrics.jsonl``."""
-    config, device, told = job.config.push, job.fabric.device, dict[str, Any]()
-    args, use_local = (stage.model, stage.train_loader, device), _use_local(job)
-    if config.prune:  # first: growth may use the slots
-        told["pruning"] = prune_prototypes(
-            *args, max_cosine=config.prune_cosine, use_local=use_local, val_loader=stage.val_loader
-        ).to_dict()
-    if config.grow:
-        told["growth"] = grow_prototypes(
-            *args,
-            quantile=config.grow_quantile,
-            min_coverage=config.grow_below,
-            use_local=use_local,
-            val_loader=stage.val_loader,
-            optimizer=optimizer,
-        ).to_dict()
-    return told
-
-
-def _use_local(job: Job) -> bool:
-    asked = job.config.push.use_local
-    return job.head.match == "local" if asked is None else asked
-
-
-def push_row(
-    report: PushReport, epoch: int, before: dict[str, Any] | None, after: dict[str, Any] | None
-) -> dict[str, Any]:
-    """A push as one line of ``metrics.jsonl``."""
-    return {
-        "push": epoch,
-        "use_local": report.use_local,
-        "momentum": report.momentum,
-        "min_dist": report.min_dist,
-        "mean_dist": report.mean_dist,
-        "mean_dist_after": report.mean_dist_after,
-        "mean_similarity_after": report.mean_similarity_after,
-        "duplicates_avoided": report.duplicates_avoided,
-        "notes": report.notes,
-        "guard": None if report.guard is None else asdict(report.guard),
-        "seconds": report.seconds,
-        "val_before": before,
-        "val_after": after,
-    }
-
-
-def final_push(job: Job, stage: Stage, journal: Journal) -> None:
-    """The last push, over the real images in full precision, and what is refitted to it."""
-    config = job.config
-    before = on_validation(job, stage)
-    if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
-        embed_anchors(job)
-        row: dict[str, Any] = {"final": "live", "val_before": before, "val_after": on_validation(job, stage)}
-        moved = True
-    else:
-        momentum = {"hard": 0.0, "momentum": config.push.momentum, "none": 1.0}[config.push.final]
-        report = push_now(job, job.model, job.loader(job.train), momentum)
-        row = push_row(report, config.train.epochs, before, on_validation(job, stage)) | {"final": config.push.final}
-        moved = momentum < 1
-    if config.train.refit != "none" and moved:
-        fit_to_prototypes(job, stage)
-        row["val_refitted"] = on_validation(job, stage)
-    journal.write(row | {"weights": stage.weights})
-    for name in ("val_before", "val_after", "val_refitted"):
-        if row.get(name):
-            logger.info("%-16s %s", name, in_short(row[name]))
-
-
-def embed_anchors(job: Job) -> None:
-    """Live prototypes are real patches already; their images are embedded once more, in full precision."""
-    refresh_anchors(job.model, job.loader(job.train), job.fabric.device)
-
-
-def fit_to_prototypes(job: Job, stage: Stage) -> None:
-    """Fit to the prototypes, as they are, what the run's configuration says."""
-    config, device = job.config.train, job.fabric.device
-    train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
-    refit(
-        job.head,
-        train.similarities.to(device),
-        train.labels.to(device),
-        job.class_weights(),
-        config.refit,
-        config.refit_steps,
-        config.refit_lr,
-        config.refit_decay,
-    )

@@ -1,9 +1,4 @@
-"""How fast to learn; when to push is told by :class:`protopush.push.schedule.PushSchedule`.
-
-What learns how fast.
-
-A moving average of a model's weights, which often does better than the last step's (Polyak and Juditsky, 1992).
-"""
+"""Optimizer, parameter groups, learning rate, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from protopush._compat import ensure_torchvision
 from protopush.training.config import TrainConfig
@@ -90,7 +86,7 @@ def _layered(backbone: nn.Module) -> list[Any]:
 
 
 def _head_rate(name: str, config: TrainConfig) -> float:
-    special = dict.fromkeys(CONNECTIONS, config.connection_lr).get(name)
+    special = config.connection_lr if name in CONNECTIONS else None
     if name.endswith(PROTOTYPES):
         special = config.prototype_lr
     return config.lr if special is None else special
@@ -103,13 +99,14 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 class Ema:
-    """The average of a model's parameters and of its norms' statistics.
+    """The moving average of a model's parameters and buffers, which often does better than the last step's weights.
 
-    Its decay rises from 0.1 to the one asked for, so that it soon forgets the first, random weights.
+    (Polyak and Juditsky, 1992.) Its decay rises from 0.1 to the one asked for, so that it soon forgets the first,
+    random weights. What can't be averaged (counts, masks) is taken as it is.
 
     Args:
         model: is followed from step to step.
-        decay: what is left of the average after a step; 0.999 looks back about a thousand steps.
+        decay: what is left of the average after a step; 0.999 goes back about a thousand steps.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -123,52 +120,53 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
         self.decay = decay
-        self.steps = 0
-        self.now = dict([*model.named_parameters(), *model.named_buffers()])
-        self.average = {name: value.detach().clone() for name, value in self.now.items()}
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.update()  # the first only copies
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of a step; what can't be averaged (counts, masks) is taken as it is."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
-        averaged = [name for name, value in self.now.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.average[name] for name in averaged], [self.now[name].detach() for name in averaged], 1.0 - decay
-        )
-        for name in self.now.keys() - set(averaged):
-            self.average[name].copy_(self.now[name])
+        """Take in the weights of a step."""
+        self.averaged.update_parameters(self.model)
 
-    @torch.no_grad()
+    def _average(self, averages: Any, values: Any, _: Tensor | int) -> None:
+        """Tensors of one type; ``n_averaged`` is read where it is, on the CPU, which doesn't wait for a GPU."""
+        steps = int(self.averaged.n_averaged)
+        if averages[0].is_floating_point():
+            average = get_ema_multi_avg_fn(min(self.decay, steps / (9 + steps)))  # type: ignore[no-untyped-call]
+            average(averages, values, steps)
+        else:
+            _copy(averages, values)
+
     def take(self, module: nn.Module) -> None:
         """Take a part of the model as it is now, because it was moved at once and not by a step: the prototypes."""
-        for value in (*module.parameters(), *module.buffers()):
-            name = next(name for name, own in self.now.items() if own is value)
-            self.average[name].copy_(value)
+        name = next(name for name, own in self.model.named_modules() if own is module)
+        _copy(_values(self.averaged.module.get_submodule(name)), _values(module))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model has the average."""
-        with torch.no_grad():
-            stepped = {name: value.detach().clone() for name, value in self.now.items()}
-            self._write(self.average)
+        now = _values(self.model)
+        stepped = [value.clone() for value in now]
+        _copy(now, _values(self.averaged.module))
         try:
             yield
         finally:
-            self._write(stepped)
+            _copy(now, stepped)
 
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in self.now.items():
-            value.copy_(values[name])
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors."""
+        return self.averaged.state_dict()
 
-    def state_dict(self) -> dict[str, object]:
-        """Plain tensors and numbers."""
-        return {"steps": self.steps, "average": dict(self.average)}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
-        self.steps = int(state["steps"])  # type: ignore[call-overload]
-        for name, value in state["average"].items():  # type: ignore[attr-defined]
-            self.average[name].copy_(value)
+        self.averaged.load_state_dict(state)
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [value.detach() for value in (*module.parameters(), *module.buffers())]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

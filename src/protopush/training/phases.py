@@ -1,9 +1,10 @@
-"""What is trained: the model itself on images, or the head alone on features that were computed once."""
+"""Phases of a run: the whole model on images, or the head alone on stored features; and the best state of each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,10 +12,12 @@ from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
 from protopush.distributed import raise_on_all_ranks
-from protopush.evaluation.evaluate import evaluate
+from protopush.evaluation.evaluate import evaluate, score_of
 from protopush.models.model import ProtoModel
+from protopush.nn.prototypes import Anchor, PrototypeManager, anchors_from, plain_anchors
 from protopush.push import refresh_anchors
 from protopush.runs.progress import bar
+from protopush.training.config import RunConfig
 from protopush.training.setup import Job
 
 
@@ -31,7 +34,7 @@ class Joint:
         self.job = job
 
     def refresh(self) -> None:
-        """Embed the images of live anchors anew: the backbone has moved."""
+        """Embed the images of live anchors again: the backbone has moved."""
         if self.job.head.anchoring == "live":
             refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
 
@@ -99,9 +102,79 @@ class FeatureReader(nn.Module):
 Stage = Joint | Frozen
 
 
+class Phase(NamedTuple):
+    """Epochs (from ``start``, before ``end``) of one kind of stage."""
+
+    stage: type[Stage]
+    start: int
+    end: int
+
+
+def phases(config: RunConfig) -> list[Phase]:
+    """The head alone, then the whole model, as the run asks for them."""
+    train = config.train
+    if train.freeze_backbone:
+        return [Phase(Frozen, 0, train.epochs)]
+    both = [Phase(Frozen, 0, train.head_epochs), Phase(Joint, train.head_epochs, train.epochs)]
+    return [phase for phase in both if phase.start < phase.end]
+
+
 def on_validation(job: Job, stage: Stage) -> dict[str, Any] | None:
     """The metrics on the validation images, in the precision of the run; None where there are no such images."""
     if stage.val_loader is None:
         return None
     with job.fabric.autocast():
         return evaluate(stage.model, stage.val_loader, job.fabric.device, list(job.catalog.classes))
+
+
+class Best:
+    """The best state on the validation images; without any, the last one.
+
+    Attributes:
+        score: the best one.
+        metrics: what it scored with; None without validation images.
+        where: the epoch, in words.
+        stale: epochs since.
+    """
+
+    PLAIN = ("score", "metrics", "where", "stale", "state")
+
+    def __init__(self, model: nn.Module, manager: PrototypeManager, metric: str) -> None:
+        self.model = model
+        self.manager = manager
+        self.metric = metric
+        self.score = float("-inf")
+        self.metrics: dict[str, Any] | None = None
+        self.where = "the first weights"
+        self.stale = 0
+        self.state: dict[str, Tensor] = {}
+        self.anchors: list[Anchor | None] = []
+
+    def see(self, metrics: dict[str, Any] | None, where: str) -> None:
+        """Compare the model as it is now; live prototypes must have been pushed once."""
+        if self.manager.anchor_ids is not None and not any(self.manager.anchors):
+            self.stale = 0
+            return
+        score = self.score if metrics is None else score_of(metrics, self.metric)
+        if score > self.score or metrics is None:
+            self.stale = 0
+        if score >= self.score:  # of equals the last: it has learned longer
+            self.score, self.metrics, self.where = score, metrics, where
+            self.state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+            self.anchors = list(self.manager.anchors)
+
+    def restore(self) -> None:
+        """Put the best state back."""
+        if self.state:
+            self.model.load_state_dict(self.state)
+            self.manager.anchors = list(self.anchors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {name: getattr(self, name) for name in self.PLAIN} | {"anchors": plain_anchors(self.anchors)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.anchors = anchors_from(state["anchors"])

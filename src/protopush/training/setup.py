@@ -1,14 +1,16 @@
-"""Everything that can be checked before the long work starts, and the data and model that come of it."""
+"""Setup of a run: its data, samplers, model and loss, with all that can be checked before the long work starts."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from protopush.backbones.create import Backbone, create_backbone
 from protopush.data.dataset import ImageDataset
@@ -16,7 +18,7 @@ from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig, require_training_images
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
-from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks
+from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
@@ -24,12 +26,62 @@ from protopush.runs.fabric import make_fabric
 from protopush.runs.splits import check_samples
 from protopush.training.config import RunConfig
 from protopush.training.limits import check_numbers
-from protopush.training.samplers import Order, share
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 logger = logging.getLogger("protopush.training")
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers (seed, epoch, rank), far from those of their neighbours.
+
+    Example:
+        >>> seed_of(0, 1) != seed_of(1, 0)
+        True
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class EpochSampler(Sampler[int]):
+    """The indices that this process reads in an epoch: the same for an epoch however often it is asked.
+
+    Batches of all processes together are those of one process whose batches are as many times larger. Where the number
+    of samples can't be divided among the processes, some at the beginning are read twice.
+
+    Args:
+        labels: of the samples.
+        seed: together with the epoch it decides the order.
+        balanced: each draw takes each class with the same chance; in an epoch there are as many draws as samples.
+
+    Example:
+        >>> sampler = EpochSampler([0, 0, 0, 1], seed=0)
+        >>> sorted(sampler)
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int, balanced: bool = False) -> None:
+        self.labels = torch.tensor(labels)
+        self.seed, self.balanced, self.epoch = seed, balanced, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next pass is."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.labels)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        if self.balanced:
+            sizes = torch.bincount(self.labels)
+            order = torch.multinomial(1.0 / sizes[self.labels], count, replacement=True, generator=generator)
+        else:
+            order = torch.randperm(count, generator=generator)
+        rank, size = rank_and_size()
+        places = torch.arange(rank, count + -count % size, size) % count
+        yield from order[places].tolist()
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // rank_and_size()[1])
 
 
 @dataclass
@@ -59,11 +111,15 @@ class Job:
         """
         reads_files = isinstance(dataset, ImageDataset)
         config = self.config.train
-        balanced = config.sampling == "balanced"
+        if train:
+            sampler: Any = EpochSampler(dataset.labels, config.seed, config.sampling == "balanced")
+        else:
+            rank, size = rank_and_size()
+            sampler = range(rank, len(dataset), size)  # none is read twice
         return DataLoader(
             dataset,
             batch_size=config.batch_size if train or not reads_files else inference_batch_size(self.fabric.device),
-            sampler=Order(dataset.labels, config.seed, balanced) if train else share(len(dataset)),
+            sampler=sampler,
             num_workers=self.config.data.num_workers if reads_files else 0,
             generator=torch.Generator().manual_seed(config.seed),  # so that nothing else's randomness moves it
         )
@@ -108,8 +164,15 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     fabric.seed_everything(config.train.seed, verbose=False)
     model = raise_on_all_ranks(lambda: _model(config, catalog))
     backbone: Backbone = model.backbone
-    transform = EvalTransform(backbone.preprocessing, config.data.crop_pct)
-    train, val = _datasets(catalog, transform, _train_transform(config, backbone))
+    data, augment = config.data, None
+    transform = EvalTransform(backbone.preprocessing, data.crop_pct)
+    if data.augment and not config.train.freeze_backbone:
+        augment = TrainTransform(backbone.preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
+    train = ImageDataset(catalog.split("train"), transform, augment)
+    has_val = any(sample.split == "val" for sample in catalog.samples)
+    if not has_val:
+        logger.warning("no validation images: the last epoch is taken as the best one")
+    val = ImageDataset(catalog.split("val"), transform) if has_val else None
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
 
 
@@ -120,17 +183,17 @@ def _catalog(config: DataConfig) -> Catalog:
 
 
 def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
-    side = config.model.image_size
-    look = {} if side is None else {"size": (side, side)}
-    backbone = create_backbone(config.model.backbone, pretrained=config.model.pretrained, **look)
+    c = config.model
+    size = {} if c.image_size is None else {"size": (c.image_size, c.image_size)}
+    backbone = create_backbone(c.backbone, pretrained=c.pretrained, **size)
     head = HeadOptimal(
         backbone.channels,
         len(catalog.classes),
-        num_prototypes=config.model.num_prototypes,
-        embed_dim=config.model.embed_dim,
-        max_prototypes=config.model.max_prototypes,
-        dropout=config.model.dropout,
-        match=config.model.match,
+        num_prototypes=c.num_prototypes,
+        embed_dim=c.embed_dim,
+        max_prototypes=c.max_prototypes,
+        dropout=c.dropout,
+        match=c.match,
         anchoring=config.push.anchoring,
     )
     model = ProtoModel(backbone, head)
@@ -142,20 +205,3 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     if config.trainer.compile:
         backbone.compile()
     return model
-
-
-def _datasets(
-    catalog: Catalog, transform: EvalTransform, augment: TrainTransform | None
-) -> tuple[ImageDataset, ImageDataset | None]:
-    train = ImageDataset(catalog.split("train"), transform, augment)
-    has_val = any(sample.split == "val" for sample in catalog.samples)
-    if not has_val:
-        logger.warning("no validation images: the last epoch is taken as the best one")
-    return train, ImageDataset(catalog.split("val"), transform) if has_val else None
-
-
-def _train_transform(config: RunConfig, backbone: Backbone) -> TrainTransform | None:
-    data = config.data
-    if config.train.freeze_backbone or not data.augment:
-        return None
-    return TrainTransform(backbone.preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)

@@ -1,6 +1,6 @@
-"""The rows of ``metrics.jsonl`` once more, where people watch their runs: TensorBoard and Weights & Biases.
+"""Trackers that mirror the rows of ``metrics.jsonl``: TensorBoard and Weights & Biases.
 
-``metrics.jsonl`` is the record; a tracker is a mirror of it. So whatever stops a tracker never stops the training.
+``metrics.jsonl`` is the record; whatever stops a tracker never stops the training.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -25,10 +24,9 @@ logger = logging.getLogger("protopush.training")
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of ``metrics.jsonl`` under flat names; anything else in it is left out.
+    """The numbers of a row of ``metrics.jsonl`` under flat names, but for the epoch; anything else in it is left out.
 
-    An epoch's own numbers begin with ``train/``, a push's with ``push/``, the last row's with ``final/``; the epoch
-    isn't among them, see :func:`step_of`.
+    An epoch's own numbers begin with ``train/``, a push's with ``push/``, the last row's with ``final/``.
 
     Example:
         >>> scalars({"epoch": 3, "loss": 0.5, "val": {"auroc": 0.9, "per_class": {"mel": {"f1": 1, "auroc": None}}}})
@@ -49,46 +47,22 @@ def _flat(name: str, value: object) -> dict[str, float]:
     return {}
 
 
-def step_of(row: Mapping[str, Any]) -> int | None:
-    """The epoch of a row; None where it tells none, as the last row of a run with live anchors.
+class Tracker:
+    """Takes numbers and pictures of an epoch, with the arguments of :class:`Trackers`, which handles its errors."""
 
-    Example:
-        >>> step_of({"epoch": 3}), step_of({"push": 3}), step_of({"final": "live"})
-        (3, 3, None)
-    """
-    epoch: int | None = row.get("epoch", row.get("push"))
-    return epoch
-
-
-class Tracker(Protocol):
-    """Where numbers and pictures go; any method may raise, :class:`Trackers` sees to it.
-
-    Attributes:
-        package: what must be importable.
-
-    Args:
-        folder: the run folder.
-        config: everything that decides the run.
-        resumed_at: the epochs that an interrupted run had done where it is taken up again; None for a fresh run.
-    """
-
-    package: ClassVar[str]
+    package: ClassVar[str]  # must be importable
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None: ...
 
     @classmethod
     def check(cls) -> None:
-        """Raise what would keep this tracker from starting, as far as it can be known before."""
-        return
+        """Raise what would keep it from starting, as far as that can be known before."""
 
-    def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Take the numbers of a row."""
+    def log(self, values: Mapping[str, float], epoch: int) -> None: ...
 
-    def picture(self, name: str, path: Path, epoch: int) -> None:
-        """Take a picture file."""
+    def picture(self, name: str, path: Path, epoch: int) -> None: ...
 
-    def close(self, failed: bool) -> None:
-        """Finish; ``failed`` if the run broke off."""
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard(Tracker):
@@ -104,8 +78,7 @@ class TensorBoard(Tracker):
 
         purge = None if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        text = yaml.safe_dump(dict(config), sort_keys=False)
-        self.writer.add_text("config", f"```yaml\n{text}```", resumed_at or 0)
+        self.writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```", resumed_at or 0)
         self.writer.flush()
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
@@ -128,9 +101,8 @@ class WandB(Tracker):
     folder's), and ``WANDB_MODE=offline`` for no network (``wandb sync`` uploads later, the parts of a resumed run in
     their order).
 
-    W&B's own step only ever increases, and a row for an earlier one is dropped. So it is left to count rows, and charts
-    are drawn over ``epoch``. After a resume the rows of an interrupted epoch may be there twice, as two points at the
-    same epoch; the summary has the later one.
+    W&B's own step only ever increases, so it is left to count rows, and charts are drawn over ``epoch``. After a resume
+    the rows of an interrupted epoch may be there twice, as two points; the summary has the later one.
     """
 
     package = "wandb"
@@ -150,11 +122,8 @@ class WandB(Tracker):
             resume="allow",
             allow_val_change=True,  # of the config: a resumed run may train for more epochs
             reinit="create_new",  # a caller's own run stays as it is
-            settings=wandb.Settings(
-                console="off",  # else it would stand between progress bars and the terminal
-                silent=True,
-                finish_timeout=self.FINISH_SECONDS,
-                finish_timeout_raises=True,
+            settings=wandb.Settings(  # a console would stand between progress bars and the terminal
+                console="off", silent=True, finish_timeout=self.FINISH_SECONDS, finish_timeout_raises=True
             ),
         )
         known.write_text(self.run.id + "\n", encoding="utf-8")
@@ -189,26 +158,34 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 
 class Trackers:
-    """All the trackers of a run as one; as a context manager it closes them.
+    """The trackers of a run as one: one that fails is named in a warning and switched off, and never stops the run.
 
-    One that fails is told in a warning and switched off; none ever raises. Make it with :func:`open_trackers`.
+    Args:
+        names: of :data:`TRACKERS`; may be empty.
+        folder: the run folder; must exist.
+        config: everything that decides the run; shown beside the numbers.
+        resumed_at: the epochs that an interrupted run had done; the same curves go on from there. None: a fresh run.
+
+    Raises:
+        InputError: an unknown name, or a package that isn't installed.
     """
 
-    def __init__(self, epoch: int) -> None:
-        self._epoch = epoch
+    def __init__(
+        self,
+        names: Sequence[str] = (),
+        folder: Path = Path(),
+        config: Mapping[str, Any] | None = None,
+        resumed_at: int | None = None,
+    ) -> None:
+        self._epoch = resumed_at or 0
         self._live: dict[str, Tracker] = {}
-
-    def start(self, name: str, start: Callable[[], Tracker]) -> None:
-        """Add a tracker, if it starts."""
-        try:
-            self._live[name] = start()
-        except Exception as error:
-            _warn(name, error)
+        for name, kind in {name: _kind(name) for name in names}.items():
+            with self._off_if_failing(name):
+                self._live[name] = kind(folder, config or {}, resumed_at)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Mirror a row of ``metrics.jsonl``; one that tells no epoch belongs to the last."""
-        epoch = step_of(row)
-        self._epoch = self._epoch if epoch is None else epoch
+        """Mirror a row of ``metrics.jsonl``; one that names no epoch (the last, with live anchors) is of the latest."""
+        self._epoch = row.get("epoch", row.get("push", self._epoch))
         values = scalars(row)
         self._each(lambda tracker: tracker.log(values, self._epoch))
 
@@ -217,33 +194,25 @@ class Trackers:
         self._each(lambda tracker: tracker.picture(name, path, self._epoch))
 
     def close(self, failed: bool = False) -> None:
-        """Finish all of them; once is enough, more does no harm. ``failed`` tells W&B that the run broke off."""
+        """Finish all of them, once; ``failed`` says that the run did."""
         self._each(lambda tracker: tracker.close(failed))
         self._live.clear()
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
-        for name in list(self._live):
-            self._one(name, act)
+        for name, tracker in list(self._live.items()):
+            with self._off_if_failing(name):
+                act(tracker)
 
-    def _one(self, name: str, act: Callable[[Tracker], None]) -> None:
+    @contextmanager
+    def _off_if_failing(self, name: str) -> Iterator[None]:
         try:
-            act(self._live[name])
+            yield
         except Exception as error:  # a network, a disk, a service: there is no list of what may fail
-            _warn(name, error)
-            with suppress(Exception):
-                self._live.pop(name).close(failed=True)
-
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(failed=kind is not None)
-
-
-def _warn(name: str, error: Exception) -> None:
-    logger.warning("Tracking with %s is off from here on (%s); metrics.jsonl has every row", name, first_line(error))
+            reason = first_line(error)
+            logger.warning("Tracking with %s is off from here on (%s); metrics.jsonl has every row", name, reason)
+            if (tracker := self._live.pop(name, None)) is not None:
+                with suppress(Exception):
+                    tracker.close(failed=True)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -257,54 +226,20 @@ def check_trackers(names: Sequence[str]) -> None:
         Traceback (most recent call last):
         protopush.errors.InputError: unknown tracker 'tensorbord'; did you mean 'tensorboard'?
     """
-    for kind in _kinds(names).values():
+    for kind in [_kind(name) for name in names]:
         kind.check()
 
 
-def _kinds(names: Sequence[str]) -> dict[str, type[Tracker]]:
-    for name in names:
-        if name not in TRACKERS:
-            near = get_close_matches(name.lower(), TRACKERS, n=1)
-            raise InputError(
-                f"unknown tracker {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected {_words()}")
-            )
-        try:
-            importlib.import_module(TRACKERS[name].package)
-        except ImportError as error:
-            raise InputError(
-                f"tracking with {name} needs a package that is not there ({first_line(error)}); "
-                "pip install 'protopush[track]'"
-            ) from error
-    return {name: TRACKERS[name] for name in names}
-
-
-def _words() -> str:
-    return " or ".join(TRACKERS)
-
-
-def open_trackers(
-    names: Sequence[str], folder: Path, config: Mapping[str, Any], resumed_at: int | None = None
-) -> Trackers:
-    """Start trackers; where several processes train, on rank 0 only.
-
-    Args:
-        names: "tensorboard", "wandb"; may be empty.
-        folder: the run folder; must exist.
-        config: everything that decides the run; shown beside the numbers.
-        resumed_at: the epochs that an interrupted run had done where it is taken up again; the same curves go on from
-            there. None for a fresh run.
-
-    Returns:
-        Those that started; one that could not is told in a warning, as training should go on without it.
-
-    Raises:
-        InputError: an unknown name, or a package that isn't installed.
-
-    Example:
-        >>> with open_trackers([], Path("."), {}) as trackers:
-        ...     trackers.log({"epoch": 1, "loss": 0.5})
-    """
-    trackers = Trackers(resumed_at or 0)
-    for name, kind in _kinds(names).items():
-        trackers.start(name, lambda kind=kind: kind(folder, config, resumed_at))  # type: ignore[misc]
-    return trackers
+def _kind(name: str) -> type[Tracker]:
+    if name not in TRACKERS:
+        near = get_close_matches(name.lower(), TRACKERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected {' or '.join(TRACKERS)}"
+        raise InputError(f"unknown tracker {name!r}; {hint}")
+    try:
+        importlib.import_module(TRACKERS[name].package)
+    except ImportError as error:
+        reason = first_line(error)
+        raise InputError(
+            f"tracking with {name} needs a package that is not there ({reason}); pip install 'protopush[track]'"
+        ) from error
+    return TRACKERS[name]

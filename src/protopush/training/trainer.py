@@ -1,92 +1,154 @@
-"""The best state of a run so far.
-
-A stage of a run in training: its optimizer, its average, its best state, and the steps of an epoch.
-"""
+"""Training on Lightning Fabric: setup, phases, epochs with pushes, the best of them kept, then the final push."""
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from protopush.distributed import all_gather_rows, raise_on_all_ranks, rank_and_size
+from protopush.distributed import all_gather_rows, broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
-from protopush.evaluation.evaluate import score_of
+from protopush.evaluation.evaluate import in_short
+from protopush.models.model_folder import Run, save_run
 from protopush.nn.head import HeadOutput
-from protopush.nn.prototypes import Anchor, PrototypeManager, anchors_from, plain_anchors
+from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push.patch_cap import NonFinite
+from protopush.push.schedule import PushSchedule
+from protopush.runs.fabric import make_fabric, quiet
 from protopush.runs.progress import bar
-from protopush.training.final_push import push_between
+from protopush.runs.run import fresh_folder, open_run
+from protopush.training.config import RunConfig
+from protopush.training.final_push import final_push, push_now, push_row, resize
+from protopush.training.limits import check_numbers
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
-from protopush.training.phases import Stage, on_validation
-from protopush.training.samplers import seed_of
-from protopush.training.setup import Job
+from protopush.training.phases import Best, Phase, Stage, on_validation, phases
+from protopush.training.run_writer import RunWriter, load_checkpoint, refuse_other_options, restoring
+from protopush.training.setup import Job, prepare, seed_of
+from protopush.training.tracking import check_trackers
+
+logger = logging.getLogger("protopush.training")
 
 
-class Best:
-    """Remembers the best state on the validation images; without any, the last one.
+def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: bool = False) -> Run:
+    """Train, push and save a model; nothing is written before every input was checked.
 
-    Attributes:
-        score: the best one.
-        metrics: what it scored with; None without validation images.
-        where: the epoch, in words.
-        stale: epochs since.
+    Args:
+        config: everything that decides the run.
+        out: the run folder.
+        overwrite: replace a run that is there.
+        resume: go on where a run in ``out`` was cut off; start one where there is none, and leave a whole one as it is.
+
+    Raises:
+        InputError: bad input, in one line.
     """
-
-    def __init__(self, model: nn.Module, manager: PrototypeManager, metric: str) -> None:
-        self.model = model
-        self.manager = manager
-        self.metric = metric
-        self.score = float("-inf")
-        self.metrics: dict[str, Any] | None = None
-        self.where = "the first weights"
-        self.stale = 0
-        self.state: dict[str, Tensor] = {}
-        self.anchors: list[Anchor | None] = []
-
-    def see(self, metrics: dict[str, Any] | None, where: str) -> None:
-        """Compare the model as it is now; live prototypes must have been pushed once."""
-        if self.manager.anchor_ids is not None and not any(self.manager.anchors):
-            self.stale = 0
-            return
-        score = self.score if metrics is None else score_of(metrics, self.metric)
-        if score > self.score or metrics is None:
-            self.stale = 0
-        if score >= self.score:  # of equals the last: it has learned longer
-            self.score, self.metrics, self.where = score, metrics, where
-            self.state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
-            self.anchors = list(self.manager.anchors)
-
-    def restore(self) -> None:
-        """Put the best state back."""
-        if self.state:
-            self.model.load_state_dict(self.state)
-            self.manager.anchors = list(self.anchors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return {
-            "score": self.score,
-            "metrics": self.metrics,
-            "where": self.where,
-            "stale": self.stale,
-            "state": self.state,
-            "anchors": plain_anchors(self.anchors),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
-        self.score, self.metrics, self.where = state["score"], state["metrics"], state["where"]
-        self.stale = state["stale"]
-        self.state, self.anchors = dict(state["state"]), anchors_from(state["anchors"])
+    out, trainer = Path(out), config.trainer
+    check_numbers(config)
+    fabric = make_fabric(trainer.device, trainer.precision, trainer.devices, trainer.num_nodes)
+    with quiet():
+        fabric.launch()
+    if resume and broadcast_from_rank_zero(lambda: _whole(out, config)):
+        logger.info("%s is whole: nothing is left to do", out)
+        return open_run(out)
+    broadcast_from_rank_zero(lambda: check_trackers(trainer.track))
+    saved = broadcast_from_rank_zero(lambda: _saved(out, config, overwrite, resume))
+    job = prepare(config, fabric)
+    with RunWriter(out, config) as writer:
+        stage = fit(job, writer, saved)
+        final_push(job, stage, writer)
+        run = _save(job, out)
+    logger.info("Saved %s", out)
+    return run
 
 
-class Learner:
-    """What learns in one stage.
+def _whole(out: Path, config: RunConfig) -> bool:
+    whole = (out / "config.json").is_file()
+    if whole:
+        refuse_other_options(out, config)
+    return whole
+
+
+def _saved(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> dict[str, Any] | None:
+    saved = load_checkpoint(out, config) if resume else None
+    if saved is None:
+        fresh_folder(out, overwrite or resume)
+    return saved
+
+
+def _save(job: Job, out: Path) -> Run:
+    data = job.config.data
+    path = os.path.abspath(data.path) if data.path else ""  # the run may be used from another folder
+    recorded = {"path": path, "source": data.source, "split_seed": data.split_seed}
+    model = job.model.cpu().eval()
+    run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), recorded, out)
+    broadcast_from_rank_zero(lambda: save_run(run))
+    return run
+
+
+def fit(job: Job, writer: RunWriter, saved: dict[str, Any] | None = None) -> Stage:
+    """The epochs of all phases; leaves the model at its best epoch on the validation images.
+
+    Args:
+        job: the run.
+        writer: where its rows go.
+        saved: a checkpoint's state to go on with.
+    """
+    best, done = None, saved["epoch"] if saved else 0
+    for phase in phases(job.config):
+        if done > phase.end:
+            continue
+        # Before the seed: whether features came from the cache or not must not decide the random numbers that follow.
+        stage = phase.stage(job)
+        job.fabric.seed_everything(job.config.train.seed, verbose=False)
+        trainer = Trainer(job, stage, phase.start, phase.end)
+        if saved and phase.start < done:
+            with restoring(saved, writer.folder):
+                trainer.load_state_dict(saved)
+            writer.resume(saved)
+        elif best is not None:  # what the head alone reached is to be beaten
+            trainer.best.see(best, "the head alone")
+        fit_phase(trainer, phase, writer, max(done, phase.start))
+        trainer.best.restore()
+        stage.weights = trainer.best.where
+        logger.info("Best on validation: %s", stage.weights)
+        best = trainer.best.metrics
+    return stage
+
+
+def fit_phase(trainer: Trainer, phase: Phase, writer: RunWriter, start: int) -> None:
+    """The epochs of one phase, from ``start`` on."""
+    config, best = trainer.job.config, trainer.best
+    last = phase.end == config.train.epochs
+    schedule = PushSchedule(config.push.start_epoch, config.push.interval, final_decay=config.push.final_decay)
+    first = trainer.push(0, None) if start == 0 and config.push.start_epoch == 0 else None
+    for epoch in range(start, phase.end):
+        if last and config.train.patience and best.stale >= config.train.patience:
+            logger.info("Stopped: no better validation score for %d epochs", best.stale)
+            break
+        row: dict[str, Any] = {"epoch": epoch + 1, **trainer.epoch(epoch)}
+        if epoch == 0:  # not before: an input that fails in the first epoch leaves nothing behind
+            writer.start()
+            if first is not None:
+                writer.write(first)
+        best.stale += 1
+        row["val"] = trainer.validate(f"epoch {epoch + 1}")
+        writer.write(row)
+        validation = f"  validation: {in_short(row['val'])}" if row["val"] else ""
+        logger.info("Epoch %d/%d  loss %.4f%s", epoch + 1, config.train.epochs, row["loss"], validation)
+        rate = trainer.rate_after(epoch) if last else 1.0  # only the last phase's decay is final
+        if schedule.due(epoch, lr=rate, peak_lr=1.0):
+            writer.write(trainer.push(epoch + 1, row["val"]))
+        writer.checkpoint(epoch + 1, trainer.state_dict())
+
+
+class Trainer:
+    """A stage in training: its optimizer, its average, its best state, and the steps of an epoch.
 
     Args:
         job: the run.
@@ -107,13 +169,9 @@ class Learner:
         self.best = Best(stage.model, job.head.proto_manager, config.select)
         self.loss = job.loss()
 
-    def rate(self, step: int) -> float:
-        """The share of its peak that the learning rate has at a step of the stage."""
-        return learning_rate_factor(step, self.total, self.warmup)
-
-    def rate_after(self, epoch: int) -> float:
-        """The same when an epoch, counted from 0 over the run, has ended."""
-        return self.rate((epoch + 1 - self.start) * self.steps)
+    def rate_after(self, epoch: int, steps: int = 0) -> float:
+        """The learning rate's share of its peak after an epoch, counted from 0 over the run, and so many steps."""
+        return learning_rate_factor((epoch + 1 - self.start) * self.steps + steps, self.total, self.warmup)
 
     def epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training images, counted from 0 over the run; the mean of each loss term.
@@ -122,32 +180,31 @@ class Learner:
             InputError: embeddings became NaN or infinite; the samples are named.
         """
         self._seed(epoch)
-        began, count, sums = time.perf_counter(), 0, dict[str, Tensor]()
-        strange = NonFinite(self.job.fabric.device, first_batch_only=True)
+        start, count, sums = time.perf_counter(), 0, dict[str, Tensor]()
+        non_finite = NonFinite(self.job.fabric.device, first_batch_only=True)
         self.stage.train()
         with bar(f"Epoch {epoch + 1}", self.batches) as advance:
             for number, (images, labels, ids) in enumerate(self.stage.train_loader):
                 step, place = divmod(number, self.job.config.train.accumulate)
-                terms, rows = self._batch(number, images, labels, ids, strange)
+                terms, rows = self._batch(number, images, labels, ids, non_finite)
                 if place + 1 == self._parts(number):
-                    self._step((epoch - self.start) * self.steps + step)
+                    self._step(self.rate_after(epoch - 1, step))
                 for name, value in terms.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value * rows
                 count += rows
                 if (number + 1) % self.job.config.push.anchor_refresh == 0 or number + 1 == self.batches:
                     self.stage.refresh()
                 advance(1)
-        raise_on_all_ranks(lambda: self._refuse(strange))
+        raise_on_all_ranks(lambda: self._refuse(non_finite))
         means = {name: float(value) / count for name, value in sums.items()}
-        return means | {"images_per_second": count / (time.perf_counter() - began)}
+        return means | {"images_per_second": count / (time.perf_counter() - start)}
 
     def _seed(self, epoch: int) -> None:
         """An epoch's randomness depends on nothing that came before it, so that a run can go on from any epoch."""
-        seed = self.job.config.train.seed
         self.stage.train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        own = seed_of(seed, epoch, rank_and_size()[0])
-        self.stage.train_loader.generator.manual_seed(own)
-        self.job.fabric.seed_everything(own, verbose=False)
+        seed = seed_of(self.job.config.train.seed, epoch, rank_and_size()[0])
+        self.stage.train_loader.generator.manual_seed(seed)
+        self.job.fabric.seed_everything(seed, verbose=False)
 
     def _parts(self, number: int) -> int:
         """How many batches make the step that a batch belongs to."""
@@ -155,7 +212,7 @@ class Learner:
         return min(every, self.batches - number // every * every)
 
     def _batch(
-        self, number: int, images: Tensor, labels: Tensor, ids: Tensor, strange: NonFinite
+        self, number: int, images: Tensor, labels: Tensor, ids: Tensor, non_finite: NonFinite
     ) -> tuple[dict[str, Tensor], int]:
         """Forwards and backwards; the loss and its terms, and the batch's size, over all processes."""
         device = self.job.fabric.device
@@ -164,15 +221,15 @@ class Learner:
         waits = rank_and_size()[1] > 1 and number % self.job.config.train.accumulate + 1 < parts
         with self.job.fabric.no_backward_sync(self.model) if waits else nullcontext():
             out: HeadOutput = self.model(images)
-            strange.update(out.embeddings, ids.to(device))
+            non_finite.update(out.embeddings, ids.to(device))
             out = out._replace(logits=all_gather_rows(out.logits), similarities=all_gather_rows(out.similarities))
             labels = all_gather_rows(labels)
             loss, terms = self.loss(out, labels, self.job.head.proto_manager)
             self.job.fabric.backward(loss / parts)
         return {"loss": loss.detach(), **terms}, len(labels)
 
-    def _step(self, step: int) -> None:
-        set_rate(self.optimizer, self.rate(step))
+    def _step(self, rate: float) -> None:
+        set_rate(self.optimizer, rate)
         norm = self.job.config.train.clip_norm
         if norm is not None:
             self.job.fabric.clip_gradients(self.model, self.wrapped, max_norm=norm, error_if_nonfinite=False)
@@ -181,13 +238,13 @@ class Learner:
         if self.ema is not None:
             self.ema.update()
 
-    def _refuse(self, strange: NonFinite) -> None:
-        bad, smallest = strange.found()
+    def _refuse(self, non_finite: NonFinite) -> None:
+        bad, smallest = non_finite.found()
         if bad:
             names = [self.job.train.samples[i].name for i in smallest]
             raise InputError(
                 f"NaN or infinite features in {bad} samples of one batch: {listing(names, 10)}; expected finite ones; "
-                "look at these images and at the weights, or lower the learning rate"
+                "check these images and the weights, or lower the learning rate"
             )
 
     def validate(self, where: str) -> dict[str, Any] | None:
@@ -207,32 +264,29 @@ class Learner:
             yield
 
     def push(self, epoch: int, before: dict[str, Any] | None) -> dict[str, Any]:
-        """A push after an epoch, counted from 1; its line of ``metrics.jsonl``."""
-
-        def measured() -> dict[str, Any] | None:
-            if self.ema is not None:
-                self.ema.take(self.job.head.proto_manager)
-            return self.validate(f"epoch {epoch} after its push")
-
-        return push_between(self.job, self.stage, epoch, before, self.optimizer, measured)
+        """A push after an epoch, counted from 1, guarded; its line of ``metrics.jsonl``."""
+        with self.job.fabric.autocast():
+            momentum, stage = self.job.config.push.momentum, self.stage
+            report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
+            resized = resize(self.job, stage, self.optimizer)
+        if self.ema is not None:
+            self.ema.take(self.job.head.proto_manager)
+        return push_row(report, epoch, before, self.validate(f"epoch {epoch} after its push")) | resized
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epochs depend on, as plain values and tensors."""
         return {
-            "model": self.stage.model.state_dict(),
             "anchors": plain_anchors(self.job.head.proto_manager.anchors),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.job.fabric.strategy.precision.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "best": self.best.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts_to_save().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
-        self.stage.model.load_state_dict(state["model"])
         self.job.head.proto_manager.anchors = anchors_from(state["anchors"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.job.fabric.strategy.precision.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.best.load_state_dict(state["best"])
+        for name, part in self._parts_to_save().items():
+            part.load_state_dict(state[name])
+
+    def _parts_to_save(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"model": self.stage.model, "optimizer": self.optimizer, "best": self.best}
+        parts["scaler"] = self.job.fabric.strategy.precision
+        return parts if self.ema is None else parts | {"ema": self.ema}
