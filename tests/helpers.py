@@ -16,11 +16,11 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from protopush.data.sources.isic2018 import CLASSES as ISIC_CLASSES
 from torch import Tensor, nn
 
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
+from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 from protopush.nn.prototypes import PrototypeManager
 
 # Data.
