@@ -165,7 +165,7 @@ def refuse_other_options(folder: Path, config: RunConfig) -> None:
     other = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
     if other:
         raise InputError(
-            f"the run in {folder} was begun with other options ({listing(other, 5)}); give the same, or train again "
+            f"the run in {folder} was started with other options ({listing(other, 5)}); give the same, or train again "
             "with --overwrite true"
         )
 
