@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from protopush.backbones.fusion import fused_model
 from protopush.backbones.hugging_face import hugging_face_model
-from protopush.backbones.layouts import (
-    LAYOUTS,
-    Tokens,
-    choose_layout,
-    dry_run,
-    features_of,
-    stop_unused,
-    token_stride,
-)
+from protopush.backbones.layouts import LAYOUTS, dry_run, features_of, layout_of, stop_unused
 from protopush.backbones.timm_models import BuiltModel, preprocessing_of, timm_model
 from protopush.backbones.weights import load_weights
 from protopush.data.transforms import Preprocessing
@@ -100,9 +92,7 @@ class Backbone(nn.Module):
         self._trainable: tuple[str, ...] = ()
         self.recipe = _as_json(recipe)
         output = dry_run(model, preprocessing.size, name, with_graph=only_used)
-        self.layout = choose_layout(model, output, name, layout)
-        prefix = getattr(model, "num_prefix_tokens", 0) if prefix_tokens is None else prefix_tokens
-        self.tokens = Tokens(prefix, token_stride(model, output, preprocessing.size, prefix))
+        self.layout, self.tokens = layout_of(model, output, preprocessing.size, name, layout, prefix_tokens)
         patches, self.grid = self._read(output, preprocessing.size)
         self.channels = patches.shape[-1]
         if only_used:

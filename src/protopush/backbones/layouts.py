@@ -82,16 +82,23 @@ def stop_unused(model: nn.Module, output: Tensor) -> None:
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
 
 
-def choose_layout(model: nn.Module, output: Tensor, name: str, wanted: str | None) -> str:
-    """The layout that is wanted, or that the model declares (``output_fmt``, a string or timm's Format)."""
+def layout_of(
+    model: nn.Module, output: Tensor, size: tuple[int, int], name: str, layout: str | None, prefix_tokens: int | None
+) -> tuple[str, Tokens]:
+    """The layout that is wanted, or that the model declares (``output_fmt``: text or timm's Format), and its tokens.
+
+    Raises:
+        InputError: it is no key of ``LAYOUTS``.
+    """
     declared = getattr(model, "output_fmt", "NCHW")
-    layout = wanted or ("NLC" if output.ndim == 3 else str(getattr(declared, "value", declared)))
+    layout = layout or ("NLC" if output.ndim == 3 else str(getattr(declared, "value", declared)))
     if layout not in LAYOUTS:
         raise InputError(f"{name} has an unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}; give layout=")
-    return layout
+    prefix = getattr(model, "num_prefix_tokens", 0) if prefix_tokens is None else prefix_tokens
+    return layout, Tokens(prefix, _token_stride(model, output, size, prefix))
 
 
-def token_stride(model: nn.Module, output: Tensor, size: tuple[int, int], prefix: int) -> tuple[float, float]:
+def _token_stride(model: nn.Module, output: Tensor, size: tuple[int, int], prefix: int) -> tuple[float, float]:
     """Pixels of one cell: what the model declares, or a patch doubled in each stage; else cells as square as can be."""
     if output.ndim != 3:
         return Tokens().stride
