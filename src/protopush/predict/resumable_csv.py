@@ -59,7 +59,7 @@ class ResumableCsv:
             return self._resumed()
         elif self._parts():
             raise InputError(
-                f"{self.out} was begun, but {self._side.name}, which says with what, is gone; expected both; add "
+                f"{self.out} was started, but {self._side.name}, which says with what, is gone; expected both; add "
                 "--overwrite to start again"
             )
         elif self.out.exists():
@@ -77,8 +77,8 @@ class ResumableCsv:
         for what, value in self.belongs.items():
             if before.get(what) != value:
                 raise InputError(
-                    f"{self.out} was begun with other {what}: {before.get(what)}, and now {value}; expected the same, "
-                    "or --overwrite to start again"
+                    f"{self.out} was started with other {what}: {before.get(what)}, and now {value}; expected the "
+                    "same, or --overwrite to start again"
                 )
         if values.get("in_place"):
             self._remove_side_and_parts()
