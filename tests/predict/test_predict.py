@@ -343,7 +343,7 @@ def test_killed_and_started_again(home, tmp_path, capsys):
         [*command, "--data.num_workers", "1"], start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    part, until = tmp_path / ".o.csv.part-0", time.monotonic() + 60
+    part, until = tmp_path / ".o.csv.part-0", time.monotonic() + 300
     while not (part.exists() and part.stat().st_size > 5000) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.002)

@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_its_own_options_only(home, tmp_path, monkeypatch, ca
             main(words(home, tmp_path / "run", *FROZEN))
     capsys.readouterr()
     assert main([*words(home, tmp_path / "run", *FROZEN, "--train.lr", "0.5"), "--resume"]) == 2
-    assert "begun with other options (train.lr was 0.001, is 0.5)" in capsys.readouterr().err
+    assert "started with other options (train.lr was 0.001, is 0.5)" in capsys.readouterr().err
     assert main([*words(home, tmp_path / "run", *FROZEN, "--train.lr", "0.5")]) == 2
     assert "add --resume to go on with it" in capsys.readouterr().err
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"

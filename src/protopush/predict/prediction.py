@@ -46,7 +46,7 @@ def predict(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a CSV with a row for each image: what the run predicts, and the training patches that explain it.
+    """Write a CSV with a row for each image: what the run predicts, and the training patches that are most like it.
 
     Called again with the same arguments after it was cut off, at any moment, it goes on where it stopped and ends
     with the same bytes. Under ``torch.distributed`` every process calls it, and each has a share of the images; the

@@ -77,8 +77,8 @@ class ResumableCsv:
         for what, value in self.belongs.items():
             if before.get(what) != value:
                 raise InputError(
-                    f"{self.out} was started with other {what}: {before.get(what)}, now {value}; expected the same, "
-                    "or --overwrite to start again"
+                    f"{self.out} was started with other {what}: {before.get(what)}, and now {value}; expected the "
+                    "same, or --overwrite to start again"
                 )
         if values.get("in_place"):
             self._remove_side_and_parts()

@@ -1,4 +1,4 @@
-"""On which devices a run goes, and in how many processes."""
+"""Lightning Fabric: the devices and processes of a run."""
 
 from __future__ import annotations
 

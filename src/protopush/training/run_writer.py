@@ -45,21 +45,22 @@ class RunWriter:
 
     def start(self) -> None:
         """An empty folder with ``config.yaml``: every option as it was resolved."""
-        broadcast_from_rank_zero(lambda: clear_folder(self.folder))
         text = yaml.safe_dump(asdict(self.config), sort_keys=False)
         file = self.folder / "config.yaml"
+        broadcast_from_rank_zero(lambda: clear_folder(self.folder))
         broadcast_from_rank_zero(lambda: write_atomic(file, lambda path: path.write_text(text, encoding="utf-8")))
         self._track(None)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Forget what was written after a checkpoint."""
-        broadcast_from_rank_zero(lambda: self._cut(saved["metrics_bytes"]))
-        self._track(saved["epoch"])
 
-    def _cut(self, length: int) -> None:
-        os.truncate(self.folder / "metrics.jsonl", length)
-        for left in self.folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        def cut() -> None:
+            os.truncate(self.folder / "metrics.jsonl", saved["metrics_bytes"])
+            for left in self.folder.rglob(".*.tmp"):
+                left.unlink(missing_ok=True)
+
+        broadcast_from_rank_zero(cut)
+        self._track(saved["epoch"])
 
     def _track(self, resumed_at: int | None) -> None:
         if rank_and_size()[0] == 0:

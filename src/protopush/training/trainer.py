@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,10 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
     fabric = make_fabric(trainer.device, trainer.precision, trainer.devices, trainer.num_nodes)
     with quiet():
         fabric.launch()
-    if resume and broadcast_from_rank_zero(lambda: _whole(out, config)):
+    whole, saved = broadcast_from_rank_zero(lambda: _found(out, config, overwrite, resume))
+    if whole:
         logger.info("%s is whole: nothing is left to do", out)
         return open_run(out)
-    broadcast_from_rank_zero(lambda: check_trackers(trainer.track))
-    saved = broadcast_from_rank_zero(lambda: _saved(out, config, overwrite, resume))
     job = prepare(config, fabric)
     with RunWriter(out, config) as writer:
         stage = fit(job, writer, saved)
@@ -67,18 +66,16 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
     return run
 
 
-def _whole(out: Path, config: RunConfig) -> bool:
-    whole = (out / "config.json").is_file()
-    if whole:
+def _found(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a run is there that is whole, else the checkpoint to go on with; what is in the way is refused."""
+    if resume and (out / "config.json").is_file():
         refuse_other_options(out, config)
-    return whole
-
-
-def _saved(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> dict[str, Any] | None:
+        return True, None
+    check_trackers(config.trainer.track)
     saved = load_checkpoint(out, config) if resume else None
     if saved is None:
         fresh_folder(out, overwrite or resume)
-    return saved
+    return False, saved
 
 
 def _save(job: Job, out: Path) -> Run:
@@ -249,19 +246,12 @@ class Trainer:
 
     def validate(self, where: str) -> dict[str, Any] | None:
         """The metrics on the validation images, of the average where there is one; the best state is remembered."""
-        with self._averaged():
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            if self.ema is not None:
+                self.stage.refresh()
             metrics = on_validation(self.job, self.stage)
             self.best.see(metrics, where)
         return metrics
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        with self.ema.applied():
-            self.stage.refresh()
-            yield
 
     def push(self, epoch: int, before: dict[str, Any] | None) -> dict[str, Any]:
         """A push after an epoch, counted from 1, guarded; its line of ``metrics.jsonl``."""
@@ -275,18 +265,16 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epochs depend on, as plain values and tensors."""
-        return {
-            "anchors": plain_anchors(self.job.head.proto_manager.anchors),
-            **{name: part.state_dict() for name, part in self._parts_to_save().items()},
-        }
+        state = {name: part.state_dict() for name, part in self._saved().items()}
+        return state | {"anchors": plain_anchors(self.job.head.proto_manager.anchors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
-        self.job.head.proto_manager.anchors = anchors_from(state["anchors"])
-        for name, part in self._parts_to_save().items():
+        for name, part in self._saved().items():
             part.load_state_dict(state[name])
+        self.job.head.proto_manager.anchors = anchors_from(state["anchors"])
 
-    def _parts_to_save(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.stage.model, "optimizer": self.optimizer, "best": self.best}
         parts["scaler"] = self.job.fabric.strategy.precision
         return parts if self.ema is None else parts | {"ema": self.ema}
