@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,12 +18,11 @@ from protopush.data.transforms import EvalTransform, Preprocessing, View
 from protopush.errors import InputError
 from protopush.explain import explain_batch, explain_image
 from protopush.explain.checked_region import checked_regions
+from protopush.explain.figure_style import upsampled
 from protopush.explain.neighbours import find_neighbours
-from protopush.explain.overlay import upsampled
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.prototypes import Anchor
-from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 
 # Maps.
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from protopush.explain.explanation import ClassEvidence, Explanation
-from protopush.explain.rows import decimal, file_name, percent
+from protopush.explain.figure_style import decimal, file_name, percent
 
 
 def message(text: str, kind: str = "note") -> str:

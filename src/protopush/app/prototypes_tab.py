@@ -19,9 +19,9 @@ from protopush.app.run_store import Desk
 from protopush.app.usage_worker import Lookout, Use
 from protopush.data.images import read_image
 from protopush.errors import InputError
-from protopush.explain.drawing import COLOURS, part_tile
+from protopush.explain.figure_canvas import part_and_whole, part_tile
+from protopush.explain.figure_style import COLOURS, decimal, file_name
 from protopush.explain.neighbours import Neighbour, Neighbours
-from protopush.explain.rows import decimal, file_name, part_and_whole
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
 from protopush.push.certificate import file_within

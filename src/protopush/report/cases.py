@@ -14,7 +14,7 @@ from torch import Tensor
 from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
 from protopush.explain import ClassEvidence, Explanation, explain_image
-from protopush.explain.drawing import COLOURS, Rect
+from protopush.explain.figure_style import COLOURS, Rect
 from protopush.models.model_folder import Run
 from protopush.report.context import Case, Look, Picture, Score
 from protopush.report.inline_pictures import embed, framed, heat, part

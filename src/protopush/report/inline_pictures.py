@@ -15,7 +15,7 @@ from PIL import Image
 from protopush.data.images import read_image
 from protopush.data.transforms import Box
 from protopush.errors import InputError
-from protopush.explain.drawing import Rect, scaled
+from protopush.explain.figure_style import Rect, scaled
 from protopush.report.context import Frame, Picture
 
 QUALITY = 80

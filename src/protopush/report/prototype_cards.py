@@ -9,7 +9,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from protopush.explain.drawing import scaled
+from protopush.explain.figure_style import scaled
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
