@@ -557,7 +557,7 @@ def test_why_not_asks_for_the_pictures_of_both_classes_and_compares_their_bars()
     assert asked == [(0, 0), (1, 0)]
     half = (WIDE.content - BETWEEN) // 2
     ends = (WIDE.margin + half, WIDE.margin + WIDE.content)  # the words are on the right of each half
-    halves = [picture.crop((end - 250, 0, end, picture.height)) for end in ends]
+    halves = [picture.crop((end - 256, 0, end, picture.height)) for end in ends]
     bars = [(np.asarray(half) == COLOURS[0]).all(axis=-1).sum(axis=1).max() for half in halves]
     assert bars[1] == pytest.approx(bars[0] / 2, abs=2)
     with pytest.raises(InputError, match="rows is 0"):

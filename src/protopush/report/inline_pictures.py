@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
 from protopush.data.images import read_image
 from protopush.data.transforms import Box
 from protopush.errors import InputError
-from protopush.explain.figure_style import Rect, scaled
+from protopush.explain.figure_style import Rect, map_colours, scaled
 from protopush.report.context import Frame, Picture
 
 QUALITY = 80
@@ -95,7 +94,7 @@ def heat(
     x0, y0, x1, y1 = (round(edge) for edge in seen)
     even = (cells - low) / (high - low) if high > low else np.zeros_like(cells)
     smooth = Image.fromarray(even.astype(np.float32)).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
-    colours = colormaps["viridis"](np.asarray(smooth).clip(0, 1), bytes=True)[..., :3]
+    colours = map_colours(np.asarray(smooth).clip(0, 1))[..., :3]
     result = picture.convert("L").convert("RGB")
     result.paste(Image.blend(result.crop((x0, y0, x1, y1)), Image.fromarray(colours), HEAT), (x0, y0))
     return embed(result, side, side, alt, sharp), (low, high)
