@@ -10,30 +10,15 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from protopush.data.transforms import Box, View
-from protopush.explain.figure_style import (
-    INK,
-    MUTED,
-    PAPER,
-    RULE,
-    TILE,
-    Colour,
-    Map,
-    Rect,
-    Sizes,
-    colour,
-    font_of,
-    map_colours,
-    scaled,
-    upsampled,
-    wrapped,
-)
+from protopush.explain import figure_style as style
+from protopush.explain.figure_style import INK, MUTED, PAPER, RULE, TILE, Colour, Map, Rect
 from protopush.nn.prototypes import Anchor
 
 
 class Page:
     """Paper of a fixed width that grows downwards. Each call draws at a place and returns the y below what it drew."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: style.Sizes) -> None:
         self.sizes = sizes
         self.paper = Image.new("RGB", (sizes.width, 1), PAPER)
 
@@ -48,10 +33,10 @@ class Page:
         self, x: int, y: int, text: str, size: int, width: int, ink: Colour = INK, most: int = 1, along: float = 0.0
     ) -> int:
         """Text on at most so many lines; ``along`` is 0 for the left, 0.5 for the middle, 1 for the right."""
-        lines, step = wrapped(text, size, width, most), round(1.35 * size)
+        lines, step = style.wrapped(text, size, width, most), round(1.35 * size)
         draw, anchor = self._reach(y + step * len(lines)), "lmr"[round(2 * along)] + "m"
         for i, line in enumerate(lines):
-            font = font_of(line, size)
+            font = style.font_of(line, size)
             start = max(0, -font.getbbox(line)[0]) if along == 0 else 0  # a T or j begins left of its place
             at = (x + width * along + start, y + (i + 0.5) * step)
             draw.text(at, line, fill=ink, font=font, anchor=anchor)
@@ -95,9 +80,9 @@ class Page:
 def draw_badge(picture: Image.Image, corner: Sequence[float], number: int, side: int) -> None:
     """Draw a match's number, from 0, in its colour, into a picture."""
     draw = ImageDraw.Draw(picture)
-    (x, y), fill, text = (round(corner[0]), round(corner[1])), colour(number), str(number + 1)
+    (x, y), fill, text = (round(corner[0]), round(corner[1])), style.colour(number), str(number + 1)
     bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 130
-    font = font_of(text, round(side * (0.66 if len(text) < 3 else 0.45)))
+    font = style.font_of(text, round(side * (0.66 if len(text) < 3 else 0.45)))
     draw.rectangle((x, y, x + side - 1, y + side - 1), fill=fill, outline=(0, 0, 0))
     draw.text((x + side / 2, y + side / 2), text, font=font, fill=INK if bright else PAPER, anchor="mm")
 
@@ -139,11 +124,11 @@ def tile(picture: Image.Image, side: int) -> Image.Image:
 def empty_tile(side: int, words: str, size: int) -> Image.Image:
     """A grey square with a few words, where there is no picture; ``size`` is that of the text."""
     square = Image.new("RGB", (side, side), TILE)
-    draw, lines = ImageDraw.Draw(square), wrapped(words, size, side - 12, most=3)
+    draw, lines = ImageDraw.Draw(square), style.wrapped(words, size, side - 12, most=3)
     draw.rectangle((0, 0, side - 1, side - 1), outline=RULE)
     for i, line in enumerate(lines):
         at = (side / 2, side / 2 + (i - (len(lines) - 1) / 2) * 1.35 * size)
-        draw.text(at, line, fill=MUTED, font=font_of(line, size), anchor="mm")
+        draw.text(at, line, fill=MUTED, font=style.font_of(line, size), anchor="mm")
     return square
 
 
@@ -156,7 +141,7 @@ def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int) -> Image.
     scale = side / max(wide, high)
     size = (max(1, round(wide * scale)), max(1, round(high * scale)))
     crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + wide, top + high))
-    draw_box(crop, scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), (wide, high), size), ink)
+    draw_box(crop, style.scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), (wide, high), size), ink)
     return tile(crop, side)
 
 
@@ -180,8 +165,8 @@ def part_and_whole(
     if anchor.box is None:
         return empty_tile(side, "place unknown", text), tile(whole, side)
     original = anchor.image_size or picture.size
-    draw_box(whole, scaled(anchor.box, original, whole.size), ink, line=2)
-    part = part_tile(picture, scaled(anchor.box, original, picture.size), ink, side)
+    draw_box(whole, style.scaled(anchor.box, original, whole.size), ink, line=2)
+    part = part_tile(picture, style.scaled(anchor.box, original, picture.size), ink, side)
     return part, tile(whole, side)
 
 
@@ -201,9 +186,9 @@ def with_map(picture: Image.Image, similarities: Map, view: View) -> Image.Image
         >>> shown.getpixel((39, 10))  # yellow: the right side of the middle third
         (209, 195, 69)
     """
-    values = upsampled(similarities, view, picture.size)
+    values = style.upsampled(similarities, view, picture.size)
     low, high, hidden = np.min(similarities), np.max(similarities), np.isnan(values)
-    layer = map_colours(np.nan_to_num((values - low) / max(high - low, 1e-9)).clip(0, 1))
+    layer = style.map_colours(np.nan_to_num((values - low) / max(high - low, 1e-9)).clip(0, 1))
     layer[hidden] = (0, 0, 0, 166)
     layer[hidden & _lines(hidden.shape)] = (160, 160, 160, 166)
     grey = picture.convert("L").convert("RGBA")
@@ -218,7 +203,7 @@ def colour_bar(width: int, height: int) -> Image.Image:
 
 def with_unseen(picture: Image.Image, view: View) -> Image.Image:
     """The whole picture, of any size, paler and hatched where the model did not see it."""
-    hidden = np.isnan(upsampled([[0.0]], view, picture.size))
+    hidden = np.isnan(style.upsampled([[0.0]], view, picture.size))
     shown = np.array(picture, dtype=np.float64)
     shown[hidden] = 0.5 * shown[hidden] + 0.5 * 255
     shown[hidden & _lines(hidden.shape)] *= 0.7
@@ -243,7 +228,7 @@ def with_outline(picture: Image.Image, boxes: Sequence[Box], size: tuple[int, in
     """
     shown, inside = picture.copy(), np.zeros(picture.size[::-1], dtype=np.uint8)
     for box in boxes:
-        x0, y0, x1, y1 = (round(edge) for edge in scaled(box, size, picture.size))
+        x0, y0, x1, y1 = (round(edge) for edge in style.scaled(box, size, picture.size))
         inside[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 255
     for ink, grown, shrunk in (((0, 0, 0), 1, line + 1), ((255, 255, 255), 0, line)):
         # beyond the picture nothing is inside, so that its edge is a border too
@@ -265,7 +250,7 @@ def with_numbers(picture: Image.Image, boxes: Sequence[Rect], badge: int) -> Ima
     for i, (x0, y0, x1, y1) in reversed([*enumerate(boxes)]):  # the outer over the inner: its lines lie outside
         others, room = boxes.count(boxes[i]) - 1, max(0, (min(x1 - x0, y1 - y0) - 8) / 2)
         inset = boxes[:i].count(boxes[i]) * min(4, room / max(others, 1))
-        draw_box(shown, (x0 + inset, y0 + inset, x1 - inset, y1 - inset), colour(i), 2 if others else 3)
+        draw_box(shown, (x0 + inset, y0 + inset, x1 - inset, y1 - inset), style.colour(i), 2 if others else 3)
     for i, box in enumerate(boxes):
         places = _places(box, shown.size, badge)
         costs = [9 * _common(place, placed) + _common(place, boxes) for place in places]

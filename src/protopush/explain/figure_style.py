@@ -113,7 +113,7 @@ def colour(number: int) -> Colour:
 
 
 def percent(share: float) -> str:
-    """A share of 1 with one digit after the point; what is not quite nothing or all never looks like it.
+    """A share of 1 with one digit after the point; only exactly 0 and 1 are written as nothing and all.
 
     Example:
         >>> percent(0.6081), percent(0.99999), percent(0.00001), percent(0), percent(1)

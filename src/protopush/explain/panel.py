@@ -148,7 +148,7 @@ class _Evidence(canvas.Page):
         return canvas.with_numbers(large, boxes, self.sizes.badge)
 
     def rows(self, evidence: ClassEvidence, x: int, y: int, width: int, side: int, maps: bool = True) -> int:
-        """The prototypes of a class: where it is similar, the part there and the part that it looks like, numbers."""
+        """The prototypes of a class: where each is similar, this part and that part, words and numbers."""
         sizes, gap, one = self.sizes, self.sizes.gap, "image" if self.whole else "part"
         where = ["the image" if self.whole else "where it is similar"] * maps
         parts = [f"this {one}", f"looks like that {one}" if maps else "looks like that", "of this image"]
