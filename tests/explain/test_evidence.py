@@ -17,8 +17,8 @@ from protopush.data.transforms import EvalTransform, Preprocessing, View
 from protopush.errors import InputError
 from protopush.explain import explain_batch, explain_image
 from protopush.explain.checked_region import checked_regions
+from protopush.explain.figure_style import upsampled
 from protopush.explain.neighbours import find_neighbours
-from protopush.explain.overlay import upsampled
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.prototypes import Anchor

@@ -6,31 +6,28 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from protopush.data.images import read_image
 from protopush.data.transforms import View
 from protopush.errors import InputError
 from protopush.explain import ClassEvidence, Explanation, Match, draw_gallery, draw_panel, draw_why_not, explain_image
 from protopush.explain.checked_region import Region
-from protopush.explain.drawing import (
+from protopush.explain.figure_canvas import Page, draw_box, resized, with_map, with_outline, with_unseen
+from protopush.explain.figure_style import (
     COLOURS,
     INK,
     NARROW,
     WIDE,
-    above,
-    beside,
-    draw_box,
     fit_text,
-    resized,
+    percent,
+    region_words,
     text_width,
-    words,
+    unseen_share,
     wrapped,
 )
 from protopush.explain.neighbours import Neighbour, Neighbours
-from protopush.explain.overlay import unseen_share, with_map, with_outline, with_unseen
 from protopush.explain.panel import BETWEEN, LEFT
-from protopush.explain.rows import region_words
 from protopush.nn.prototypes import Anchor
 from test_explain import GRID, MARKED, NAMES, TRANSFORM, bright_match, brightness_model, marked_picture
 
@@ -64,6 +61,12 @@ def where(picture, colour):
     """(x0, y0, x1, y1) around all pixels of exactly this colour."""
     rows, columns = np.nonzero((np.asarray(picture) == colour).all(axis=-1))
     assert len(rows), f"no pixel of colour {colour}"
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def where_not(picture, colour):
+    """(x0, y0, x1, y1) around all pixels of other colours."""
+    rows, columns = np.nonzero((np.asarray(picture) != colour).any(axis=-1))
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
@@ -117,11 +120,9 @@ def test_draw_box_of_any_size(box):
 @pytest.mark.parametrize("width", [30, 100, 333])
 def test_fit_text_never_overflows(text, width):
     fitted = fit_text(text, 16, width)
-    ascii_font = ImageFont.load_default(16)
     assert "..." in fitted
     assert "\n" not in fitted
-    if text.isascii():
-        assert width * 0.6 - 12 < ascii_font.getlength(fitted) <= width
+    assert width * 0.6 - 12 < text_width(fitted, 16) <= width
 
 
 def test_fit_text_keeps_short_text_and_both_ends_of_long():
@@ -148,15 +149,33 @@ def test_wrapped_text_is_whole_or_says_that_it_is_not():
     assert text_width(long_word, 16) <= 100
 
 
-def test_blocks_lie_side_by_side_and_never_over_each_other():
-    red, blue = Image.new("RGB", (30, 10), (255, 0, 0)), Image.new("RGB", (8, 20), (0, 0, 255))
-    row, column = beside([red, blue], gap=5, across=0.5), above([red, blue], gap=5)
-    assert (row.size, where(row, (255, 0, 0)), where(row, (0, 0, 255))) == ((43, 20), (0, 5, 30, 15), (35, 0, 43, 20))
-    assert (column.size, where(column, (0, 0, 255))) == ((30, 35), (0, 15, 8, 35))
-    assert words("w" * 99, 16, 70, most=3).width == words("", 16, 70).width == 70
-    right = np.asarray(words("I", 16, 70, along=1.0)).min(axis=(0, 2))
-    assert (right[:50] == 255).all()
-    assert (right[50:] < 255).any()
+def test_what_is_drawn_lies_side_by_side_and_below_each_other_on_paper_that_grows():
+    page = Page(WIDE)
+    red, blue = Image.new("RGB", (30, 10), (255, 0, 0)), Image.new("RGB", (30, 20), (0, 0, 255))
+    below = page.columns(32, 40, [red, blue], width=30, gap=5)
+    assert below == 60
+    assert page.picture(32, below + 9000, red) == 9070
+    drawn = page.done(9070)
+    assert drawn.size == (WIDE.width, 9070 + WIDE.margin)
+    assert where(drawn.crop((0, 0, WIDE.width, 100)), (255, 0, 0)) == (32, 40, 62, 50)
+    assert where(drawn, (0, 0, 255)) == (67, 40, 97, 60)
+    assert where(drawn, (255, 0, 0)) == (32, 40, 62, 9070)
+
+
+def test_text_stays_in_its_column():
+    for text, along in (("w" * 99, 0.0), ("W i " * 40, 0.5), ("I", 1.0)):
+        page = Page(WIDE)
+        bottom = page.text(100, 50, text, 16, 70, most=3, along=along)
+        x0, y0, x1, y1 = where_not(page.done(bottom), (255, 255, 255))
+        assert 100 <= x0 < x1 <= 171
+        assert 50 <= y0 < y1 <= bottom
+    assert x0 > 150  # the last one is on the right
+    assert page.text(100, 50, "", 16, 70) == 50
+
+
+def test_one_way_to_write_a_percentage():
+    written = {0: "0%", 1e-9: "<0.1%", 0.0006: "0.1%", 0.5: "50.0%", 0.99949: "99.9%", 0.9996: ">99.9%", 1: "100%"}
+    assert {share: percent(share) for share in written} == written
 
 
 # What lies over pictures.
@@ -383,8 +402,8 @@ def test_the_anchor_is_cropped_from_a_picture_of_any_size(size):
         Image.new("RGB", (300, 100), GREY),
         lambda c, k: marked_source(size),
     )
-    # the part is half as wide as its tile of 152 pixels: 76 with 3 of frame on each side; in the whole picture it is 19
-    assert 66 * 66 <= count(panel, PINK) <= 70 * 70 + 19 * 19
+    # the part is half as wide as its tile of 164 pixels: 82 with 3 of frame on each side; in the whole picture it is 21
+    assert 72 * 72 <= count(panel, PINK) <= 76 * 76 + 21 * 21
     gallery = draw_gallery(["mel"], lambda c, k: an_anchor(), lambda c, k: marked_source(size), 1, 1)
     assert 52 * 52 <= count(gallery, PINK) <= 60 * 60 + 16 * 16
 
@@ -427,7 +446,7 @@ def test_a_class_without_a_prototype_in_use(written):
 def test_bars_are_as_long_as_the_contributions():
     matches = [a_match(k=0, contribution=2.0), a_match(k=1, contribution=1.0), a_match(k=2, contribution=-0.5)]
     panel = draw_panel(an_explanation(matches, others=0), Image.new("RGB", (300, 100), GREY), no_picture)
-    right = panel.crop((panel.width - 300, 0, panel.width, panel.height))
+    right = panel.crop((panel.width - 340, 0, panel.width, panel.height))
     first, second = ((np.asarray(right) == COLOURS[i]).all(axis=-1).sum(axis=1).max() for i in (0, 1))
     assert second == pytest.approx(first / 2, abs=2)
     badge = WIDE.badge**2
@@ -468,9 +487,11 @@ def test_what_a_region_says():
     match = a_match()
     assert (
         region_words(a_region(match))
-        == "hiding the outlined 6% (50% of it in the box) takes the similarity from 0.81 to 0.42"
+        == "hiding the outlined 6.1% (50.0% of it in the box) takes the similarity from 0.81 to 0.42"
     )
-    assert "outlined <1%" in region_words(a_region(match, share=0.004))
+    assert "outlined 0.4%" in region_words(a_region(match, share=0.004))
+    assert "outlined <0.1%" in region_words(a_region(match, share=0.0004))
+    assert "(100% of it" in region_words(a_region(match, in_box=1.0))
     unexplained = a_region(match, boxes=[], share=0.0, hidden=0.81, blurred=0.85, reached=False)
     assert region_words(unexplained) == "no region explains it: the blurred picture is as similar (0.85)"
     assert "hardly matters" in region_words(a_region(match, hidden=0.808, blurred=0.807))
@@ -534,7 +555,9 @@ def test_why_not_asks_for_the_pictures_of_both_classes_and_compares_their_bars()
         explanation, "nv", Image.new("RGB", (300, 100), GREY), lambda c, k: asked.append((c, k)), rows=1
     )
     assert asked == [(0, 0), (1, 0)]
-    halves = [picture.crop((x, 0, x + 740, picture.height)) for x in (0, 740)]
+    half = (WIDE.content - BETWEEN) // 2
+    ends = (WIDE.margin + half, WIDE.margin + WIDE.content)  # the words are on the right of each half
+    halves = [picture.crop((end - 256, 0, end, picture.height)) for end in ends]
     bars = [(np.asarray(half) == COLOURS[0]).all(axis=-1).sum(axis=1).max() for half in halves]
     assert bars[1] == pytest.approx(bars[0] / 2, abs=2)
     with pytest.raises(InputError, match="rows is 0"):

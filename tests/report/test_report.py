@@ -30,8 +30,8 @@ from protopush.data.sources import load_catalog
 from protopush.data.transforms import View
 from protopush.evaluation.compare import ROWS
 from protopush.evaluation.measure import measure
+from protopush.explain.figure_style import percent
 from protopush.explain.neighbours import find_neighbours
-from protopush.explain.rows import percent
 from protopush.metrics.glossary import TERMS, metric_text, number_groups
 from protopush.models.model_card import card
 from protopush.push.certificate import anchors_verdict, verify_anchors

@@ -13,9 +13,9 @@ from PIL import Image
 from protopush.app.page import PRIVATE, decision_fields, message, render
 from protopush.app.run_store import RunStore, UsageWorker, Use
 from protopush.errors import InputError
-from protopush.explain.drawing import COLOURS
+from protopush.explain.figure_canvas import part_and_whole
+from protopush.explain.figure_style import COLOURS
 from protopush.explain.neighbours import Neighbours
-from protopush.explain.rows import part_and_whole
 from protopush.models.model_folder import Run
 from protopush.report.prototype_cards import Cards
 from protopush.runs.decisions import Decision, in_force

@@ -1,4 +1,4 @@
-"""The region that a prototype truly depends on, found by hiding parts of the picture and looking again.
+"""The region that a prototype truly depends on, found by hiding parts of the picture and measuring again.
 
 A cell's box shows where a similarity stands on the grid; what the cell has seen may lie elsewhere (its receptive field
 is often the whole picture). Here the claim is tested: blur these pixels, and the similarity is gone.
@@ -6,7 +6,7 @@ is often the whole picture). Here the claim is tested: blur these pixels, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ class Region:
         class_index, prototype: whose region.
         boxes: the blocks, in pixels of the upright original picture; none of them can be spared.
         share: of the seen picture that they cover.
-        in_box: the share of them that lies in the box of the prototype's best cell (1: the box tells all).
+        in_box: the share of them that lies in the box of the prototype's best cell (1: the box says all).
         similarity: of the prototype and the whole picture.
         hidden: the same where the region is blurred.
         blurred: the same where everything is blurred.
@@ -90,10 +90,10 @@ def checked_regions(
     if blocks < 1 or not 0 < drop <= 1:
         raise InputError(f"blocks={blocks}, drop={drop}; expected at least 1 block, and a drop in (0, 1]")
     with preserve_state(model):
-        hiding = _Hiding(model, image, transform, torch.device(device), blocks, batch_size)
-        every = range(blocks * blocks)
+        hiding = _Hiding(model, image, transform, device, blocks, batch_size)
+        every = list(range(blocks * blocks))
         whole, blurred, *alone = hiding.similarities([[], every, *([block] for block in every)])
-        return [_region(hiding, match, whole, blurred, torch.stack(alone), drop) for match in matches]
+        return [hiding.region(match, whole, blurred, torch.stack(alone), drop) for match in matches]
 
 
 class _Hiding:
@@ -104,20 +104,19 @@ class _Hiding:
         model: ProtoModel,
         image: Image.Image,
         transform: EvalTransform,
-        device: torch.device,
+        device: str | torch.device,
         blocks: int,
         batch_size: int,
     ) -> None:
         seen = transform.visible(image)
         soft = seen.filter(ImageFilter.GaussianBlur(max(seen.size) / 10))
-        self.model, self.device, self.batch_size, self.blocks = model, device, batch_size, blocks
+        self.model, self.batch_size, self.blocks = model, batch_size, blocks
         self.sharp, self.soft = (to_tensor(picture, transform.preprocessing).to(device) for picture in (seen, soft))
         self.view: View = transform.view(image.size)
-        height, width = self.sharp.shape[1:]
-        down, across = (torch.arange(side) * blocks // side for side in (height, width))
+        down, across = (torch.arange(side) * blocks // side for side in self.sharp.shape[1:])
         self.block_of = (down.unsqueeze(1) * blocks + across).to(device)  # (H, W)
 
-    def similarities(self, hidden: Sequence[Iterable[int]]) -> list[Tensor]:
+    def similarities(self, hidden: Sequence[Sequence[int]]) -> list[Tensor]:
         """(C, K) for each set of blocks that are blurred."""
         found: list[Tensor] = []
         head = self.model.head
@@ -125,69 +124,54 @@ class _Hiding:
             some = hidden[start : start + self.batch_size]
             blur = torch.zeros(len(some), self.blocks**2, dtype=torch.bool)
             for row, blocks in enumerate(some):
-                blur[row, list(blocks)] = True
-            where = blur.to(self.device)[:, self.block_of].unsqueeze(1)
+                blur[row, blocks] = True
+            where = blur.to(self.block_of.device)[:, self.block_of].unsqueeze(1)
             output: HeadOutput = head(self.model.backbone(torch.where(where, self.soft, self.sharp)))
             found += output.similarities.double().cpu().unbind()
         return found
 
-    def box(self, block: int) -> Box:
-        return self.view.cell_box(block, (self.blocks, self.blocks))
+    def region(self, match: Match, whole: Tensor, blurred: Tensor, alone: Tensor, drop: float) -> Region:
+        """The region of a match: similarities (C, K) of the sharp and of the blurred picture, and (blocks, C, K)."""
+        place = (match.class_index, match.prototype)
+        before, after = float(whole[place]), float(blurred[place])
+        found, hidden = list[int](), before
+        if after < before:
+            order = alone[:, place[0], place[1]].argsort(stable=True).tolist()
+            found, hidden = self._needed(order, place, before - drop * (before - after))
+        boxes = [self.view.cell_box(block, (self.blocks, self.blocks)) for block in sorted(found)]
+        seen, area = self.view.cell_box(0, (1, 1)), sum(_common(box, box) for box in boxes)
+        return Region(
+            *place,
+            boxes=boxes,
+            share=area / _common(seen, seen),
+            in_box=sum(_common(box, match.box) for box in boxes) / area if boxes else None,
+            similarity=before,
+            hidden=hidden,
+            blurred=after,
+            reached=bool(found),
+        )
 
-
-def _region(hiding: _Hiding, match: Match, whole: Tensor, blurred: Tensor, alone: Tensor, drop: float) -> Region:
-    place = (match.class_index, match.prototype)
-    before, after = float(whole[place]), float(blurred[place])
-    target = before - drop * (before - after)
-    found, hidden = list[int](), before
-    if after < before:
-        order = alone[:, place[0], place[1]].argsort(stable=True).tolist()
-        found, hidden = _spared(hiding, *_first(hiding, order, place, target), place, target)
-    boxes = [hiding.box(block) for block in sorted(found)]
-    area = hiding.view.cell_box(0, (1, 1))
-    return Region(
-        *place,
-        boxes=boxes,
-        share=sum(map(_area, boxes)) / _area(area),
-        in_box=sum(_common(box, match.box) for box in boxes) / sum(map(_area, boxes)) if boxes else None,
-        similarity=before,
-        hidden=hidden,
-        blurred=after,
-        reached=bool(found),
-    )
-
-
-def _first(hiding: _Hiding, order: list[int], place: tuple[int, int], target: float) -> tuple[list[int], float]:
-    """The shortest beginning of ``order`` that is enough; all of it always is."""
-    for start in range(0, len(order), hiding.batch_size):
-        ends = range(start + 1, min(start + hiding.batch_size, len(order)) + 1)
-        for end, found in zip(ends, hiding.similarities([order[:end] for end in ends]), strict=True):
-            if float(found[place]) <= target:
-                return order[:end], float(found[place])
-    return order, target
-
-
-def _spared(
-    hiding: _Hiding, blocks: list[int], hidden: float, place: tuple[int, int], target: float
-) -> tuple[list[int], float]:
-    """The blocks without those that can be spared, the least telling (the last) tried first.
-
-    Once more after each change: what could not be spared before may be sparable then.
-    """
-    before = 0
-    while len(blocks) != before:
-        before = len(blocks)
-        for block in reversed(blocks):
-            fewer = [other for other in blocks if other != block]
-            (found,) = hiding.similarities([fewer])
-            if fewer and float(found[place]) <= target:
-                blocks, hidden = fewer, float(found[place])
-    return blocks, hidden
-
-
-def _area(box: Box) -> int:
-    return (box[2] - box[0]) * (box[3] - box[1])
+    def _needed(self, order: list[int], place: tuple[int, int], target: float) -> tuple[list[int], float]:
+        """The shortest beginning of ``order`` that is enough (all of it always is), less what can be spared of it."""
+        blocks, hidden = order, target
+        for start in range(1, len(order) + 1, self.batch_size):
+            some = [order[:end] for end in range(start, min(start + self.batch_size, len(order) + 1))]
+            values = [float(found[place]) for found in self.similarities(some)]
+            enough = [end for end, value in enumerate(values) if value <= target]
+            if enough:
+                blocks, hidden = some[enough[0]], values[enough[0]]
+                break
+        before = 0
+        while len(blocks) != before:  # what could not be spared before may be sparable after a change
+            before = len(blocks)
+            for block in reversed(blocks):  # the one that hurts least first
+                fewer = [other for other in blocks if other != block]
+                (found,) = self.similarities([fewer])
+                if fewer and float(found[place]) <= target:
+                    blocks, hidden = fewer, float(found[place])
+        return blocks, hidden
 
 
 def _common(a: Box, b: Box) -> int:
+    """The area that two boxes have in common, in pixels."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,14 +1,27 @@
-"""What the model saw in one picture, as data: every term of every logit, and where in the file it comes from."""
+"""Explanations of what the model said of a picture: every term of every logit, and where in the file it comes from."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from protopush.data.transforms import Box, View
+import torch
+from torch import Tensor
+
+from protopush.backbones.create import Features
+from protopush.data.images import read_image
+from protopush.data.transforms import Box, EvalTransform, View
 from protopush.errors import InputError, listing
+from protopush.nn.head import HeadOptimal, HeadOutput
 from protopush.nn.prototypes import Anchor
+from protopush.preserve_state import preserve_state
+
+if TYPE_CHECKING:
+    from protopush.models.model import ProtoModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Match:
 
 @dataclass(frozen=True)
 class ClassEvidence:
-    """All that speaks for one class; ``contributions_sum + bias == logit`` up to float32 rounding.
+    """All that the model holds for one class; ``contributions_sum + bias == logit`` up to float32 rounding.
 
     Attributes:
         class_index: from 0.
@@ -137,11 +150,13 @@ class Explanation:
         Raises:
             InputError: the class isn't among those that were explained.
         """
-        for evidence in self.classes:
-            if evidence.class_name == class_name:
-                return evidence
-        known = listing([evidence.class_name for evidence in self.classes])
-        raise InputError(f"no evidence for class {class_name!r}; expected one of: {known}; explain it with also=[...]")
+        found = {evidence.class_name: evidence for evidence in reversed(self.classes)}
+        if class_name not in found:
+            known = listing([evidence.class_name for evidence in self.classes])
+            raise InputError(
+                f"no evidence for class {class_name!r}; expected one of: {known}; explain it with also=[...]"
+            )
+        return found[class_name]
 
     def why_not(self, class_name: str) -> WhyNot:
         """Why the predicted class and not another one.
@@ -155,16 +170,127 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that a trip through JSON does not change."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         for values, evidence in zip(plain["classes"], self.classes, strict=True):
             values["contributions_sum"] = evidence.contributions_sum
         return plain
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def explain_image(
+    model: ProtoModel,
+    path: str | Path,
+    transform: EvalTransform,
+    class_names: Sequence[str],
+    device: str | torch.device = "cpu",
+    top_classes: int = 3,
+    also: Sequence[str] = (),
+) -> Explanation:
+    """Run the model on one image file and take its logits apart.
+
+    The model is evaluated without gradients; the mode of every submodule is as before afterwards.
+
+    Args:
+        model: a :class:`ProtoModel` whose head is a :class:`HeadOptimal`; it stays where it is.
+        path: an image file of any size; EXIF orientation is respected.
+        transform: from the file to the model's input, the same as in evaluation.
+        class_names: one for each class, in label order.
+        device: where the model is.
+        top_classes: how many of the most probable classes to explain (all, if there are fewer).
+        also: names of classes to explain besides, however improbable.
+
+    Raises:
+        InputError: the file cannot be read, names and classes differ in number, ``also`` names an unknown class, or the
+            model's logits are not finite.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> model = ProtoModel.create("resnet18", num_classes=2, pretrained=False, num_prototypes=3)
+        >>> transform = EvalTransform(model.backbone.preprocessing)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (300, 100)).save(Path(folder, "a.png"))
+        ...     found = explain_image(model, Path(folder, "a.png"), transform, ["cat", "dog"])
+        >>> found.image_size, len(found.classes), len(found.classes[0].matches)
+        ((300, 100), 2, 3)
+    """
+    _check(model.head, class_names, top_classes, also)  # before the file is read
+    image = read_image(path)
+    pixels = transform(image).unsqueeze(0).to(device)
+    return explain_batch(model, pixels, [transform.view(image.size)], [str(path)], class_names, top_classes, also)[0]
+
+
+def explain_batch(
+    model: ProtoModel,
+    images: Tensor,
+    views: Sequence[View],
+    files: Sequence[str],
+    class_names: Sequence[str],
+    top_classes: int = 3,
+    also: Sequence[str] = (),
+) -> list[Explanation]:
+    """The same for a batch that is read already, on the model's device: one forward pass.
+
+    Args:
+        model, class_names, top_classes, also: as for :func:`explain_image`.
+        images: (B, 3, H, W), what the transform made of the files.
+        views: B, the geometry of each picture (``transform.view``).
+        files: B names, for the record.
+    """
+    head = model.head
+    _check(head, class_names, top_classes, also)
+    with preserve_state(model):
+        features: Features = model.backbone(images)
+        output: HeadOutput = head(features)
+        weights = head.weights().tolist()
+    grid = features.grid if head.match == "local" else (1, 1)
+    logits, biases = output.logits.double().cpu(), head.bias.tolist()
+    # (B, C, K) each, brought over from the device at once
+    terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, output.maps)]
+    anchors, used = head.proto_manager.anchors, head.proto_manager.mask().tolist()
+    explanations = []
+    for i, (file, view) in enumerate(zip(files, views, strict=True)):
+        if not logits[i].isfinite().all():
+            found = logits[i].tolist()
+            raise InputError(f"the logits of {file} are {found}; expected finite numbers; check the model's weights")
+        probabilities = logits[i].softmax(dim=0).tolist()
+        # stable, so that equal logits name the same class as argmax
+        ranked = logits[i].argsort(descending=True, stable=True).tolist()
+        classes = []
+        for c in [c for place, c in enumerate(ranked) if place < top_classes or class_names[c] in also]:
+            columns = zip(weights[c], *(some[i, c].tolist() for some in terms), strict=True)
+            matches = [
+                Match(
+                    class_index=c,
+                    prototype=k,
+                    similarity=similarity,
+                    weight=weight,
+                    contribution=contribution,
+                    cell=cell,
+                    grid=grid,
+                    box=view.cell_box(cell, grid),
+                    anchor=anchors[c * head.proto_manager.max_prototypes + k],
+                    map=tuple(tuple(values[start : start + grid[1]]) for start in range(0, len(values), grid[1])),
+                )
+                for k, (weight, similarity, contribution, cell, values) in enumerate(columns)
+                if used[c][k]
+            ]
+            matches.sort(key=lambda match: -match.contribution)  # stable: the lower slot first among equals
+            classes.append(ClassEvidence(c, class_names[c], probabilities[c], float(logits[i, c]), biases[c], matches))
+        first = classes[0]
+        explanations.append(
+            Explanation(file, view.original, first.class_index, first.class_name, first.probability, classes, view)
+        )
+    return explanations
+
+
+def _check(head: HeadOptimal, class_names: Sequence[str], top_classes: int, also: Sequence[str]) -> None:
+    if len(class_names) != head.proto_manager.num_classes:
+        raise InputError(
+            f"{len(class_names)} class names for a model of {head.proto_manager.num_classes} classes; "
+            "expected one for each, in label order"
+        )
+    if top_classes < 1:
+        raise InputError(f"top_classes is {top_classes}; expected at least 1")
+    unknown = [name for name in also if name not in class_names]
+    if unknown:
+        raise InputError(f"unknown class {unknown[0]!r}; expected one of: {listing(class_names)}")

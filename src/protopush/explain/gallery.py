@@ -7,34 +7,15 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from protopush.errors import InputError
-from protopush.explain.drawing import (
-    COLOURS,
-    INK,
-    MUTED,
-    NARROW,
-    WIDE,
-    Look,
-    above,
-    beside,
-    empty_tile,
-    fit_text,
-    framed,
-    page,
-    part_tile,
-    rule,
-    space,
-    text_width,
-    words,
-)
+from protopush.explain import figure_canvas as canvas
+from protopush.explain import figure_style as style
 from protopush.explain.neighbours import Neighbour, Neighbours
-from protopush.explain.rows import SourceOf, decimal, file_name, part_and_whole
 from protopush.nn.prototypes import Anchor
 
-NeighboursOf = Callable[[int, int], Neighbours | None]
+SourceOf = Callable[[int, int], Image.Image | None]
 PictureOf = Callable[[Neighbour], Image.Image | None]
 OWN, OTHERS = 3, 2  # neighbours of the class, and of other classes
 PAIR, GAP, PAD = 6, 10, 8  # between a part and its picture, between neighbours, and from these to their frame
-FRAME = 2
 
 
 def draw_gallery(
@@ -44,7 +25,7 @@ def draw_gallery(
     num_classes: int,
     slots: int,
     per_class: int = 5,
-    neighbours: NeighboursOf | None = None,
+    neighbours: Callable[[int, int], Neighbours | None] | None = None,
     picture_of: PictureOf = lambda _: None,
     narrow: bool = False,
 ) -> Image.Image:
@@ -67,117 +48,95 @@ def draw_gallery(
     """
     if per_class < 1:
         raise InputError(f"per_class is {per_class}; expected at least 1 prototype to show")
-    gallery = _Gallery(class_names, source_of, neighbours, picture_of, NARROW if narrow else WIDE)
-    found = [[(k, anchor) for k in range(slots) if (anchor := anchors(c, k)) is not None] for c in range(num_classes)]
-    return gallery.page(found, per_class)
+    page = _Gallery(narrow, class_names, source_of, picture_of)
+    sizes, x, y = page.sizes, page.sizes.margin, page.heading(neighbours is not None)
+    columns, step = 2 if narrow else 5, 2 * sizes.gap
+    width = (sizes.content - (columns - 1) * step) // columns
+    for c in range(num_classes):
+        found = [(k, anchor) for k in range(slots) if (anchor := anchors(c, k)) is not None]
+        y = bottom = page.title(c, y, len(found), min(len(found), per_class))
+        for i, (k, anchor) in enumerate(found[:per_class]):
+            if neighbours is not None:
+                bottom = page.line(c, k, anchor, neighbours(c, k) or Neighbours([], []), bottom)
+                continue
+            left, y = x + i % columns * (width + step), y if i % columns else bottom
+            below = page.tiles(c, k, anchor, left, y, (width - PAIR) // 2)
+            bottom = max(bottom, page.words(k, anchor, left, below, width) + sizes.gap)
+        y = bottom
+    return page.done(y)
 
 
-class _Gallery:
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        source_of: SourceOf,
-        neighbours: NeighboursOf | None,
-        picture_of: PictureOf,
-        look: Look,
-    ) -> None:
-        self.class_names, self.source_of, self.look = class_names, source_of, look
-        self.neighbours, self.picture_of = neighbours, picture_of
+class _Gallery(canvas.Page):
+    def __init__(self, narrow: bool, class_names: Sequence[str], source_of: SourceOf, picture_of: PictureOf) -> None:
+        super().__init__(style.NARROW if narrow else style.WIDE)
+        self.class_names, self.source_of, self.picture_of = class_names, source_of, picture_of
 
-    def page(self, found: Sequence[Sequence[tuple[int, Anchor]]], per_class: int) -> Image.Image:
-        look = self.look
+    def heading(self, with_neighbours: bool) -> int:
+        """The title of the page and how to read it."""
+        sizes, x = self.sizes, self.sizes.margin
         legend = "Left the part, right its whole image; similarity is that of the prototype and the part."
-        if self.neighbours is not None:
+        if with_neighbours:
             legend += (
                 " Then what else the prototype finds similar in the training images: it should be the same thing in "
                 "its own class. In the frame: the most similar of other classes, which may mislead it."
             )
         title = "Prototypes, and the training images that they come from"
-        head = [
-            words(title, look.head + 8, look.content, most=2),
-            words(legend, look.body, look.content, MUTED, most=6),
-        ]
-        bands = [block for c, some in enumerate(found) for block in self.band(c, some, per_class)]
-        return page([*head, *bands], look)
+        y = self.text(x, x - 4, title, sizes.head + 6, sizes.content, most=2) + 4
+        return self.text(x, y, legend, sizes.body, sizes.content, style.MUTED, most=6) + sizes.gap
 
-    def band(self, c: int, found: Sequence[tuple[int, Anchor]], per_class: int) -> list[Image.Image]:
-        """A class: its name, and its prototypes."""
-        look, shown = self.look, found[:per_class]
-        count = f"{len(shown)} of {len(found)} prototypes" if len(shown) < len(found) else f"{len(found)} prototypes"
-        aside = 11 * look.body
-        name = beside(
-            [
-                Image.new("RGB", (8, look.head), COLOURS[c % len(COLOURS)]),
-                words(self.class_names[c], look.head, look.content - aside - 8 - 2 * look.gap),
-                words("1 prototype" if len(found) == 1 else count, look.body, aside, MUTED, along=1),
-            ],
-            look.gap,
-            across=0.5,
-        )
-        head = [space(1, look.gap), rule(look.content), name]
+    def title(self, c: int, y: int, found: int, shown: int) -> int:
+        """A class: its colour, its name and how many prototypes it has."""
+        sizes, x, aside = self.sizes, self.sizes.margin, 11 * self.sizes.body
+        count = "1 prototype" if found == 1 else f"{found} prototypes"
+        count = count if shown == found else f"{shown} of {count}"
+        y = self.rule(y + sizes.gap)
+        self.bar(x, y + sizes.head // 6, 8, sizes.head, style.colour(c))
+        self.text(x + sizes.content - aside, y + 3, count, sizes.body, aside, style.MUTED, along=1)
+        room = sizes.content - aside - 2 * sizes.gap
+        self.text(x + 8 + sizes.gap, y, self.class_names[c], sizes.head, room)
+        y += round(1.35 * sizes.head) + sizes.gap
+        return y if found else self.note(x, y, "None stands for a training image yet.", sizes.content)
+
+    def tiles(self, c: int, k: int, anchor: Anchor, x: int, y: int, side: int) -> int:
+        """A prototype's part beside its training picture."""
+        found = canvas.part_and_whole(self.source_of(c, k), anchor, style.colour(c), side, self.sizes.small)
+        return self.columns(x, y, found, side, PAIR) + 2
+
+    def words(self, k: int, anchor: Anchor, x: int, y: int, width: int) -> int:
+        """A prototype in words."""
+        y = self.text(x, y, f"#{k}  {style.file_name(anchor)}", self.sizes.small, width)
+        return self.note(x, y, f"similarity {style.decimal(anchor.similarity_after)}", width)
+
+    def line(self, c: int, k: int, anchor: Anchor, near: Neighbours, y: int) -> int:
+        """A prototype with its neighbours, those of other classes in a frame."""
+        sizes, x, side = self.sizes, self.sizes.margin, 130 if self.sizes.narrow else 182
+        if sizes.narrow:
+            left = x + 2 * 200 + PAIR + sizes.gap
+            self.words(k, anchor, left, y, x + sizes.content - left)
+            y = self.tiles(c, k, anchor, x, y, 200) + sizes.gap // 2
+        else:
+            below = self.note(x, y + PAD, "the part, and its training image", 2 * side + PAIR) + 4
+            self.words(k, anchor, x, self.tiles(c, k, anchor, x, below, side), 2 * side + PAIR)
+            x += 2 * side + PAIR + 2 * sizes.gap
+        own, others = (places * (side + GAP) - GAP for places in (OWN, OTHERS))
+        self.group(f"next nearest of {self.class_names[c]}", near.own[:OWN], x, y + PAD, own, side)
+        x = sizes.margin + sizes.content - others - PAD
+        bottom = self.group("nearest of other classes", near.others[:OTHERS], x, y + PAD, others, side) + PAD
+        self.bar(x - PAD, y, others + 2 * PAD, bottom - y, None, style.INK)
+        return bottom + 2 * sizes.gap
+
+    def group(self, title: str, found: Sequence[Neighbour], x: int, y: int, width: int, side: int) -> int:
+        """Parts of other training images, with their similarities."""
+        size, y = self.sizes.small, self.note(x, y, title, width) + 4
         if not found:
-            return [*head, words("None stands for a training image yet.", look.body, look.content, MUTED)]
-        if self.neighbours is not None:
-            return [*head, *(self.line(c, k, anchor) for k, anchor in shown)]
-        columns, gap = (2, 2 * look.gap) if look.narrow else (5, 2 * look.gap)
-        width = (look.content - (columns - 1) * gap) // columns
-        pairs = [self.pair(c, k, anchor, width) for k, anchor in shown]
-        return [*head, *(beside(pairs[i : i + columns], gap) for i in range(0, len(pairs), columns))]
-
-    def pair(self, c: int, k: int, anchor: Anchor, width: int) -> Image.Image:
-        """A prototype without neighbours."""
-        tiles = self.tiles(c, k, anchor, (width - PAIR) // 2)
-        return above([beside(tiles, PAIR), *self.said(k, anchor, width)], 2)
-
-    def line(self, c: int, k: int, anchor: Anchor) -> Image.Image:
-        """A prototype with its neighbours."""
-        look = self.look
-        found = self.neighbours(c, k) if self.neighbours is not None else None
-        own, others = (found.own[:OWN], found.others[:OTHERS]) if found is not None else ([], [])
-        side = 130 if look.narrow else 182
-        pair = self.tiles(c, k, anchor, 200 if look.narrow else side)
-        near = _lowered(self.group(f"next nearest of {self.class_names[c]}", own, OWN, side))
-        far = framed(self.group("nearest of other classes", others, OTHERS, side), INK, PAD, FRAME)
-        if look.narrow:
-            said = above(self.said(k, anchor, look.content - 2 * pair[0].width - PAIR - look.gap), 2)
-            return above([beside([beside(pair, PAIR), said], look.gap), beside([near, far], look.gap)], 4)
-        width = 2 * side + PAIR
-        title = words("the part, and its training image", look.small, width, MUTED)
-        first = above([above([title, beside(pair, PAIR)], 4), *self.said(k, anchor, width)], 2)
-        return beside([_lowered(first), near, far], 2 * look.gap)
-
-    def group(self, title: str, found: Sequence[Neighbour], places: int, side: int) -> Image.Image:
-        """Parts of other training images, with their similarities; room for so many."""
-        width = places * side + (places - 1) * GAP
-        tiles = [self.neighbour(one, side) for one in found] or [empty_tile(side, side, "none", self.look.small)]
-        return above([words(title, self.look.small, width, MUTED), beside(tiles, GAP)], 4)
-
-    def neighbour(self, found: Neighbour, side: int) -> Image.Image:
-        look, picture = self.look, self.picture_of(found)
-        colour = COLOURS[found.class_index % len(COLOURS)]
-        shown = empty_tile(side, side, "no picture", look.small)
-        if picture is not None:
-            shown = part_tile(picture.convert("RGB"), found.box, colour, side)
-        similarity = decimal(found.similarity)
-        name = fit_text(
-            self.class_names[found.class_index], look.small, side - text_width(f" {similarity}", look.small)
-        )
-        return above([shown, words(f"{name} {similarity}", look.small, side)], 2)
-
-    def tiles(self, c: int, k: int, anchor: Anchor, side: int) -> tuple[Image.Image, Image.Image]:
-        """The prototype's part, and its training picture."""
-        return part_and_whole(self.source_of(c, k), anchor, COLOURS[c % len(COLOURS)], side, self.look.small)
-
-    def said(self, k: int, anchor: Anchor, width: int) -> list[Image.Image]:
-        """The prototype in words."""
-        look = self.look
-        similarity = f"similarity {decimal(anchor.similarity_after)}"
-        return [
-            words(f"#{k}  {file_name(anchor)}", look.small, width),
-            words(similarity, look.small, width, MUTED),
-        ]
-
-
-def _lowered(block: Image.Image) -> Image.Image:
-    """The block, level with one beside it that has a frame."""
-    return above([space(1, PAD + FRAME), block], 0)
+            self.picture(x, y, canvas.empty_tile(side, "none", size))
+        for left, one in zip(range(x, x + width, side + GAP), found, strict=False):
+            picture, similarity = self.picture_of(one), style.decimal(one.similarity)
+            shown = canvas.empty_tile(side, "no picture", size)
+            if picture is not None:
+                ink = style.colour(one.class_index)
+                shown = canvas.part_tile(picture.convert("RGB"), one.box, ink, side)
+            room = side - style.text_width(f" {similarity}", size)
+            name = style.fit_text(self.class_names[one.class_index], size, room)
+            self.text(left, self.picture(left, y, shown) + 2, f"{name} {similarity}", size, side)
+        return y + side + 2 + round(1.35 * size)

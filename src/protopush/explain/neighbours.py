@@ -129,12 +129,12 @@ class _Best:
         self.ids = torch.cat([self.ids, ids.view(-1, 1, 1).expand_as(cells)]).gather(0, order)
 
     def neighbours(self, view: ImageDataset, c: int, k: int, grid: tuple[int, int]) -> list[Neighbour]:
-        columns = (self.similarities[:, c, k], self.cells[:, c, k], self.ids[:, c, k])
-        rows = zip(*(values.tolist() for values in columns), strict=True)
-        return [_neighbour(view, i, similarity, cell, grid) for similarity, cell, i in rows if similarity > -torch.inf]
-
-
-def _neighbour(view: ImageDataset, i: int, similarity: float, cell: int, grid: tuple[int, int]) -> Neighbour:
-    sample = view.samples[i]
-    box = view.eval_transform.view(image_size(sample.image)).cell_box(cell, grid)
-    return Neighbour(i, sample.name, sample.label, similarity, cell, grid, box)
+        """Those of one prototype, with their boxes."""
+        columns = (some[:, c, k].tolist() for some in (self.similarities, self.cells, self.ids))
+        found = []
+        for similarity, cell, i in zip(*columns, strict=True):
+            if similarity > -torch.inf:
+                sample = view.samples[i]
+                box = view.eval_transform.view(image_size(sample.image)).cell_box(cell, grid)
+                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, grid, box))
+        return found

@@ -20,8 +20,8 @@ from protopush import __version__
 from protopush.data.audit import Audit
 from protopush.data.files import write_atomic
 from protopush.evaluation.measure import Measured
+from protopush.explain.figure_style import decimal, percent
 from protopush.explain.neighbours import Neighbours
-from protopush.explain.rows import decimal, percent
 from protopush.metrics.glossary import metric_text
 from protopush.models.model_folder import Run
 from protopush.push.certificate import AnchorCheck

@@ -13,8 +13,7 @@ from torch import Tensor
 from protopush.data.images import read_image
 from protopush.evaluation.measure import Measured
 from protopush.explain import ClassEvidence, Explanation, explain_batch
-from protopush.explain.drawing import COLOURS, Rect
-from protopush.explain.rows import file_name
+from protopush.explain.figure_style import COLOURS, Rect, file_name
 from protopush.report.inline_pictures import Picture, embed, framed, heat, part
 from protopush.report.prototype_cards import Cards, ident
 

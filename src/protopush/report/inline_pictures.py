@@ -14,8 +14,8 @@ from PIL import Image
 from protopush.data.images import read_image
 from protopush.data.transforms import Box, View
 from protopush.errors import InputError
-from protopush.explain.drawing import Rect, scaled
-from protopush.explain.overlay import Map, colour_bar, with_map
+from protopush.explain.figure_canvas import colour_bar, with_map
+from protopush.explain.figure_style import Map, Rect, scaled
 from protopush.push.certificate import file_within
 
 QUALITY = 80

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from protopush.data.transforms import Box
-from protopush.explain.drawing import scaled
+from protopush.explain.figure_style import decimal, scaled
 from protopush.explain.neighbours import Neighbour, Neighbours
-from protopush.explain.rows import decimal
 from protopush.metrics.glossary import metric_text
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor

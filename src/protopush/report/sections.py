@@ -14,7 +14,7 @@ from protopush import __version__
 from protopush.backbones.create import Backbone
 from protopush.data.audit import audit_findings, audit_verdict
 from protopush.data.files import read_json
-from protopush.explain.rows import decimal
+from protopush.explain.figure_style import decimal
 from protopush.metrics.glossary import named_numbers
 from protopush.models.model_folder import Run
 from protopush.models.versions import recorded_versions
