@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from protopush.api import Measuring, explain_to, write_report
+from protopush.api import open_run
 from protopush.training.config import RunConfig
 from protopush.training.loop import train
 
@@ -19,17 +18,13 @@ from protopush.training.loop import train
 def run_demo(config: RunConfig, out: Path) -> str:
     """Train, and draw three explanations; returns what to tell the user at the end."""
     started = time.perf_counter()
-    run = train(config, out, overwrite=True)
-    measuring = Measuring(asdict(config.data), faithfulness=24, num_workers=config.data.num_workers)
-    page, measured = write_report(run, measuring, out / "report.html")
-    samples = measured.dataset.samples
-    panels = [
-        explain_to(run, samples[index].image, out / "explanations", name, torch.device("cpu"))["panel"]
-        for name, index in telling_cases(measured.probabilities, measured.labels).items()
-    ]
-    image = Path(os.path.relpath(samples[0].image))
-    metrics = measured.numbers["classification"]
-    return closing_words(out, page, metrics, panels, image, time.perf_counter() - started)
+    folder = train(config, out, overwrite=True).folder
+    run = open_run(folder, num_workers=config.data.num_workers, device="cpu")
+    page, measured = run.report(faithfulness=24)
+    samples, cases = measured.dataset.samples, telling_cases(measured.probabilities, measured.labels)
+    found = run.explain([samples[index].image for index in cases.values()], out / "explanations", names=list(cases))
+    image, metrics = Path(os.path.relpath(samples[0].image)), measured.numbers["classification"]
+    return closing_words(out, page, metrics, [one["panel"] for one in found], image, time.perf_counter() - started)
 
 
 def telling_cases(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, int]:

@@ -16,7 +16,6 @@ from protopush.runs.run import fresh_folder, open_run
 from protopush.training.checkpoint import load_checkpoint, refuse_other_options, restoring
 from protopush.training.config import RunConfig
 from protopush.training.final_push import final_push
-from protopush.training.limits import check_numbers
 from protopush.training.phases import Frozen, Joint, Stage
 from protopush.training.run_writer import Journal
 from protopush.training.setup import Job, prepare
@@ -39,7 +38,7 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
         InputError: bad input, in one line.
     """
     out, trainer = Path(out), config.trainer
-    check_numbers(config)
+    config.check()
     fabric = make_fabric(trainer.device, trainer.precision, trainer.devices, trainer.num_nodes)
     with quiet():
         fabric.launch()

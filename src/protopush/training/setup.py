@@ -23,7 +23,6 @@ from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective
 from protopush.runs.fabric import make_fabric
 from protopush.runs.splits import check_samples
 from protopush.training.config import RunConfig
-from protopush.training.limits import check_numbers
 from protopush.training.samplers import Order, share
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     Raises:
         InputError: anything that would make the run fail or mean nothing.
     """
-    check_numbers(config)
+    config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config.data))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
