@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from protopush.api import Run, open_run
     from protopush.backbones.create import Features, create_backbone
     from protopush.errors import InputError
     from protopush.models.model import ProtoModel
@@ -33,9 +34,11 @@ _HOME = {
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
     "PushSchedule": "protopush.push.schedule",
+    "Run": "protopush.api",
     "create_backbone": "protopush.backbones.create",
     "grow_prototypes": "protopush.push.resize",
     "load": "protopush.runs.run",
+    "open_run": "protopush.api",
     "prune_prototypes": "protopush.push.resize",
     "push_prototypes": "protopush.push",
     "refresh_anchors": "protopush.push",
@@ -53,9 +56,11 @@ __all__ = [
     "PushMixin",
     "PushReport",
     "PushSchedule",
+    "Run",
     "create_backbone",
     "grow_prototypes",
     "load",
+    "open_run",
     "prune_prototypes",
     "push_prototypes",
     "refresh_anchors",

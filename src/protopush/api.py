@@ -1,163 +1,416 @@
-"""Runs and their data, as a command's options name them.
-
-What shows a run: ``protopush evaluate``, ``explain``, ``report`` and ``compare``.
-
-What checks a run or its data: ``protopush verify`` and ``data audit``.
-
-What changes a run: ``protopush push`` (into a new one) and ``forbid`` (in place).
-
-What predicts: ``protopush predict``.
-
-What hands a run to others: ``protopush export``.
-"""
+"""A run and what can be done with it: :func:`protopush.open_run`. Each method imports its room when it is called."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-
-from protopush.data.audit import Audit, audit, check_threshold
-from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
-from protopush.data.files import read_json, write_atomic, write_json
-from protopush.data.images import check_images, read_image
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.data.similar import THRESHOLD
-from protopush.data.sources import load_catalog
-from protopush.distributed import raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
-from protopush.evaluation.compare import compare
-from protopush.evaluation.evaluate import evaluate
-from protopush.evaluation.measure import Measured, measure
-from protopush.explain import draw_panel, draw_why_not, explain_image
-from protopush.explain.checked_region import checked_regions
-from protopush.explain.neighbours import find_neighbours
-from protopush.models.model_folder import Run, save_run
-from protopush.models.versions import recorded_versions, version_change
-from protopush.predict.prediction import predict
-from protopush.push import PushReport, check_momentum
-from protopush.push.certificate import AnchorCheck, verify_anchors
-from protopush.push.guard import check_guard
-from protopush.push.selection import check_unique
-from protopush.report.build import build_report
-from protopush.runs.allowed import allow_of
-from protopush.runs.decisions import FILE, Decision, alone, load_decisions
-from protopush.runs.fabric import make_fabric, quiet
-from protopush.runs.onnx_export import Exported, export_onnx, require_extra
-from protopush.runs.progress import bar
-from protopush.runs.review import Wish, forbid
-from protopush.runs.run import append_metrics, clear_folder, fresh_folder, open_run, same_weights
-from protopush.runs.splits import open_split
-from protopush.runs.undo import undo
-from protopush.training.final_push import push_row
+from protopush.models import stored_run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from protopush.data.audit import Audit
+    from protopush.data.dataset import ImageDataset
+    from protopush.evaluation.measure import Measured
+    from protopush.push import PushReport
+    from protopush.push.certificate import AnchorCheck
+    from protopush.runs.decisions import Decision
+    from protopush.runs.onnx_export import Exported
+
+FORMATS = ("onnx",)
+
+logger = logging.getLogger("protopush.training")
 
 
-def open_with(options: Namespace, check_weights: bool = True) -> tuple[Run, torch.device]:
-    """The run, its model on the device."""
-    run = open_run(options.run, check_weights=check_weights)
-    device = make_fabric(options.device).device
-    run.model.to(device)
-    return run, device
+def open_run(
+    folder: str | Path, *, data: str | Path | None = None, source: str | None = None, num_workers: int = 2,
+    device: str = "auto", backbone: nn.Module | None = None, check_weights: bool = True, distributed: bool = False,
+) -> Run:  # fmt: skip
+    """Open a run folder.
 
+    Args:
+        folder: as ``protopush train --out`` wrote it.
+        data: a folder or manifest of images; by default what the run was trained on, where that was.
+        source: the kind of data, where it can't be recognised (docs/data.md).
+        num_workers: processes that read images.
+        device: auto, cpu, cuda or mps.
+        backbone: the module itself, where it is one of your own, which no name could build again.
+        check_weights: refuse weights that aren't those that the run saved; False is for :meth:`Run.verify`.
+        distributed: join the processes that torchrun started, among which :meth:`Run.predict` divides the images.
 
-def data_of(run: Run, options: Namespace) -> dict[str, Any]:
-    """The run's own data, or what the options say."""
-    if options.data.path is None and options.data.source is None:
-        return run.data
-    source = options.data.source or ("auto" if options.data.path else run.data["source"])
-    path = os.path.abspath(options.data.path) if options.data.path else ""
-    return run.data | {"path": path, "source": source}
+    Raises:
+        InputError: a file is missing or damaged, or of a newer format; or there is no such device.
 
+    Example:
+        >>> run = open_run("runs/mine")  # doctest: +SKIP
+        >>> run.evaluate(split="val")["balanced_accuracy"]  # doctest: +SKIP
+        0.924
+    """
+    from protopush.distributed import raise_on_all_ranks, rank_and_size
+    from protopush.runs.fabric import make_fabric, quiet
+    from protopush.runs.run import open_run as read
 
-def split_of(run: Run, options: Namespace) -> tuple[ImageDataset, Catalog]:
-    """The images of the split that was asked for."""
-    data = DataConfig(**data_of(run, options))
-    return open_split(data, options.data.split, run.class_names, run.transform)
-
-
-def loader_of(dataset: ImageDataset, options: Namespace, device: torch.device) -> DataLoader[Any]:
-    """Images in order, in batches for inference."""
-    return DataLoader(dataset, batch_size=inference_batch_size(device), num_workers=options.data.num_workers)
-
-
-def evaluate_run(options: Namespace) -> dict[str, Any]:
-    """The metrics of a run on a split."""
-    run, device = open_with(options)
-    dataset, _ = split_of(run, options)
-    return evaluate(run.model, loader_of(dataset, options, device), device, run.class_names)
-
-
-def explain_images(options: Namespace) -> list[dict[str, Any]]:
-    """Panels (PNG) and their data (JSON) for image files; every file is checked before the first is explained."""
-    run, device = open_with(options)
-    _check_why_not(options.why_not, run.class_names)
-    paths = [Path(image) for image in options.images]
-    check_images(paths)
-    style = PanelStyle(options.rows, options.top_classes, options.why_not, options.regions, options.narrow)
-    return [
-        explain_to(run, path, Path(options.out), name, device, style)
-        for path, name in zip(paths, _distinct_names(paths), strict=True)
-    ]
+    fabric = make_fabric(device)
+    if distributed:
+        with quiet():
+            fabric.launch()
+    first = rank_and_size()[0] == 0  # what is wrong with the run, one process says
+    found = raise_on_all_ranks(lambda: read(folder, backbone, check_weights) if first else None)
+    found = found or read(folder, backbone, check_weights)
+    if data or source:
+        kind = source or ("auto" if data else found.data["source"])
+        found = replace(found, data=found.data | {"path": os.path.abspath(data) if data else "", "source": kind})
+    found.model.to(fabric.device)
+    return Run(**vars(found), device=fabric.device, num_workers=num_workers)
 
 
 @dataclass(frozen=True)
-class PanelStyle:
-    """What a panel shows.
+class Run(stored_run.Run):
+    """A trained model and what can be done with it; :func:`protopush.open_run` makes one.
+
+    All methods raise :class:`protopush.InputError` for bad options and for images that aren't there. What a method has
+    as optional arguments, the command of its name has as options.
 
     Attributes:
-        rows: prototypes.
-        top_classes: classes told in the JSON.
-        why_not: another class, that gets a picture of its own beside the predicted one.
-        regions: whether what each prototype shown depends on is looked for.
-        narrow: for a phone's width.
+        model: in eval mode, on ``device``.
+        class_names: in label order.
+        transform: what the model's images go through.
+        root: the folder that anchor files are relative to.
+        data: path and source of the images that the methods read.
+        folder: where it was read from.
+        device: of the model.
+        num_workers: processes that read images.
     """
 
-    rows: int = 5
-    top_classes: int = 3
-    why_not: str | None = None
-    regions: bool = False
-    narrow: bool = False
+    device: torch.device
+    num_workers: int
+
+    def evaluate(self, split: str = "test") -> dict[str, Any]:
+        """Accuracy, balanced accuracy, F1, AUROC and calibration on a split, and the numbers of each class."""
+        from protopush.evaluation.evaluate import evaluate
+
+        return evaluate(self.model, self._loader(self._images(split)[0]), self.device, self.class_names)
+
+    def explain(
+        self, images: Sequence[str | Path], out: str | Path, *, rows: int = 5, top_classes: int = 3,
+        why_not: str | None = None, regions: bool = False, narrow: bool = False, names: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Write a panel (PNG) and its data (JSON) for each image; every file is checked before the first is explained.
+
+        Args:
+            images: image files.
+            out: a folder.
+            rows: prototypes in a panel.
+            top_classes: classes in the JSON.
+            why_not: another class, which gets a picture of its own (``NAME-why-not.png``) beside the predicted one.
+            regions: find what each prototype shown depends on, by hiding parts (slow).
+            narrow: panels for a phone's width.
+            names: of the files, without an ending; by default those of the images.
+
+        Returns:
+            What each JSON holds.
+        """
+        from protopush.data.files import write_atomic, write_json
+        from protopush.data.images import check_images, read_image
+        from protopush.explain import draw_panel, draw_why_not, explain_image
+        from protopush.explain.checked_region import checked_regions
+
+        if why_not is not None and why_not not in self.class_names:
+            raise InputError(f"unknown class {why_not!r} in --why_not; expected one of: {listing(self.class_names)}")
+        paths, done = [Path(image) for image in images], []
+        check_images(paths)
+        also = [why_not] if why_not else []
+        for path, name in zip(paths, names or _distinct_names(paths), strict=True):
+            image, file = read_image(path), str(Path(out) / name)
+            found = explain_image(self.model, path, self.transform, self.class_names, self.device, top_classes, also)
+            shown = found.classes[0].matches[:rows]
+            checked = checked_regions(self.model, image, self.transform, shown, self.device) if regions else None
+            pictures = {f"{file}.png": draw_panel(found, image, self.picture, rows, regions=checked, narrow=narrow)}
+            values = found.to_dict() | {"panel": f"{file}.png"}
+            if checked is not None:
+                values["regions"] = [region.to_dict() for region in checked]
+            if why_not and why_not != found.predicted_name:
+                beside = f"{file}-why-not.png"
+                pictures[beside] = draw_why_not(found, why_not, image, self.picture, narrow=narrow)
+                values["why_not"] = found.why_not(why_not).to_dict() | {"panel": beside}
+            for target, picture in pictures.items():
+                write_atomic(Path(target), lambda temporary, p=picture: p.save(temporary, format="PNG"))  # type: ignore[misc]
+            write_json(Path(f"{file}.json"), values)
+            done.append(values)
+        return done
+
+    def report(
+        self, out: str | Path | None = None, *, split: str = "test", against: Sequence[str | Path] = (),
+        audit: bool = True, resamples: int = 1000, faithfulness: int = 48,
+    ) -> tuple[Path, Measured]:  # fmt: skip
+        """Write one page (HTML) that shows what the run is and what it is worth; the page, and what was measured.
+
+        Args:
+            out: the file; by default ``report.html`` in the run's folder.
+            split: train, val, test or all.
+            against: folders of other runs of the same classes, to be shown beside this one.
+            audit: search for leaks between the splits as well.
+            resamples: of the bootstrap behind the intervals; 0: none.
+            faithfulness: images that faithfulness is measured on (slow); 0: none.
+        """
+        from protopush.data.dataset import ImageDataset
+        from protopush.evaluation.compare import compare
+        from protopush.explain.neighbours import find_neighbours
+        from protopush.report.build import build_report
+        from protopush.runs.progress import bar
+
+        others, page = self._of_same_classes(against), Path(out) if out else self.folder / "report.html"
+        if page.is_dir():
+            raise InputError(f"--out {page} is a folder; expected the HTML file to write")
+        measured, catalog = self._measure(self, split, resamples, faithfulness)
+        beside = [(other, self._measure(other, split, resamples, faithfulness)[0]) for other in others]
+        train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
+        with bar("Neighbours of the prototypes", len(train)) as advance:
+            neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
+        checks, audited = self._check_anchors(self.root), _audit(catalog) if audit else None
+        comparison = compare([(self, measured), *beside]) if beside else None
+        trained = replace(self, data=origin.config["data"]) if origin else self
+        build_report(trained, measured, neighbours, checks, audited, comparison, page, device=self.device)
+        return page, measured
+
+    def compare(
+        self, others: Sequence[str | Path], *, split: str = "test", resamples: int = 1000, faithfulness: int = 48
+    ) -> dict[str, Any]:
+        """The numbers of several runs side by side, all on this run's data.
+
+        Args:
+            others: folders of other runs of the same classes.
+            split: train, val, test or all.
+            resamples: of the bootstrap behind the intervals; 0: none.
+            faithfulness: images that faithfulness is measured on (slow); 0: none.
+        """
+        from protopush.evaluation.compare import compare
+
+        runs = [self, *self._of_same_classes(others)]
+        return compare([(run, self._measure(run, split, resamples, faithfulness)[0]) for run in runs])
+
+    def verify(self, root: str | Path | None = None) -> list[AnchorCheck]:
+        """Embed every anchor's file again, and see whether it still holds.
+
+        Args:
+            root: where the training images are now.
+        """
+        from protopush.data.files import read_json
+        from protopush.models.versions import recorded_versions, version_change
+
+        root = Path(root) if root else self.root
+        if not root.is_dir():
+            raise InputError(f"no such folder: {root}; expected the training images; say where they are with --root")
+        checks = self._check_anchors(root)
+        change = version_change(recorded_versions(read_json(self.folder / "config.json")))
+        if change and any(check.fault == "similarity_off" for check in checks):
+            logger.warning("Other versions may read images and weights otherwise: the run was %s", change)
+        return checks
+
+    def push(
+        self, out: str | Path, *, split: str = "train", momentum: float = 0.9, use_local: bool = True,
+        unique: Literal["none", "patch", "image", "group"] = "none",
+        interpolation: Literal["linear", "slerp"] = "linear",
+        guard: Literal["off", "report", "rollback", "budget"] = "off", guard_budget: float = 0.01,
+        max_patches_per_class: int | None = None, overwrite: bool = False,
+    ) -> PushReport:  # fmt: skip
+        """Push the prototypes once more and write the result as a new run; this one stays as it is.
+
+        Args:
+            out: the new run's folder.
+            split: whose images prototypes may stand for.
+            momentum: 0 puts prototypes onto their patches.
+            use_local: patches, or pooled features.
+            unique: none; patch, image or group: not shared in a class.
+            interpolation: linear or slerp.
+            guard: off, report, rollback or budget, on the val split.
+            guard_budget: fall of balanced accuracy or AUROC allowed.
+            max_patches_per_class: bound the work.
+            overwrite: replace the run in ``out``.
+        """
+        from protopush.models.model_folder import save_run
+        from protopush.runs.allowed import allow_of
+        from protopush.runs.decisions import FILE, load_decisions
+        from protopush.runs.run import append_metrics, clear_folder, fresh_folder
+        from protopush.training.final_push import push_row
+
+        out, model = Path(out), copy.deepcopy(self.model)
+        if out.resolve() == self.folder.resolve():
+            raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
+        fresh_folder(out, overwrite)
+        dataset, catalog = self._images(split)
+        report: PushReport = model.push_prototypes(
+            self._loader(dataset), self.device, momentum=momentum, use_local=use_local, unique=unique,
+            interpolation=interpolation, max_patches_per_class=max_patches_per_class, guard=guard,
+            guard_budget=guard_budget, allow=allow_of(load_decisions(self.folder), dataset),
+            val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
+        )  # fmt: skip
+        clear_folder(out)
+        for name in ("config.yaml", FILE):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, out / name)
+        save_run(replace(self, model=model.cpu(), folder=out, root=catalog.root.resolve()))
+        append_metrics(out, push_row(report, 0, None, None))
+        return report
+
+    def forbid(
+        self, *, reason: str, prototype: str | None = None, image: str | None = None, mask_column: bool = False,
+        min_share: float = 0.5, undo: int | None = None, who: str = "",
+    ) -> Decision:  # fmt: skip
+        """Forbid a patch, an image or a region; the next best anchor takes its place in the run's folder.
+
+        What this object holds stays as it was read: open the run again to go on with its new anchors.
+
+        Args:
+            reason: why, for those who read the log later.
+            prototype: ``CLASS:NUMBER``: the patch that it stands for.
+            image: a training image: none of its patches.
+            mask_column: everything outside the manifest's masks.
+            min_share: share of a patch that must lie inside its mask.
+            undo: a decision's number: it holds no more.
+            who: who decides; by default your login name.
+        """
+        from protopush.runs import review
+        from protopush.runs import undo as taking_back
+        from protopush.runs.decisions import alone
+        from protopush.runs.run import open_run as read
+
+        wish = review.Wish(prototype, image, mask_column, min_share, reason, who)
+        if undo is None:
+            wish.kind()  # a wish that says nothing is refused first
+        elif prototype is not None or image is not None or mask_column:
+            raise InputError("--undo takes back one decision; expected no --prototype, --image or --mask_column beside")
+        with alone(self.folder, lambda: logger.info("Somebody else decides about %s; waiting", self.folder)):
+            run = read(self.folder)  # as it is now, whoever has decided since
+            run.model.to(self.device)
+            if undo is not None:
+                return taking_back.undo(run, undo, self.data, self.device, reason, who, self.num_workers)
+            return review.forbid(run, wish, self.data, self.device, self.num_workers)
+
+    def predict(
+        self, paths: Sequence[str], out: str | Path, *, top: int = 3, threshold: float | None = None,
+        share: float = 0.05, overwrite: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write a CSV of predictions for any number of images; after a kill, the same call goes on with it.
+
+        Args:
+            paths: folders, manifests (CSV ``image[,label]``) or image files.
+            out: the CSV file.
+            top: prototypes named for each image; 0: none.
+            threshold: similarity below which nothing in training is like an image; None: set on validation images.
+            share: of validation images that may be below it.
+            overwrite: start again, even where a part is there.
+
+        Returns:
+            Counts, and what is known of the threshold.
+        """
+        from protopush.predict.prediction import predict
+
+        data = DataConfig(**self.data)
+        return predict(
+            self, paths, out, top=top, threshold=threshold, share=share, data=data, device=self.device,
+            num_workers=self.num_workers, overwrite=overwrite,
+        )  # fmt: skip
+
+    def export(self, out: str | Path | None = None, *, format: str = "onnx", tolerance: float = 1e-4) -> Exported:
+        """Write a file (by default ``model.onnx`` in the run's folder) that needs neither PyTorch nor protopush.
+
+        Raises:
+            ParityError: it differs from PyTorch by more than the tolerance; nothing was written.
+        """
+        from protopush.runs.onnx_export import export_onnx
+
+        if format not in FORMATS:
+            near = get_close_matches(format, FORMATS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(FORMATS)}"
+            raise InputError(f"unknown format {format!r}; {hint}")
+        if not tolerance > 0:
+            raise InputError(f"--tolerance {tolerance}; expected a number above 0")
+        on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
+        return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
+
+    def _images(self, split: str, run: stored_run.Run | None = None) -> tuple[ImageDataset, Catalog]:
+        """A split of this run's data, as this or another run reads it."""
+        from protopush.runs.splits import open_split
+
+        return open_split(DataConfig(**self.data), split, self.class_names, (run or self).transform)
+
+    def _loader(self, dataset: ImageDataset) -> DataLoader[Any]:
+        from torch.utils.data import DataLoader
+
+        from protopush.data.features import inference_batch_size
+
+        return DataLoader(dataset, batch_size=inference_batch_size(self.device), num_workers=self.num_workers)
+
+    def _measure(self, run: stored_run.Run, split: str, resamples: int, faithfulness: int) -> tuple[Measured, Catalog]:
+        """A run's numbers on this run's data, and the data that they are of."""
+        from protopush.evaluation.measure import measure
+
+        if resamples < 0 or faithfulness < 0:
+            raise InputError(f"--resamples {resamples}, --faithfulness {faithfulness}; expected 0 or more")
+        dataset, catalog = self._images(split, run)
+        run.model.to(self.device)
+        known, asked = {sample.name: sample for sample in catalog.samples}, (self.num_workers, resamples, faithfulness)
+        return measure(run, dataset, split, known, self.device, *asked), catalog
+
+    def _of_same_classes(self, folders: Sequence[str | Path]) -> list[stored_run.Run]:
+        from protopush.runs.run import open_run as read
+
+        runs = [read(folder) for folder in folders]
+        for run in runs:
+            if run.class_names != self.class_names:
+                raise InputError(f"{run.folder} has other classes than {self.folder}; expected the same ones")
+        return runs
+
+    def _check_anchors(self, root: Path) -> list[AnchorCheck]:
+        from protopush.push.certificate import verify_anchors
+        from protopush.runs.run import same_weights
+
+        return verify_anchors(
+            self.model, self.head.proto_manager, self.transform, root, self.class_names, self.device,  # type: ignore[arg-type]
+            same_weights=same_weights(self.folder),
+        )  # fmt: skip
 
 
-def explain_to(
-    run: Run, path: Path, out: Path, name: str, device: torch.device, style: PanelStyle = PanelStyle()
-) -> dict[str, Any]:
-    """Write ``name.png`` and ``name.json`` for one image; returns what the JSON holds.
+def audit_data(path: str, source: str = "auto", split_seed: int = 0, threshold: float | None = None) -> Audit:
+    """What is wrong with a data set: leaks between its splits, duplicates, damaged files.
 
-    With ``why_not`` there is also ``name-why-not.png``, unless that class is the predicted one.
+    Args:
+        path: a folder, a manifest (CSV) or a ``.npz``.
+        source: the kind of data, where it can't be recognised.
+        split_seed: decides the splits where the data have none.
+        threshold: similarity of near duplicates, 0.5 to 1; None: the usual one.
+
+    Raises:
+        InputError: there are no such data, or the threshold is none.
     """
-    also = [style.why_not] if style.why_not else []
-    explanation = explain_image(run.model, path, run.transform, run.class_names, device, style.top_classes, also)
-    image = read_image(path)
-    shown = explanation.classes[0].matches[: style.rows]
-    regions = checked_regions(run.model, image, run.transform, shown, device) if style.regions else None
-    panel = out / f"{name}.png"
-    _save_picture(draw_panel(explanation, image, run.picture, style.rows, regions=regions, narrow=style.narrow), panel)
-    values = explanation.to_dict() | {"panel": str(panel)}
-    if regions is not None:
-        values["regions"] = [region.to_dict() for region in regions]
-    if style.why_not and style.why_not != explanation.predicted_name:
-        beside = out / f"{name}-why-not.png"
-        _save_picture(draw_why_not(explanation, style.why_not, image, run.picture, narrow=style.narrow), beside)
-        values["why_not"] = explanation.why_not(style.why_not).to_dict() | {"panel": str(beside)}
-    write_json(out / f"{name}.json", values)
-    return values
+    from protopush.data.audit import check_threshold
+    from protopush.data.sources import load_catalog
+
+    if threshold is not None:
+        check_threshold(threshold)
+    return _audit(load_catalog(path, source, seed=split_seed, refuse_leaks=False), threshold)
 
 
-def _check_why_not(name: str | None, class_names: Sequence[str]) -> None:
-    if name is not None and name not in class_names:
-        raise InputError(f"unknown class {name!r} in --why-not; expected one of: {listing(class_names)}")
+def _audit(catalog: Catalog, threshold: float | None = None) -> Audit:
+    from protopush.data.audit import audit
+    from protopush.data.similar import THRESHOLD
+    from protopush.runs.progress import bar
+
+    with bar("Auditing images", 2 * len(catalog.samples)) as advance:
+        return audit(catalog, threshold or THRESHOLD, advance)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -169,232 +422,3 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
             name, number = f"{path.stem}-{number}", number + 1
         names.append(name)
     return names
-
-
-def _save_picture(picture: Image.Image, file: Path) -> None:
-    write_atomic(file, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What runs are measured on, and how thoroughly.
-
-    Attributes:
-        data: path, source and so on, as in the run's configuration.
-        split: of the data.
-        device: of the models.
-        resamples: of the bootstrap behind the intervals.
-        faithfulness: images that faithfulness is measured on.
-        num_workers: processes that read images.
-    """
-
-    data: dict[str, Any]
-    split: str = "test"
-    device: torch.device | str = "cpu"
-    resamples: int = 1000
-    faithfulness: int = 48
-    num_workers: int = 0
-
-    @classmethod
-    def of(cls, options: Namespace, run: Run) -> Measuring:
-        """As a command's options say, on the run's own data where they name no other."""
-        if options.resamples < 0 or options.faithfulness < 0:
-            raise InputError(
-                f"--resamples {options.resamples}, --faithfulness {options.faithfulness}; expected 0 or more"
-            )
-        device = make_fabric(options.device).device
-        asked = (options.resamples, options.faithfulness, options.data.num_workers)
-        return cls(data_of(run, options), options.data.split, device, *asked)
-
-    def measure(self, run: Run) -> tuple[Measured, Catalog]:
-        """A run's numbers, and the data that they are of."""
-        dataset, catalog = open_split(DataConfig(**self.data), self.split, run.class_names, run.transform)
-        run.model.to(self.device)
-        known = {sample.name: sample for sample in catalog.samples}
-        asked = (self.num_workers, self.resamples, self.faithfulness)
-        return measure(run, dataset, self.split, known, self.device, *asked), catalog
-
-
-def report_run(options: Namespace) -> dict[str, Any]:
-    """One page (HTML) about a run; returns where it is, and its numbers."""
-    run = open_run(options.run, check_weights=False)  # the page tells whether they are the run's own
-    others = _of_same_classes([run, *(open_run(folder) for folder in options.against)])[1:]
-    out = Path(options.out) if options.out else run.folder / "report.html"
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; expected the HTML file to write")
-    page, measured = write_report(run, Measuring.of(options, run), out, others, options.audit)
-    return {"report": str(page), "megabytes": page.stat().st_size / 1e6, "split": measured.split} | measured.numbers
-
-
-def write_report(
-    run: Run, measuring: Measuring, out: Path, others: Sequence[Run] = (), with_audit: bool = True
-) -> tuple[Path, Measured]:
-    """The same for runs that are open already; the page and what was measured."""
-    measured, catalog = measuring.measure(run)
-    beside = [(other, measuring.measure(other)[0]) for other in others]
-    train = ImageDataset(catalog.split("train"), run.transform)
-    device, workers = measuring.device, measuring.num_workers
-    with bar("Neighbours of the prototypes", len(train)) as advance:
-        neighbours = find_neighbours(run.model, train, device, num_workers=workers, advance=advance)
-    page = build_report(
-        run,
-        measured,
-        neighbours,
-        checks=checks_of(run, run.root, device),
-        audit=audited(catalog) if with_audit else None,
-        comparison=compare([(run, measured), *beside]) if beside else None,
-        path=out,
-        device=device,
-    )
-    return page, measured
-
-
-def compare_runs(options: Namespace) -> dict[str, Any]:
-    """The numbers of several runs side by side."""
-    if len(options.runs) < 2:
-        raise InputError("one run alone cannot be compared; expected two or more run folders")
-    runs = _of_same_classes([open_run(folder) for folder in options.runs])
-    measuring = Measuring.of(options, runs[0])
-    return compare([(run, measuring.measure(run)[0]) for run in runs])
-
-
-def _of_same_classes(runs: Sequence[Run]) -> list[Run]:
-    for run in runs[1:]:
-        if run.class_names != runs[0].class_names:
-            raise InputError(f"{run.folder} has other classes than {runs[0].folder}; expected the same ones")
-    return list(runs)
-
-
-logger = logging.getLogger("protopush.training")
-
-
-def verify_run(options: Namespace) -> list[AnchorCheck]:
-    """Whether each anchor of a run still holds."""
-    run, device = open_with(options, check_weights=False)
-    root = Path(options.root) if options.root else run.root
-    if not root.is_dir():
-        raise InputError(f"no such folder: {root}; expected the training images; say where they are with --root")
-    checks = checks_of(run, root, device)
-    change = version_change(recorded_versions(read_json(run.folder / "config.json")))
-    if change and any(check.fault == "similarity_off" for check in checks):
-        logger.warning("Other versions may read images and weights otherwise: the run was %s", change)
-    return checks
-
-
-def checks_of(run: Run, root: Path, device: torch.device | str) -> list[AnchorCheck]:
-    """Whether each anchor of an open run still holds, with the images below ``root``."""
-    return verify_anchors(
-        run.model,  # type: ignore[arg-type]
-        run.head.proto_manager,
-        run.transform,
-        root,
-        run.class_names,
-        device,
-        same_weights=same_weights(run.folder),
-    )
-
-
-def audit_data(options: Namespace) -> Audit:
-    """What is wrong with a data set; groups in several splits are told, not refused."""
-    check_threshold(options.threshold)
-    catalog = load_catalog(options.path, options.source, seed=options.split_seed, refuse_leaks=False)
-    return audited(catalog, options.threshold)
-
-
-def audited(catalog: Catalog, threshold: float = THRESHOLD) -> Audit:
-    """What is wrong with a data set that is open already."""
-    with bar("Auditing images", 2 * len(catalog.samples)) as advance:
-        return audit(catalog, threshold, advance)
-
-
-def push_run(options: Namespace) -> PushReport:
-    """Push a run's prototypes once more and write the result as a new run."""
-    out = Path(options.out)
-    if out.resolve() == Path(options.run).resolve():
-        raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
-    check_momentum(options.momentum)
-    check_unique(options.unique)
-    check_guard(options.guard, options.guard_budget)
-    guarded = options.guard != "off"
-    run, device = open_with(options)
-    fresh_folder(out, options.overwrite)
-    dataset, catalog = split_of(run, options)
-    val = open_split(DataConfig(**data_of(run, options)), "val", run.class_names, run.transform)[0] if guarded else None
-    report: PushReport = run.model.push_prototypes(
-        loader_of(dataset, options, device),
-        device,
-        use_local=options.use_local,
-        momentum=options.momentum,
-        max_patches_per_class=options.max_patches_per_class,
-        unique=options.unique,
-        interpolation=options.interpolation,
-        guard=options.guard,
-        guard_budget=options.guard_budget,
-        val_loader=None if val is None else loader_of(val, options, device),
-        allow=allow_of(load_decisions(run.folder), dataset),
-    )
-    pushed = replace(run, model=run.model.cpu(), folder=out, root=catalog.root.resolve(), data=data_of(run, options))
-    clear_folder(out)
-    for name in ("config.yaml", FILE):
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, out / name)
-    save_run(pushed)
-    append_metrics(out, push_row(report, 0, None, None))
-    return report
-
-
-def forbid_run(options: Namespace) -> Decision:
-    """Forbid a patch, an image or a region, or undo that, and replace the anchors there in the run itself."""
-    wish = Wish(
-        options.prototype, options.image, options.mask_column, options.min_share, options.reason, options.who or ""
-    )
-    if options.undo is None:
-        wish.kind()  # a wish that says nothing is refused before the run is opened
-    elif wish.prototype is not None or wish.image is not None or wish.masks:
-        raise InputError("--undo takes back one decision; expected no --prototype, --image or --mask-column beside it")
-    with alone(Path(options.run), lambda: logger.info("Somebody else is deciding about %s; waiting", options.run)):
-        run, device = open_with(options)
-        data, workers = data_of(run, options), options.data.num_workers
-        if options.undo is not None:
-            return undo(run, options.undo, data, device, wish.reason, wish.who, workers)
-        return forbid(run, wish, data, device, workers)
-
-
-def predict_files(options: Namespace) -> dict[str, Any]:
-    """A CSV of predictions, in as many processes as torchrun started; returns its summary."""
-    fabric = make_fabric(options.device)
-    with quiet():
-        fabric.launch()
-    # What is wrong with the run, one process says.
-    run = raise_on_all_ranks(lambda: open_run(options.run) if rank_and_size()[0] == 0 else None) or open_run(
-        options.run
-    )
-    run.model.to(fabric.device)
-    return predict(
-        run,
-        options.paths,
-        options.out,
-        top=options.top,
-        threshold=options.threshold,
-        share=options.share,
-        data=DataConfig(**data_of(run, options)),
-        device=fabric.device,
-        num_workers=options.data.num_workers,
-        overwrite=options.overwrite,
-    )
-
-
-FORMATS = ("onnx",)
-
-
-def export_run(options: Namespace) -> Exported:
-    """A run as a file of another format."""
-    if options.format not in FORMATS:
-        near = get_close_matches(options.format, FORMATS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(FORMATS)}"
-        raise InputError(f"unknown format {options.format!r}; {hint}")
-    if not options.tolerance > 0:
-        raise InputError(f"--tolerance {options.tolerance}; expected a number above 0")
-    require_extra()
-    run = open_run(options.run)
-    return export_onnx(run, Path(options.out) if options.out else run.folder / "model.onnx", options.tolerance)

@@ -1,8 +1,11 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and the ranges of numbers outside of which they are raised."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -36,3 +39,58 @@ def listing(items: Sequence[object], limit: int = 10) -> str:
 def first_line(cause: BaseException) -> str:
     """What an error says, cut to one line."""
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``least`` to ``most``; with ``open``, the ends don't belong to it.
+
+    Example:
+        >>> 0.5 in Range(0, 1), float("nan") in Range(0, 1), str(Range(1))
+        (True, False, 'at least 1')
+    """
+
+    least: float
+    most: float = inf
+    open: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        return self.least < number < self.most if self.open else self.least <= number <= self.most
+
+    def __str__(self) -> str:
+        if self.most == inf:
+            return f"more than {self.least:g}" if self.open else f"at least {self.least:g}"
+        return f"{self.least:g} to {self.most:g}" + (", both excluded" if self.open else "")
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+PositiveOrZero = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+OpenShare = Annotated[float, Range(0, 1, open=True)]
+Cosine = Annotated[float, Range(-1, 1)]
+
+
+def check_fields(config: object, prefix: str = "") -> None:
+    """Refuse a dataclass with a number outside its field's :class:`Range`, or a word that is none of its ``Literal``.
+
+    Raises:
+        InputError: the field, its value and what was expected.
+
+    Example:
+        >>> @dataclass
+        ... class Options:
+        ...     steps: Annotated[int, Range(1)] = 0
+        >>> check_fields(Options(), "train.")
+        Traceback (most recent call last):
+        protopush.errors.InputError: train.steps is 0; expected at least 1
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise InputError(f"{prefix}{name} is {value!r}; expected one of: {listing(get_args(hint))}")
+        for kind in (hint, *get_args(hint)):  # a range may be that of an optional number
+            for limit in getattr(kind, "__metadata__", ()):
+                if value is not None and value not in limit:
+                    raise InputError(f"{prefix}{name} is {value}; expected {limit}")

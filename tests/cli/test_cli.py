@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers import SMALL, make_images, python, refused
-from protopush.cli import COMMANDS, main
+from protopush.cli import main
+from protopush.cli.commands import COMMANDS
 
 
 def test_help_does_not_import_torch():
@@ -61,9 +62,9 @@ def test_push_writes_a_new_run_and_leaves_the_first(home, tmp_path, capsys):
     assert {p: p.read_bytes() for p in (home / "run").rglob("*") if p.is_file()} == before
     assert main(["verify", str(tmp_path / "run2")]) == 0
     assert "the run itself" in refused(capsys, *words, "--out", home / "run")
-    assert "--overwrite true" in refused(capsys, *words, "--out", tmp_path / "run2")
+    assert "add --overwrite" in refused(capsys, *words, "--out", tmp_path / "run2")
     (tmp_path / "run2" / "old.txt").touch()
-    assert main([str(w) for w in (*words, "--out", tmp_path / "run2", "--overwrite", "true")]) == 0
+    assert main([str(w) for w in (*words, "--out", tmp_path / "run2", "--overwrite")]) == 0
     assert {p.name for p in (tmp_path / "run2").iterdir()} == {
         "config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "prototypes", "prototypes.json",
         "prototypes.png",

@@ -181,8 +181,8 @@ def test_a_dumb_terminal_gets_plain_lines():
     assert on_a_terminal(BAR, TERM="dumb").splitlines() == ["Audited 3 images, 0.61"]
 
 
-WARNING = "import sys, warnings; from protopush.cli import COMMANDS, program\n"
-WARNING += "COMMANDS['verify'] = lambda words: warnings.warn('of a library', FutureWarning) or 0\n"
+WARNING = "import sys, warnings; from protopush.cli import commands, program\n"
+WARNING += "commands.COMMANDS['verify'] = lambda: warnings.warn('of a library', FutureWarning) or 0\n"
 WARNING += "sys.exit(program.run(['verify']))"
 
 

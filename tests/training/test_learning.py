@@ -21,7 +21,6 @@ from protopush.data.transforms import Preprocessing, TrainTransform
 from protopush.models.model import ProtoModel
 from protopush.nn.losses import balanced_class_weights, effective_class_weights, logit_shift
 from protopush.training.config import LossConfig, ModelConfig, PushConfig, RunConfig, TrainConfig, TrainerConfig
-from protopush.training.limits import check_numbers
 from protopush.training.optim import Ema, make_optimizer, set_rate
 from protopush.training.phases import Frozen, Joint, phases
 from protopush.training.setup import EpochSampler, prepare
@@ -349,12 +348,12 @@ def test_numbers_that_make_no_sense(group, name, value, message):
     made = config(Path("nowhere"))
     setattr(getattr(made, group), name, value)
     with pytest.raises(InputError, match=message):
-        check_numbers(made)
+        made.check()
 
 
 def test_a_head_that_warms_up_has_something_to_warm_up_for():
     with pytest.raises(InputError, match=r"give --train.freeze_backbone false"):
-        check_numbers(config(Path("nowhere"), freeze_backbone=True, head_epochs=1))
+        config(Path("nowhere"), freeze_backbone=True, head_epochs=1).check()
 
 
 def test_backbones_see_images_of_the_size_that_is_asked_for(images):

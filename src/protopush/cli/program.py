@@ -1,23 +1,81 @@
 """The program ``protopush``: a command with the signals, pipes and warnings of a shell around it.
 
-:func:`protopush.cli.main` is for calls within a process; it changes none of these.
+:func:`main` is for calls within a process; it changes none of these. What takes time to import is imported in the
+functions, so that an interrupt finds its handler from the start.
 """
 
 from __future__ import annotations
 
-import _thread
 import os
-import select
 import signal
 import sys
-import threading
-import warnings
+import time
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from protopush.cli import TERMINATED, Terminated, main
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
-PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
+INTERRUPTED = 130  # 128 + SIGINT, 128 + SIGTERM, 128 + SIGPIPE, as shells report them
+TERMINATED = 143
+PIPE_CLOSED = 141
+ADVICE = {"predict": "the same command, without --overwrite, goes on where it stopped"}
+ONE_KEYPRESS = 1.0  # seconds: a signal so soon after the first asks for nothing more
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): what Ctrl-C ends, this ends."""
+
+
+class Stop:
+    """What a program was asked by signals: the first one is raised, and all that goes wrong after it is its doing."""
+
+    def __init__(self) -> None:
+        self.number, self.at = 0, 0.0
+
+    def __call__(self, number: int, _: object) -> None:
+        soon = self.number and time.monotonic() - self.at < ONE_KEYPRESS
+        self.number, self.at = self.number or number, time.monotonic()
+        if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a process that reads images has ended as well
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+        if not soon:
+            raise self.error()
+
+    def error(self) -> KeyboardInterrupt:
+        return Terminated() if self.number == signal.SIGTERM else KeyboardInterrupt()
+
+
+STOP = Stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _code_of(words)
+    except KeyboardInterrupt as stop:
+        advice = ADVICE.get(words[0] if words else "", "what was saved is still there; train goes on with --resume")
+        print(f"protopush: interrupted; {advice}", file=sys.stderr)
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def _code_of(words: list[str]) -> int:
+    try:
+        from protopush.cli.parser import dispatch
+
+        return dispatch(words)
+    except Exception as error:
+        if "DataLoader worker" in f"{error} {error.__cause__}":
+            time.sleep(0.2)  # the signal that ended it may be on its way to this process
+        if STOP.number:
+            raise STOP.error() from error
+        from protopush.errors import FailedElsewhere, InputError
+
+        if not isinstance(error, InputError):
+            raise
+        if not isinstance(error, FailedElsewhere):  # the process where it failed says why
+            print(f"protopush: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -28,43 +86,42 @@ def run(argv: Sequence[str] | None = None) -> int:
     who call these libraries; ``python -W`` or PYTHONWARNINGS shows them.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by the caller
-    sys.unraisablehook = _keep_interrupts
     try:
         if "RANK" not in os.environ:  # torchrun ends its processes itself, also out of a collective that waits
-            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGTERM, STOP)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+                signal.signal(signal.SIGINT, STOP)
+        sys.unraisablehook = _keep_interrupts
         if not sys.warnoptions:
+            import warnings
+
             warnings.simplefilter("ignore")
-        code = _code_of(argv)
+        code = main(argv)
         for stream in streams:
             stream.flush()
         return code
+    except SystemExit as done:  # a command's --help
+        return int(done.code or 0)
     except BrokenPipeError:
         abandoned = [_drop_if_abandoned(stream) for stream in streams]
         if not any(abandoned):
             raise  # some other pipe
         return PIPE_CLOSED
-    except Terminated:  # before or after a command
-        return TERMINATED
+    except KeyboardInterrupt as stop:  # before or after a command
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
-def _code_of(argv: Sequence[str] | None) -> int:
-    try:
-        return main(argv)
-    except SystemExit as done:  # a command's --help
-        return int(done.code or 0)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
-
-
-def _keep_interrupts(lost: sys.UnraisableHookArgs) -> None:
+def _keep_interrupts(lost: UnraisableHookArgs) -> None:
     """Send a signal again that came while an object was destroyed, where Python ignores what is raised.
 
     Without this a Ctrl-C between two epochs, when a loader's processes are taken down, is printed and forgotten.
     """
+    import _thread
+    import threading
+
     if isinstance(lost.exc_value, KeyboardInterrupt):
         number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+        STOP.at = 0.0
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
     elif "DataLoaderIter" not in getattr(lost.object, "__qualname__", ""):  # one that was interrupted half-made
         sys.__unraisablehook__(lost)
@@ -72,6 +129,8 @@ def _keep_interrupts(lost: sys.UnraisableHookArgs) -> None:
 
 def _drop_if_abandoned(stream: TextIO) -> bool:
     """Whether the reader of a stream has gone; then what is left for it goes nowhere, and the exit is quiet."""
+    import select
+
     if hasattr(select, "poll"):  # not on Windows, where only its readers break a pipe of ours
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLERR)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
-from protopush.errors import InputError, listing
+from protopush.errors import CountOrZero, InputError, Range, Share, listing
 
 
 @dataclass
@@ -37,12 +38,12 @@ class DataConfig:
 
     path: str = ""
     source: str = "auto"
-    crop_pct: float = 1.0
+    crop_pct: Annotated[float, Range(0.01, 1)] = 1.0
     augment: bool = True
     auto_augment: str = ""
-    random_erasing: float = 0.0
+    random_erasing: Share = 0.0
     flip_vertical: bool = True
-    num_workers: int = 2
+    num_workers: CountOrZero = 2
     split_seed: int = 0
 
 

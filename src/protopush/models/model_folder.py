@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,12 +16,11 @@ from protopush.data.files import finish_change, read_json, write_atomic, write_j
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
+from protopush.models.stored_run import Run as Run
+from protopush.models.stored_run import picture_name as picture_name
 from protopush.models.versions import current_versions, recorded_versions, version_change
 from protopush.nn.head import HeadOptimal
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
-
-if TYPE_CHECKING:
-    from protopush.models.model import ProtoModel
 
 FORMAT = 1
 PICTURE_SIDE = 640  # longest side of the anchors' pictures that a run keeps
@@ -34,45 +32,6 @@ class Origin:
 
     folder: Path
     config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with what is needed to use it.
-
-    Attributes:
-        model: in eval mode.
-        class_names: in label order.
-        transform: what the model's images go through.
-        root: the folder that anchor files are relative to.
-        data: path and source of the training data, as they were given.
-        folder: where it was read from or written to.
-    """
-
-    model: ProtoModel
-    class_names: list[str]
-    transform: EvalTransform
-    root: Path
-    data: dict[str, Any]
-    folder: Path
-
-    @property
-    def head(self) -> HeadOptimal:
-        """The prototype head."""
-        head = self.model.head
-        if not isinstance(head, HeadOptimal):
-            raise InputError(f"the head is a {type(head).__name__}; a run folder holds a HeadOptimal")
-        return head
-
-    def picture(self, class_index: int, prototype: int) -> Image.Image | None:
-        """The source picture of an anchor, downscaled; None if the prototype was never pushed."""
-        file = self.folder / "prototypes" / picture_name(class_index, prototype)
-        return read_image(file) if file.is_file() else None
-
-
-def picture_name(class_index: int, prototype: int) -> str:
-    """The file of an anchor's picture in ``prototypes/``."""
-    return f"class{class_index:02d}-prototype{prototype:02d}.jpg"
 
 
 def save_run(run: Run) -> None:

@@ -79,8 +79,8 @@ def fresh_folder(out: Path, overwrite: bool) -> None:
         if not is_run:
             raise InputError(f"{out} is not empty; choose another --out")
         if not (out / "config.json").is_file():
-            raise InputError(f"{out} holds a run that was cut off; add --resume to go on with it, or --overwrite true")
-        raise InputError(f"{out} holds a run already; choose another --out, or add --overwrite true")
+            raise InputError(f"{out} holds a run that was cut off; add --resume to go on with it, or --overwrite")
+        raise InputError(f"{out} holds a run already; choose another --out, or add --overwrite")
     if not is_run:
         raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")
 

@@ -1,15 +1,27 @@
-"""What a run can be told. (No torch here: the command line reads this before anything heavy is imported.)
+"""Options of a run, with their ranges.
 
-These dataclasses live together because the parser needs all of them before torch is there; the rooms below take plain
-arguments and never see them.
+They live together, and without torch, because the command line reads all of them before anything heavy is imported; the
+rooms below take plain arguments and never see them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
 
 from protopush.data.manifest import DataConfig
+from protopush.errors import (
+    Cosine,
+    Count,
+    CountOrZero,
+    InputError,
+    OpenShare,
+    Positive,
+    PositiveOrZero,
+    Range,
+    Share,
+    check_fields,
+)
 
 
 @dataclass
@@ -29,11 +41,11 @@ class ModelConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     pretrained: bool | str = True
-    image_size: int | None = None
-    num_prototypes: int = 10
-    max_prototypes: int | None = None
-    embed_dim: int = 128
-    dropout: float = 0.1
+    image_size: Annotated[int, Range(8)] | None = None
+    num_prototypes: Count = 10
+    max_prototypes: Count | None = None
+    embed_dim: Count = 128
+    dropout: Share = 0.1
     match: Literal["local", "global"] = "local"
 
 
@@ -63,11 +75,11 @@ class LossConfig:
     orthogonality: float = 0.05
     consistency: float = 0.0
     separation_margin: float = 0.3
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     class_weights: Literal["inverse", "effective", "none"] = "inverse"
     class_balance: float = 1.0
-    effective_beta: float = 0.999
-    logit_adjustment: float = 0.0
+    effective_beta: OpenShare = 0.999
+    logit_adjustment: PositiveOrZero = 0.0
 
 
 @dataclass
@@ -88,7 +100,7 @@ class PushConfig:
             rollback, or budget (the momentum is raised until the cost is within the budget).
         guard_budget: the fall of balanced accuracy or AUROC that is allowed.
         grow: after each push, badly covered classes with a free slot get another prototype.
-        grow_quantile: of the best similarity of a class's samples, that tells how well it is covered.
+        grow_quantile: of the best similarity of a class's samples, which says how well it is covered.
         grow_below: the similarity below which it is badly covered.
         prune: after each push, prototypes that are duplicates or never matter are removed.
         prune_cosine: two prototypes of a class more alike than this are duplicates.
@@ -98,23 +110,23 @@ class PushConfig:
             prototypes are real patches already: they stay.
     """
 
-    start_epoch: int = 10
-    interval: int = 5
-    momentum: float = 0.9
+    start_epoch: CountOrZero = 10
+    interval: Count = 5
+    momentum: Share = 0.9
     use_local: bool | None = None
     max_patches_per_class: int | None = None
     interpolation: Literal["linear", "slerp"] = "linear"
     unique: Literal["none", "patch", "image", "group"] = "none"
     anchoring: Literal["off", "live"] = "off"
-    anchor_refresh: int = 100
+    anchor_refresh: Count = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
-    guard_budget: float = 0.01
+    guard_budget: PositiveOrZero = 0.01
     grow: bool = False
-    grow_quantile: float = 0.1
-    grow_below: float = 0.7
+    grow_quantile: Share = 0.1
+    grow_below: Cosine = 0.7
     prune: bool = False
-    prune_cosine: float = 0.99
-    final_decay: float = 0.1
+    prune_cosine: Cosine = 0.99
+    final_decay: Share = 0.1
     final: Literal["hard", "momentum", "none"] = "hard"
 
 
@@ -139,7 +151,7 @@ class TrainConfig:
         layer_decay: each earlier layer of the backbone learns by this factor more slowly (Clark et al. 2020; 0.65 to
             0.8 for ViTs); 1: all alike.
         weight_decay: of AdamW, on weight matrices alone.
-        warmup_epochs: linear rise of the learning rate; a cosine falls after it. Both begin anew after head_epochs.
+        warmup_epochs: linear rise of the learning rate; a cosine falls after it. Both start again after head_epochs.
         clip_norm: the largest norm of a step's gradients; none: as they are.
         ema: what is validated and saved is a moving average of the weights with this decay (0.999); none: the weights.
         patience: stop after so many epochs without a better validation score; none: never.
@@ -152,23 +164,23 @@ class TrainConfig:
         seed: of weights, order and augmentation.
     """
 
-    epochs: int = 15
+    epochs: Count = 15
     freeze_backbone: bool = True
-    head_epochs: int = 0
+    head_epochs: CountOrZero = 0
     freeze_norms: bool = True
-    batch_size: int = 64
-    accumulate: int = 1
+    batch_size: Count = 64
+    accumulate: Count = 1
     sampling: Literal["shuffle", "balanced"] = "shuffle"
-    lr: float = 1e-3
-    backbone_lr: float = 1e-4
-    prototype_lr: float | None = None
-    connection_lr: float | None = None
-    layer_decay: float = 1.0
-    weight_decay: float = 0.01
-    warmup_epochs: float = 1.0
-    clip_norm: float | None = None
-    ema: float | None = None
-    patience: int | None = None
+    lr: Positive = 1e-3
+    backbone_lr: Positive = 1e-4
+    prototype_lr: PositiveOrZero | None = None
+    connection_lr: PositiveOrZero | None = None
+    layer_decay: Annotated[float, Range(0.01, 1)] = 1.0
+    weight_decay: PositiveOrZero = 0.01
+    warmup_epochs: PositiveOrZero = 1.0
+    clip_norm: Positive | None = None
+    ema: OpenShare | None = None
+    patience: Count | None = None
     refit: Literal["biases", "connections", "none"] = "biases"
     refit_steps: int = 100
     refit_lr: float = 0.02
@@ -179,12 +191,12 @@ class TrainConfig:
 
 @dataclass
 class TrainerConfig:
-    """On what it runs, and who looks on.
+    """Devices, precision and trackers.
 
     Args:
         device: auto, cpu, cuda or mps.
         devices: processes on this computer, one for each GPU (on a CPU: gloo); under torchrun it decides.
-        num_nodes: computers; each runs the same command (torchrun or SLURM tells them apart).
+        num_nodes: computers; each runs the same command (torchrun or SLURM numbers them).
         precision: of Lightning Fabric (32-true, bf16-mixed, 16-mixed).
         channels_last: weights of the backbone in the order that convolutions like best.
         compile: torch.compile for the backbone.
@@ -193,8 +205,8 @@ class TrainerConfig:
     """
 
     device: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
+    devices: Count = 1
+    num_nodes: Count = 1
     precision: str = "32-true"
     channels_last: bool = True
     compile: bool = False
@@ -212,3 +224,27 @@ class RunConfig:
     push: PushConfig = field(default_factory=PushConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self) -> None:
+        """Refuse what lies outside its range, and options that contradict each other.
+
+        Raises:
+            InputError: the option, its value and what was expected.
+        """
+        for group in fields(self):
+            check_fields(getattr(self, group.name), f"{group.name}.")
+        if self.push.guard == "budget" and self.push.anchoring == "live":
+            raise InputError(
+                "push.guard 'budget' searches for a momentum, but live anchors have none; use --push.guard rollback"
+            )
+        train = self.train
+        if train.head_epochs and train.freeze_backbone:
+            raise InputError(
+                "train.head_epochs is for a backbone that is trained afterwards, but train.freeze_backbone is true; "
+                "leave train.head_epochs out, or give --train.freeze_backbone false"
+            )
+        if train.head_epochs >= train.epochs:
+            raise InputError(
+                f"train.head_epochs is {train.head_epochs} of {train.epochs} epochs; expected fewer, so that some are "
+                "left for the backbone; lower it, or raise train.epochs"
+            )

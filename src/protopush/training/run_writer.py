@@ -128,7 +128,7 @@ def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here
         raise InputError(
-            f"damaged file: {file} ({first_line(error)}); take it from a copy, or train again with --overwrite true"
+            f"damaged file: {file} ({first_line(error)}); take it from a copy, or train again with --overwrite"
         ) from error
     refuse_newer(state, FORMAT, str(file))
     return state
@@ -147,7 +147,7 @@ def restoring(saved: Mapping[str, Any], folder: Path) -> Iterator[None]:
         change = version_change(saved.get("versions", {})) or "take it from a copy"
         raise InputError(
             f"{folder / FILE} does not fit the model and optimizer of this run ({' '.join(str(error).split())[:300]}); "
-            f"{change}, or train again with --overwrite true"
+            f"{change}, or train again with --overwrite"
         ) from error
 
 
@@ -161,13 +161,13 @@ def refuse_other_options(folder: Path, config: RunConfig) -> None:
     try:
         before = _options(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise InputError(f"cannot read {file} ({first_line(error)}); train again with --overwrite true") from error
+        raise InputError(f"cannot read {file} ({first_line(error)}); train again with --overwrite") from error
     now = _options(asdict(config))
     other = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
     if other:
         raise InputError(
             f"the run in {folder} was started with other options ({listing(other, 5)}); give the same, or train again "
-            "with --overwrite true"
+            "with --overwrite"
         )
 
 

@@ -25,7 +25,6 @@ from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective
 from protopush.runs.fabric import make_fabric
 from protopush.runs.splits import check_samples
 from protopush.training.config import RunConfig
-from protopush.training.limits import check_numbers
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -157,7 +156,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     Raises:
         InputError: anything that would make the run fail or mean nothing.
     """
-    check_numbers(config)
+    config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config.data))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))

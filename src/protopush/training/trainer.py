@@ -26,7 +26,6 @@ from protopush.runs.progress import bar
 from protopush.runs.run import fresh_folder, open_run
 from protopush.training.config import RunConfig
 from protopush.training.final_push import final_push, push_now, push_row, resize
-from protopush.training.limits import check_numbers
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
 from protopush.training.phases import Best, Phase, Stage, on_validation, phases
 from protopush.training.run_writer import RunWriter, load_checkpoint, refuse_other_options, restoring
@@ -49,7 +48,7 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
         InputError: bad input, in one line.
     """
     out, trainer = Path(out), config.trainer
-    check_numbers(config)
+    config.check()
     fabric = make_fabric(trainer.device, trainer.precision, trainer.devices, trainer.num_nodes)
     with quiet():
         fabric.launch()
