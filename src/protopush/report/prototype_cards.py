@@ -122,7 +122,7 @@ class Cards:
 
     def _facts(self, c: int, k: int, anchor: Anchor) -> list[tuple[str, str]]:
         before, after = decimal(anchor.similarity), decimal(anchor.similarity_after)
-        facts = [("similarity to this part", after)]
+        facts = [("similarity", after)]
         if before != after:
             facts.append(("before the push", before))
         if anchor.runner_up is not None:
