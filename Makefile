@@ -16,7 +16,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/protopush demo --config recipes/elpv.yaml --out runs/demo
 
-test: lint types layers unit
+# Two jobs at a time: the checks keep one core busy, and the tests need not wait for them.
+test: $(READY)
+	$(MAKE) -j 2 lint types layers unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
@@ -170,7 +170,13 @@ def anchors(run: Path) -> dict[tuple[str, int], dict]:
     return {(entry["class"], entry["prototype"]): entry["anchor"] for entry in found}
 
 
-# Commands.
+# Processes and commands.
+
+
+def start_ranks(main: Callable[[int, int, str], None], world: int, folder: Path) -> None:
+    """``main(rank, world, folder)`` in processes that are forked from one that has imported PyTorch."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch"])
+    multiprocessing.start_processes(main, (world, str(folder)), nprocs=world, start_method="forkserver")
 
 
 def python(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import SMALL, make_images
+from helpers import SMALL
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
 from protopush.evaluation.measure import measure, observe
@@ -102,12 +102,8 @@ def test_faithfulness_is_between_its_bounds_and_repeatable(opened):
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_without_masks_there_is_no_localisation(tmp_path):
-    data = make_images(tmp_path / "images", ["a", "b"], 10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
-        assert main(["train", "--data.path", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 0
-    run = open_run(tmp_path / "run")
+def test_without_masks_there_is_no_localisation(home):
+    run = open_run(home / "run")
     dataset, _ = open_split(DataConfig(**run.data), "test", run.class_names, run.transform)
     assert measure(run, dataset, "test", {}, faithfulness=0, resamples=0).numbers["localization"] is None
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from helpers import ToyNet
+from helpers import ToyNet, start_ranks
 from protopush import HeadOptimal, InputError, push_prototypes
 from protopush.backbones.create import Features
 from protopush.nn.prototypes import Anchor, PrototypeManager
@@ -568,7 +568,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_two_ranks_end_as_one_process(tmp_path):
-    multiprocessing.spawn(rank_main, (2, str(tmp_path)), nprocs=2)
+    start_ranks(rank_main, 2, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for kind in KINDS:
         state, told = grow_and_prune(kind)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from helpers import ToyNet, python
+from helpers import ToyNet, python, start_ranks
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.errors import InputError
@@ -150,7 +152,7 @@ def equal_to_the_index(found, alone) -> bool:
 @pytest.mark.ddp
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_end_with_the_anchors_and_the_very_bits_of_one_process(tmp_path, world):
-    multiprocessing.spawn(rank_main, (world, str(tmp_path)), nprocs=world)
+    start_ranks(rank_main, world, tmp_path)
     alone = {name: case(name, 0, 1) for name in CASES}
     messages = []
     for rank in range(world):
@@ -169,16 +171,16 @@ def test_ranks_end_with_the_anchors_and_the_very_bits_of_one_process(tmp_path, w
 
 
 @pytest.mark.ddp
-def test_torchrun_and_fabric(tmp_path):
+def test_torchrun_and_fabric(tmp_path, monkeypatch):
     script = Path(__file__).parents[1] / "scripts" / "push_with_fabric.py"
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "1"), "1"])
+    runpy.run_path(str(script), run_name="__main__")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ends = []
-    for launcher, ranks in (([], 1), (torchrun, 2)):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        done = python(*launcher, script, folder, ranks)
-        assert done.returncode == 0, done.stderr
-        ends += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    done = python(*torchrun, script, tmp_path / "2", 2)
+    assert done.returncode == 0, done.stderr
+    ends = [torch.load(tmp_path / name, weights_only=True) for name in ("1/0.pt", "2/0.pt", "2/1.pt")]
     for prototypes, anchors in ends[1:]:
         assert anchors == ends[0][1]
         assert torch.equal(prototypes, ends[0][0])

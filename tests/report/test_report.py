@@ -20,7 +20,7 @@ from jinja2 import ChoiceLoader, FileSystemLoader
 from markupsafe import escape
 from PIL import Image
 
-from helpers import make_images, train_small
+from helpers import made_once, make_images, train_small
 from protopush import InputError
 from protopush.cli import main
 from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
@@ -97,7 +97,15 @@ class Page(HTMLParser):
         return [attrs[name] for _, attrs in self.elements if attrs.get(name) is not None]
 
 
-def hostile_run(root: Path) -> Path:
+def hostile_report(factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The run of :func:`make_hostile_run` and the page about it, made once."""
+    root = made_once(
+        factory, "hostile", lambda root: build_report(**parts_of(make_hostile_run(root)), path=root / "report.html")
+    )
+    return root / WORSE.replace("/", "-") / "run", root / "report.html"
+
+
+def make_hostile_run(root: Path) -> Path:
     """A run whose folder, data, classes, files and decisions all have names that would like to be markup."""
     data = make_images(root / 'a"b&<em>' / "images", CLASSES, 10)
     for number, file in enumerate(sorted((data / EVIL).iterdir())):
@@ -135,13 +143,12 @@ def parts_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, one_thread):
-    return parts_of(hostile_run(tmp_path_factory.mktemp("report")))
+    return parts_of(hostile_report(tmp_path_factory)[0])
 
 
 @pytest.fixture(scope="module")
-def page(parts, tmp_path_factory):
-    path = build_report(**parts, path=tmp_path_factory.mktemp("page") / "report.html")
-    return Page(path.read_text(encoding="utf-8"))
+def page(one_thread, tmp_path_factory):
+    return Page(hostile_report(tmp_path_factory)[1].read_text(encoding="utf-8"))
 
 
 def section(name, parts, **other):

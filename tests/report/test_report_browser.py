@@ -18,7 +18,7 @@ from protopush.evaluation.measure import measure
 from protopush.explain.neighbours import find_neighbours
 from protopush.models.model_folder import Run, save_run
 from protopush.report.build import build_report
-from test_report import hostile_run, parts_of
+from test_report import hostile_report
 
 SECONDS = 3.0  # one is what is promised; a busy machine may take longer
 MEGABYTES = 15.0
@@ -26,8 +26,7 @@ MEGABYTES = 15.0
 
 @pytest.fixture(scope="module")
 def hostile(browser, tmp_path_factory, one_thread):
-    folder = tmp_path_factory.mktemp("hostile")
-    return build_report(**parts_of(hostile_run(folder)), path=folder / "report.html")
+    return hostile_report(tmp_path_factory)[1]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
