@@ -205,6 +205,7 @@ def explain_image(
     Example:
         >>> import tempfile
         >>> from PIL import Image
+        >>> from protopush.models.model import ProtoModel
         >>> model = ProtoModel.create("resnet18", num_classes=2, pretrained=False, num_prototypes=3)
         >>> transform = EvalTransform(model.backbone.preprocessing)
         >>> with tempfile.TemporaryDirectory() as folder:

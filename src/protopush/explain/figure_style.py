@@ -215,7 +215,7 @@ def fit_text(text: str, size: int, width: float) -> str:
 
     Example:
         >>> fit_text("a_very_long_name_of_an_image_0024306.jpg", 16, 200)
-        'a_very_long...024306.jpg'
+        'a_very_lon...024306.jpg'
     """
     text = printable(text)
     font = font_of(text, size)
