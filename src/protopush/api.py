@@ -46,10 +46,8 @@ from protopush.explain.neighbours import find_neighbours
 from protopush.models.model_folder import Run, save_run
 from protopush.models.versions import recorded_versions, version_change
 from protopush.predict.prediction import predict
-from protopush.push import PushReport, check_momentum
+from protopush.push import PushReport, PushSettings, check_settings
 from protopush.push.certificate import AnchorCheck, verify_anchors
-from protopush.push.guard import check_guard
-from protopush.push.selection import check_unique
 from protopush.report.build import build_report
 from protopush.runs.allowed import allow_of
 from protopush.runs.decisions import FILE, Decision, alone, load_decisions
@@ -312,10 +310,9 @@ def push_run(options: Namespace) -> PushReport:
     out = Path(options.out)
     if out.resolve() == Path(options.run).resolve():
         raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
-    check_momentum(options.momentum)
-    check_unique(options.unique)
-    check_guard(options.guard, options.guard_budget)
-    guarded = options.guard != "off"
+    settings = {name: getattr(options, name) for name in PushSettings().settings()}
+    check_settings(PushSettings(**settings))
+    guarded = options.guard not in (None, "off")
     run, device = open_with(options)
     fresh_folder(out, options.overwrite)
     dataset, catalog = split_of(run, options)
@@ -324,12 +321,7 @@ def push_run(options: Namespace) -> PushReport:
         loader_of(dataset, options, device),
         device,
         use_local=options.use_local,
-        momentum=options.momentum,
-        max_patches_per_class=options.max_patches_per_class,
-        unique=options.unique,
-        interpolation=options.interpolation,
-        guard=options.guard,
-        guard_budget=options.guard_budget,
+        **settings,
         val_loader=None if val is None else loader_of(val, options, device),
         allow=allow_of(load_decisions(run.folder), dataset),
     )

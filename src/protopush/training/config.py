@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from protopush.data.manifest import DataConfig
+from protopush.push.options import PushSettings
 
 
 @dataclass
@@ -70,23 +71,18 @@ class LossConfig:
     logit_adjustment: float = 0.0
 
 
-@dataclass
-class PushConfig:
-    """When and how prototypes are pushed.
+@dataclass(frozen=True)
+class PushConfig(PushSettings):
+    """When and how prototypes are pushed; how, beyond what stands here, as :class:`protopush.push.PushSettings` says.
 
     Args:
         start_epoch: first epoch (counted from 1) with a push; 0: also before the first.
         interval: epochs between pushes.
-        momentum: 0 puts a prototype onto its patch, 0.9 moves it a tenth of the way.
         use_local: patches (true) or pooled features; by default what the head matches.
-        max_patches_per_class: none for every patch.
-        interpolation: linear, or slerp (the momentum is a share of the angle).
-        unique: of what no two prototypes of a class share one: none, patch, image or group (lesion, patient).
         anchoring: off, or live: from its first push on a prototype is its anchor's embedding at every step.
         anchor_refresh: steps between two embeddings of the live anchors' images, where the backbone is trained.
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback, or budget (the momentum is raised until the cost is within the budget).
-        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
         grow: after each push, badly covered classes with a free slot get another prototype.
         grow_quantile: of the best similarity of a class's samples, that tells how well it is covered.
         grow_below: the similarity below which it is badly covered.
@@ -100,15 +96,10 @@ class PushConfig:
 
     start_epoch: int = 10
     interval: int = 5
-    momentum: float = 0.9
     use_local: bool | None = None
-    max_patches_per_class: int | None = None
-    interpolation: Literal["linear", "slerp"] = "linear"
-    unique: Literal["none", "patch", "image", "group"] = "none"
     anchoring: Literal["off", "live"] = "off"
     anchor_refresh: int = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
-    guard_budget: float = 0.01
     grow: bool = False
     grow_quantile: float = 0.1
     grow_below: float = 0.7

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from protopush.errors import InputError
-from protopush.push import check_momentum
-from protopush.push.guard import check_guard
+from protopush.push import check_settings
 from protopush.training.config import RunConfig
 
 
@@ -79,8 +78,7 @@ def check_numbers(config: RunConfig) -> None:
         value = getattr(getattr(config, group), name)
         if value is not None and not limit.holds(value):
             raise InputError(f"{key} is {value}; expected {limit}")
-    check_momentum(config.push.momentum, "push.momentum")
-    check_guard(config.push.guard, config.push.guard_budget, config.push.anchoring == "live")
+    check_settings(config.push, config.push.anchoring == "live", "push.")
     train = config.train
     if train.head_epochs and train.freeze_backbone:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from protopush.distributed import broadcast_from_rank_zero
 from protopush.evaluation.outputs import in_short
 from protopush.models.model_folder import Run, save_run
-from protopush.push.schedule import PushSchedule
+from protopush.push import PushSchedule
 from protopush.runs.fabric import make_fabric, quiet
 from protopush.runs.run import fresh_folder, open_run
 from protopush.training.checkpoint import load_checkpoint, refuse_other_options, restoring

@@ -1,4 +1,4 @@
-"""How fast to learn; when to push is told by :class:`protopush.push.schedule.PushSchedule`.
+"""How fast to learn; when to push is told by :class:`protopush.PushSchedule`.
 
 What learns how fast.
 

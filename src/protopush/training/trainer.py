@@ -18,7 +18,7 @@ from protopush.errors import InputError, listing
 from protopush.evaluation.outputs import score_of
 from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import Anchor, PrototypeManager, anchors_from, plain_anchors
-from protopush.push.patch_cap import NonFinite
+from protopush.push.nearest_patches import NonFinite
 from protopush.runs.progress import bar
 from protopush.training.final_push import push_between
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate

@@ -13,10 +13,9 @@ from torch import Tensor
 from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError
 from protopush.push.guard import Score
-from protopush.push.nearest_patches import grid_of, log_shapes, refuse_non_finite
-from protopush.push.patch_cap import NonFinite
+from protopush.push.nearest_patches import NonFinite, grid_of, log_shapes, refuse_non_finite
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import Batch, Source, check_labels
+from protopush.push.reader import Batch, Reader, check_labels
 from protopush.push.top_candidates import TIE
 
 
@@ -98,7 +97,7 @@ def embedded(
         yield Embedded(unit, valid.squeeze(2), labels, ids, grid)
 
 
-def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
+def own_similarity(net: Pushable, source: Reader, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
     """One pass over the samples; what is kept is 4 * K + 16 bytes a sample, the same on every rank.
 
     Args:

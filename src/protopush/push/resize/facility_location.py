@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError, listing
-from protopush.push.nearest_patches import Allow, refuse_non_finite
-from protopush.push.patch_cap import NonFinite
+from protopush.push.nearest_patches import NonFinite, refuse_non_finite
+from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import Batch, DatasetSource, Source
+from protopush.push.reader import DatasetReader, Reader
 from protopush.push.resize.coverage import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.top_candidates import TIE
 
@@ -64,7 +63,7 @@ class Gain(NamedTuple):
 
 
 def find_gains(
-    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, wish: Wish
+    net: Pushable, source: Reader, slots: Slots, before: OwnSimilarity, wish: Wish
 ) -> tuple[list[Gain], dict[int, str]]:
     """The new prototypes, the same on every rank, and why a badly covered class gets none."""
     free = ((slots.rows >= 0) & ~slots.used).cpu()
@@ -81,7 +80,7 @@ def find_gains(
         worst[c] = rows[ranked].sort().values
     gains: list[Gain] = []
     # A stream can only be read as a whole: once is enough.
-    step = TOGETHER if isinstance(source, DatasetSource) else max(1, len(worst))
+    step = TOGETHER if isinstance(source, DatasetReader) else max(1, len(worst))
     classes = list(worst)
     for start in range(0, len(classes), step):
         group = {c: worst[c] for c in classes[start : start + step]}
@@ -91,7 +90,7 @@ def find_gains(
 
 
 def _of_group(
-    net: Pushable, source: Source, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
+    net: Pushable, source: Reader, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
 ) -> list[Gain]:
     """The gains of some classes; ``worst`` are rows of ``before``."""
     rows = torch.cat(list(worst.values()))
@@ -137,7 +136,7 @@ class _Sample(NamedTuple):
 
 
 def _read_again(
-    net: Pushable, source: Source, ids: Tensor, labels: Tensor, classes: int, wish: Wish
+    net: Pushable, source: Reader, ids: Tensor, labels: Tensor, classes: int, wish: Wish
 ) -> tuple[dict[int, _Sample], set[int]]:
     """The patches of some samples on every rank, and the samples that this rank has read.
 
@@ -149,7 +148,7 @@ def _read_again(
     here: dict[int, _Sample] = {}
 
     def read() -> None:
-        for batch in embedded(net, _batches_of(source, sorted(label_of)), wish.use_local, classes, strange):
+        for batch in embedded(net, source.subset(sorted(label_of)).batches(), wish.use_local, classes, strange):
             allowed = batch.valid
             if wish.allow is not None:
                 allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
@@ -169,11 +168,6 @@ def _read_again(
             "each time: give a DataLoader over a dataset, or a list of (images, labels, ids); nothing was changed"
         )
     return everyone, set(here)
-
-
-def _batches_of(source: Source, ids: list[int]) -> Iterable[Batch]:
-    """This rank's batches of some samples, and of others where only a whole stream can be read."""
-    return source.pick(ids) if isinstance(source, DatasetSource) else source.batches()
 
 
 def _best_patches(
@@ -231,7 +225,7 @@ def _reach(unit: Tensor, valid: Tensor, candidates: Tensor) -> Tensor:
 
 
 def coverage_after(
-    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
+    net: Pushable, source: Reader, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
 ) -> tuple[Tensor, list[float | None]]:
     """The samples' coverage (N,) with the new prototypes; and, of each, its best cosine in any other sample."""
     coverage, runner_ups = before.coverage(), list[float | None]()
@@ -239,9 +233,7 @@ def coverage_after(
     unit, new = slots.unit.clone(), torch.zeros_like(slots.used)
     for gain in gains:
         unit[gain.class_index, gain.slot], new[gain.class_index, gain.slot] = gain.unit.to(unit), True
-    if isinstance(source, DatasetSource):
-        source.narrow(large.__contains__)
-    again = own_similarity(net, source, unit, new, wish.use_local) if large else before
+    again = own_similarity(net, source.of_classes(large), unit, new, wish.use_local) if large else before
     for gain in gains:
         own = before.labels == gain.class_index
         reach, ids = gain.reach, gain.ids

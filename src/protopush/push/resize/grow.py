@@ -15,9 +15,9 @@ from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.guard import Score, Validation
-from protopush.push.nearest_patches import Allow
+from protopush.push.options import Allow
 from protopush.push.protocol import Slots, class_names_of, resolve_device, unwrap
-from protopush.push.reader import DatasetSource, Source, read_through
+from protopush.push.reader import DatasetReader, Reader, read_through
 from protopush.push.resize.coverage import ClassCoverage, class_coverage, coverage_lines, effect, own_similarity
 from protopush.push.resize.facility_location import Wish, coverage_after, find_gains
 from protopush.push.resize.slots import all_or_nothing, forget, live_features, move_in, slot_mask
@@ -210,15 +210,15 @@ def _check(wish: Wish) -> None:
         raise InputError(f"min_coverage is {wish.min_coverage}; expected a cosine, -1 to 1, such as 0.7")
 
 
-def _check_live(live: bool, source: Source) -> None:
-    if live and not isinstance(source, DatasetSource):
+def _check_live(live: bool, source: Reader) -> None:
+    if live and not isinstance(source, DatasetReader):
         raise InputError(
             "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
             "dataset with len() and []; nothing was changed"
         )
 
 
-def _notes(source: Source, slots: Slots, why: dict[int, str]) -> list[str]:
+def _notes(source: Reader, slots: Slots, why: dict[int, str]) -> list[str]:
     notes = [source.note] if source.note else []
     if why and not bool(((slots.rows >= 0) & ~slots.used).any()):
         notes.append("no class has a free slot: make the head with max_prototypes above num_prototypes")

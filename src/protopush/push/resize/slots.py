@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
-from protopush.push.live_anchors import POOLED, features_at
 from protopush.push.protocol import PrototypeOwner, Pushable, Slots
-from protopush.push.reader import DatasetSource, Source
+from protopush.push.reader import Reader
 from protopush.push.resize.facility_location import Gain
-from protopush.push.update import reset_moments
+from protopush.push.update import POOLED, features_at, reset_moments
 
 
 def slot_mask(manager: PrototypeOwner, what: str) -> Tensor:
@@ -65,7 +64,7 @@ def _at(slots: Slots, gains: list[Gain]) -> Tensor:
     return torch.stack([slots.rows[gain.class_index, gain.slot] for gain in gains])
 
 
-def live_features(net: Pushable, source: Source, slots: Slots, gains: list[Gain], use_local: bool) -> Tensor:
+def live_features(net: Pushable, source: Reader, slots: Slots, gains: list[Gain], use_local: bool) -> Tensor:
     """The backbone's features at the new anchors, (G, C), the same on every rank."""
     rows, ids, cells = _at(slots, gains), *_live_anchors(slots, gains, use_local)
     manager: Any = net.head.proto_manager
@@ -73,8 +72,7 @@ def live_features(net: Pushable, source: Source, slots: Slots, gains: list[Gain]
     every_cell = torch.zeros_like(manager.anchor_cells)
     every_id[rows], every_cell[rows] = ids, cells
     samples = sorted({gain.sample for gain in gains})
-    indexed = cast(DatasetSource, source)
-    return features_at(net, indexed, samples, every_id, every_cell, slots.rows.device)[rows]
+    return features_at(net, source, samples, every_id, every_cell, slots.rows.device)[rows]
 
 
 def _live_anchors(slots: Slots, gains: list[Gain], use_local: bool) -> tuple[Tensor, Tensor]:
