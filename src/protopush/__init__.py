@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
     from protopush.nn.head import HeadOptimal
     from protopush.nn.prototypes import Anchor, PrototypeManager
-    from protopush.push import PushMixin, PushReport, push_prototypes, refresh_anchors
+    from protopush.push import PushMixin, PushReport, PushSchedule, push_prototypes, refresh_anchors
     from protopush.push.resize import GrowthReport, PruningReport, grow_prototypes, prune_prototypes
-    from protopush.push.schedule import PushSchedule
     from protopush.runs.run import load
 
 __version__ = "0.1.0"
@@ -33,7 +32,7 @@ _HOME = {
     "PruningReport": "protopush.push.resize",
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
-    "PushSchedule": "protopush.push.schedule",
+    "PushSchedule": "protopush.push",
     "Run": "protopush.api",
     "create_backbone": "protopush.backbones.create",
     "grow_prototypes": "protopush.push.resize",

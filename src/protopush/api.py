@@ -241,20 +241,22 @@ class Run(stored_run.Run):
             overwrite: replace the run in ``out``.
         """
         from protopush.models.model_folder import save_run
+        from protopush.push import PushSettings, check_settings
         from protopush.runs.allowed import allow_of
         from protopush.runs.decisions import FILE, load_decisions
         from protopush.runs.run import append_metrics, clear_folder, fresh_folder
         from protopush.training.final_push import push_row
 
+        settings = PushSettings(momentum, max_patches_per_class, unique, interpolation, guard, guard_budget)
+        check_settings(settings)
         out, model = Path(out), copy.deepcopy(self.model)
         if out.resolve() == self.folder.resolve():
             raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
         fresh_folder(out, overwrite)
         dataset, catalog = self._images(split)
         report: PushReport = model.push_prototypes(
-            self._loader(dataset), self.device, momentum=momentum, use_local=use_local, unique=unique,
-            interpolation=interpolation, max_patches_per_class=max_patches_per_class, guard=guard,
-            guard_budget=guard_budget, allow=allow_of(load_decisions(self.folder), dataset),
+            self._loader(dataset), self.device, use_local=use_local, **settings.settings(),
+            allow=allow_of(load_decisions(self.folder), dataset),
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
         clear_folder(out)

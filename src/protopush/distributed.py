@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -84,10 +85,18 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
 
 def raise_on_all_ranks(work: Callable[[], T]) -> T:
     """Do this rank's part of the work; if it fails on one rank it fails on all, rather than have them wait for it."""
+    with raising_on_all_ranks():
+        return work()
+
+
+@contextmanager
+def raising_on_all_ranks() -> Iterator[None]:
+    """:func:`raise_on_all_ranks` for a block, which must not call collectives itself."""
+    problem = None
     try:
-        done, problem = work(), None
+        yield
     except Exception as error:
-        done, problem = None, error
+        problem = error
     if rank_and_size()[1] > 1:
         problems = all_gather_objects(None if problem is None else first_line(problem))
         failed = next((rank for rank, line in enumerate(problems) if line is not None), None)
@@ -95,7 +104,6 @@ def raise_on_all_ranks(work: Callable[[], T]) -> T:
             raise FailedElsewhere(f"rank {failed}: {problems[failed]}")
     if problem is not None:
         raise problem
-    return cast(T, done)
 
 
 def broadcast_from_rank_zero(work: Callable[[], T]) -> T:

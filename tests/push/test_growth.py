@@ -15,8 +15,8 @@ from helpers import ToyNet, start_ranks
 from protopush import HeadOptimal, InputError, push_prototypes
 from protopush.backbones.create import Features
 from protopush.nn.prototypes import Anchor, PrototypeManager
+from protopush.push import refresh_anchors
 from protopush.push.guard import Validation
-from protopush.push.live_anchors import refresh_anchors
 from protopush.push.resize.grow import grow_prototypes
 from protopush.push.resize.prune import prune_prototypes
 

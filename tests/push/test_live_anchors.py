@@ -167,7 +167,7 @@ def test_what_cannot_be_refreshed_is_refused(data, loader):
     assert refresh_anchors(model, loader, "cpu") == 0
     with pytest.raises(InputError, match="the loader is a stream"):
         refresh_anchors(model, [(data.tensors[0], data.tensors[1])], "cpu")
-    with pytest.raises(InputError, match="guard 'budget' looks for a momentum, but live anchors have none"):
+    with pytest.raises(InputError, match="guard 'budget' searches for a momentum, but live anchors have none"):
         push_prototypes(model, loader, "cpu", guard="budget", val_loader=loader)
     with pytest.raises(InputError, match="anchoring='on'; expected 'off' or 'live'"):
         HeadOptimal(6, 3, anchoring="on")

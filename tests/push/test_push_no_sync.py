@@ -11,9 +11,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import ToyNet
-from protopush.push import nearest_patches as search
-from protopush.push.patch_cap import NonFinite, Tally
-from protopush.push.reader import DatasetSource
+from protopush.push import nearest_patches as module
+from protopush.push.options import PushOptions
+from protopush.push.protocol import Slots
+from protopush.push.reader import read_through
+from protopush.push.selection import RULES
 from protopush.push.top_candidates import TopM
 
 
@@ -24,23 +26,36 @@ def model() -> ToyNet:
     return model.eval()
 
 
-def run_loop(model, key="image", cap=None, width=None, use_local=True, allow=None):
+class LoopIsOver(Exception):
+    """What comes after the loop may wait."""
+
+
+def run_loop(model, key="image", width=None, **options):
+    """Everything up to the first line after the loop; the lists that it ends with."""
     loader = DataLoader(TensorDataset(torch.randn(40, 6, 5, 5), torch.arange(40) % 3), 7)
-    top = TopM(
-        torch.randn(3, 4, 8, device="meta"),
-        torch.ones(3, 4, dtype=torch.bool, device="meta"),
-        depth=4,
-        width=width,
-        by_patch=key == "patch",
-    )
-    query = search.Query(use_local, cap, 0, allow, width)
-    with torch.no_grad():
-        search._read(model, DatasetSource(loader), query, top, NonFinite(torch.device("meta")), Tally(3, cap), key)
-    return top
+    model.head.proto_manager.anchor_features = None if width is None else torch.zeros(12, width, device="meta")
+    unit, used = torch.randn(3, 4, 8, device="meta"), torch.ones(3, 4, dtype=torch.bool, device="meta")
+    slots = Slots(torch.arange(12, device="meta").view(3, 4), used, unit)
+    made = []
+    init = TopM.__init__
+
+    def remembered(self, *args):
+        init(self, *args)
+        made.append(self)
+
+    def over(*_):
+        raise LoopIsOver
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(TopM, "__init__", remembered)
+        patch.setattr(module, "refuse_non_finite", over)
+        with pytest.raises(LoopIsOver):
+            module.nearest_patches(model, read_through(loader), slots, PushOptions(**options), RULES[key], 4)
+    return made[0]
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"key": "patch"}, {"key": "group"}, {"cap": 100}, {"width": 6}, {"use_local": False},
+    {}, {"key": "patch"}, {"key": "group"}, {"max_patches_per_class": 100}, {"width": 6}, {"use_local": False},
     {"allow": lambda ids, grid: torch.ones(len(ids), grid[0] * grid[1], dtype=torch.bool)},
 ], ids=lambda options: "-".join(options) or "plain")  # fmt: skip
 def test_nothing_in_the_batch_loop_waits(model, options):

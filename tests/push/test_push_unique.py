@@ -169,10 +169,10 @@ def test_one_patch_for_two_prototypes_is_shared_in_the_open(toy):
     assert "anchors are shared" in report.notes[0]
 
 
-def test_no_groups_are_told(toy):
+def test_no_groups_are_reported(toy):
     patches, labels, groups, prototypes = random_case(1)
     report, _ = push(toy, patches, labels, [None] * len(groups), prototypes, unique="group")
-    assert report.notes[0] == "the dataset tells no groups: anchors are unique by image instead"
+    assert report.notes[0] == "the dataset has no groups: anchors are unique by image instead"
 
 
 def test_unknown_word(toy):
@@ -209,6 +209,6 @@ def test_equal_sums_go_to_smaller_keys_whatever_the_noise():
     for noise in (0.0, 1e-7, -1e-7):
         similarity = torch.tensor([[[0.5, 0.5], [0.5 - noise, 0.5 + noise], [0.5, 0.5 - noise]]])
         ids = torch.tensor([7, 8, 9]).view(1, 3, 1).expand(1, 3, 2)
-        ranked = Ranked(similarity, ids, torch.zeros_like(ids), ids, torch.zeros_like(ids))
-        choice = assign(ranked, torch.ones(1, 2, dtype=torch.bool), "image").choice
-        assert sorted(ids[0].gather(0, choice).flatten().tolist()) == [7, 8]
+        taken, short = assign(Ranked(similarity, ids, torch.zeros_like(ids), ids), torch.ones(1, 2, dtype=torch.bool))
+        assert short == []
+        assert sorted(ids[0].gather(0, taken).flatten().tolist()) == [7, 8]

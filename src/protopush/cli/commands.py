@@ -97,11 +97,6 @@ def push(
     Args:
         out: the run folder to write.
     """
-    from protopush.push import check_momentum
-    from protopush.push.guard import check_guard
-
-    check_momentum(options["momentum"])
-    check_guard(options["guard"], options["guard_budget"])
     report = _open(run, data, device).push(out, split=data.split, **options)
     return _answer(json, report.to_dict(), str(report))
 

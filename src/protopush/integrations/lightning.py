@@ -18,11 +18,8 @@ from torch.utils.data import DataLoader
 from protopush._compat import ensure_torchvision
 from protopush.errors import InputError, first_line, listing
 from protopush.nn.prototypes import anchors_from, plain_anchors
-from protopush.push import PushReport, check_momentum, push_prototypes
-from protopush.push.guard import check_guard
+from protopush.push import PushOptions, PushReport, PushSchedule, check_settings, push_prototypes
 from protopush.push.protocol import unwrap
-from protopush.push.schedule import PushSchedule
-from protopush.push.selection import check_unique
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 FINAL = ("hard", "none")
@@ -209,13 +206,10 @@ def _check_options(options: dict[str, Any]) -> None:
     if unknown := [name for name in options if name not in known or name in OWN]:
         expected = ", ".join(name for name in known if name not in OWN)
         raise InputError(f"PushCallback takes no {listing(unknown)}; expected options of a push: {expected}")
-    check_momentum(options.get("momentum", known["momentum"].default))
-    check_unique(options.get("unique", "none"))
-    guard = options.get("guard")
-    if guard is not None:
-        check_guard(guard, options.get("guard_budget", known["guard_budget"].default), False)
-        if guard != "off" and options.get("val_loader") is None:
-            raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
+    made = PushOptions(**options)
+    check_settings(made)
+    if made.guard not in (None, "off") and made.val_loader is None:
+        raise InputError(f"guard {made.guard!r} needs a val_loader; give validation images, or guard 'off'")
 
 
 def _holds(optimizer: Any, parameter: nn.Parameter) -> bool:

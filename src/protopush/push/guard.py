@@ -1,21 +1,20 @@
-"""What a push costs on validation images, and what is done about it."""
+"""Guard of a push: what it costs on validation images, and what is done about it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from protopush.distributed import all_gather_objects, raise_on_all_ranks
+from protopush.distributed import all_gather_objects, raising_on_all_ranks
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.push.protocol import Pushable
 from protopush.push.reader import check_labels, read_through
-
-GUARDS = ("off", "report", "rollback", "budget")
 
 BISECTIONS = 8  # the momentum is found to 1/256 of the way from the one asked for to 1
 
@@ -49,33 +48,19 @@ class GuardDecision:
             before, after = self.before[name], self.after[name]
             return f"{name} -" if before is None or after is None else f"{name} {before:.3f} -> {after:.3f}"
 
-        told = ", ".join(change(name) for name in ("balanced_accuracy", "auroc", "ece"))
+        changes = ", ".join(change(name) for name in ("balanced_accuracy", "auroc", "ece"))
         how = {
             "kept": "kept",
             "rolled back": "rolled back: prototypes are as before",
             "momentum raised": f"kept with momentum {self.momentum:.4f}",
         }
-        return f"guard {self.guard}: {how[self.action]}; cost {self.cost:+.3f} (budget {self.budget:g}); {told}"
-
-
-def check_guard(guard: str, budget: float, live: bool = False) -> None:
-    """Refuse an unknown word, a budget that is none, and a search for the momentum of live anchors.
-
-    Raises:
-        InputError: it is one of these.
-    """
-    if guard not in GUARDS:
-        raise InputError(f"guard is {guard!r}; expected one of: {', '.join(GUARDS)}")
-    if not budget >= 0:
-        raise InputError(f"guard_budget is {budget}; expected a fall that is allowed, 0 or more, such as 0.01")
-    if guard == "budget" and live:
-        raise InputError("guard 'budget' looks for a momentum, but live anchors have none; use 'rollback'")
+        return f"guard {self.guard}: {how[self.action]}; cost {self.cost:+.3f} (budget {self.budget:g}); {changes}"
 
 
 def guarded(
     guard: str, budget: float, momentum: float, place: Callable[[float], None], score: Callable[[], Score]
 ) -> GuardDecision:
-    """Place prototypes, look at what that costs, and settle the momentum.
+    """Place prototypes, measure what that costs, and settle the momentum.
 
     ``budget`` finds the smallest momentum whose cost is within the budget, by bisection between the one asked for and 1
     (where nothing moves and the cost is 0). Where the cost is no monotone function of the momentum, what is found is a
@@ -120,18 +105,11 @@ def _cost(before: Score, after: Score) -> float:
     return max(old - new for old, new in pairs if old is not None and new is not None)
 
 
-class _Features(NamedTuple):
-    """What a head reads."""
-
-    pooled: Tensor
-    patches: Tensor
-
-
 class Validation:
     """Scores a model on validation images, again and again while only its prototypes change.
 
     A head with ``embed_features(features)`` and ``classify(embeddings)`` (as :class:`protopush.HeadOptimal`) is scored
-    from embeddings computed once, kept on the CPU: N * L * D * 4 bytes. Any other model is run anew each time.
+    from embeddings computed once, kept on the CPU: N * L * D * 4 bytes. Any other model is run each time.
 
     Args:
         model: gives logits (B, C), or an object with ``logits``.
@@ -143,25 +121,25 @@ class Validation:
     def __init__(self, model: nn.Module, net: Pushable, loader: Iterable[Any], device: torch.device) -> None:
         self.model, self.net, self.device = model, net, device
         self.head: Any = net.head
-        self.source = read_through(loader)
+        self.reader = read_through(loader)
         self.embeddings: list[tuple[Tensor, Tensor]] | None = None
         if hasattr(self.head, "embed_features") and hasattr(self.head, "classify"):
-            self.embeddings = raise_on_all_ranks(
-                lambda: [(self._embed(images), labels) for images, labels in self._batches()]
-            )
+            with raising_on_all_ranks():
+                self.embeddings = [(self._embed(images).cpu(), labels) for images, labels in self._batches()]
 
     def score(self) -> Score:
         """Balanced accuracy, AUROC and expected calibration error of the model as it is."""
-        here = raise_on_all_ranks(lambda: [(self._probabilities(logits), labels) for logits, labels in self._logits()])
-        told = [part for parts in all_gather_objects(here) for part in parts]
-        if not told:
+        with raising_on_all_ranks():
+            here = [(_probabilities(output), labels) for output, labels in self._outputs()]
+        parts = [part for of_rank in all_gather_objects(here) for part in of_rank]
+        if not parts:
             raise InputError("the val_loader yields no batch; expected validation images; nothing was changed")
-        probabilities, labels = (torch.cat(parts) for parts in zip(*told, strict=True))
+        probabilities, labels = (torch.cat(values) for values in zip(*parts, strict=True))
         names = [str(c) for c in range(probabilities.shape[1])]
         metrics = classification_metrics(probabilities, labels, names)
         return {name: metrics[name] for name in ("balanced_accuracy", "auroc", "ece")}
 
-    def _logits(self) -> Iterable[tuple[Any, Tensor]]:
+    def _outputs(self) -> Iterator[tuple[Any, Tensor]]:
         if self.embeddings is not None:
             for embeddings, labels in self.embeddings:
                 yield self.head.classify(embeddings.to(self.device)), labels
@@ -171,16 +149,16 @@ class Validation:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         classes = len(self.net.head.proto_manager.get_prototype_indices())
-        for images, labels, ids in self.source.batches():
+        for images, labels, ids in self.reader.batches():
             check_labels(labels, ids, classes)
             yield images, labels
 
     def _embed(self, images: Tensor) -> Tensor:
-        features = _Features(*self.net.extract_features(images.to(self.device)))
-        embeddings: Tensor = self.head.embed_features(features)
-        return embeddings.cpu()
+        pooled, patches = self.net.extract_features(images.to(self.device))
+        embeddings: Tensor = self.head.embed_features(SimpleNamespace(pooled=pooled, patches=patches))
+        return embeddings
 
-    @staticmethod
-    def _probabilities(output: Any) -> Tensor:
-        logits: Tensor = getattr(output, "logits", output)
-        return logits.detach().float().softmax(dim=1).cpu()
+
+def _probabilities(output: Any) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits.detach().float().softmax(dim=1).cpu()

@@ -1,4 +1,4 @@
-"""What a push needs of a model: the contract, and the prototypes laid out class by class."""
+"""The contract: what a push needs of a model, and what it reads of a dataset before an image is opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from protopush.data.dataset import Provenance
 from protopush.errors import InputError
 
 
@@ -36,7 +38,7 @@ class Pushable(Protocol):
     head: PushableHead
 
     def extract_features(self, images: Any) -> tuple[Tensor, Tensor]:
-        """x_fu (B, 1, C) and x_fu1 (B, L, C)."""
+        """x_fu (B, 1, C), the pooled features, and x_fu1 (B, L, C), the patches."""
 
 
 def unwrap(model: nn.Module) -> Pushable:
@@ -59,12 +61,8 @@ def unwrap(model: nn.Module) -> Pushable:
 
 def _missing(net: Any) -> list[str]:
     head = getattr(net, "head", None)
-    there = {
-        "extract_features": hasattr(net, "extract_features"),
-        "head.proj": hasattr(head, "proj"),
-        "head.proto_manager": hasattr(head, "proto_manager"),
-    }
-    return [part for part, has in there.items() if not has]
+    parts = [] if hasattr(net, "extract_features") else ["extract_features"]
+    return parts + [f"head.{name}" for name in ("proj", "proto_manager") if not hasattr(head, name)]
 
 
 def class_names_of(net: Pushable, count: int) -> list[str]:
@@ -108,10 +106,10 @@ class Slots(NamedTuple):
         rows = torch.full((len(ranges), max(end - start for start, end in ranges)), -1)
         for number, (start, end) in enumerate(ranges):
             rows[number, : end - start] = torch.arange(start, end)
-        used = ((rows >= 0) & valid[rows.clamp(min=0)]).to(parameter.device)
-        rows = rows.to(parameter.device)
+        used = (rows >= 0) & valid[rows.clamp(min=0)]
         if only is not None:
             used = _only(used, only)
+        rows, used = rows.to(parameter.device), used.to(parameter.device)
         vectors = parameter[rows.clamp(min=0)].to(exact_dtype(parameter.device))
         if not bool(vectors[used].isfinite().all()):
             raise InputError("the prototypes hold NaN or infinite values; expected finite ones; nothing was changed")
@@ -133,3 +131,110 @@ def _only(used: Tensor, only: Iterable[tuple[int, int]]) -> Tensor:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that have no float64 (Apple's)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Items(Dataset[tuple[Any, int]]):
+    """A dataset whose items carry their index, read without augmentation, behind Subset and ConcatDataset.
+
+    Args:
+        dataset: with ``len`` and ``[]``. Used where it has them: ``eval_view()``, the dataset without augmentation;
+            ``describe(index)``, a :class:`protopush.data.dataset.Provenance`; ``labels`` and ``groups``, one an item.
+
+    Attributes:
+        parts: the datasets that items are read from.
+        where: int64 (N, 3), the part of each item, its index there, and its name: an index as well.
+        deterministic: whether each part gives the same item twice.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.parts, self.where, self.deterministic = _behind(dataset, False)
+        self.where[:, 2] = torch.where(self.where[:, 2] < 0, torch.arange(len(self.where)), self.where[:, 2])
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        part, place, _ = self.where[index].tolist()
+        return self.parts[part][place], index
+
+    def layout(self) -> Any:
+        """Equal where the items are: what ranks compare."""
+        return tuple((type(part).__name__, len(part)) for part in self.parts), hash(
+            tuple(self.where.flatten().tolist())
+        )
+
+    def labels(self) -> Tensor | None:
+        """The label of every item, int64 (N,), where it is known without reading an image."""
+        found = [_labels_of(part) for part in self.parts]
+        if any(labels is None for labels in found):
+            return None
+        return torch.tensor([found[part][place] for part, place, _ in self.where.tolist()], dtype=torch.int64)
+
+    def groups(self) -> list[str | None] | None:
+        """The group (lesion, patient) of every item, where all parts have ``groups``."""
+        found = [getattr(part, "groups", None) for part in self.parts]
+        if any(groups is None for groups in found):
+            return None
+        every = (found[part][place] for part, place, _ in self.where.tolist())
+        return [None if group is None else str(group) for group in every]
+
+    def describe(self, index: int) -> Provenance:
+        """Where an item comes from: as its dataset says, else its third element or its index as the name."""
+        number, place, name = self.where[index].tolist()
+        part = self.parts[number]
+        if hasattr(part, "describe"):
+            found: Provenance = part.describe(place)
+            return found
+        if isinstance(part, TensorDataset) and len(part.tensors) < 3:
+            return Provenance(name)  # no third element that could be a name
+        files = getattr(part, "imgs", None)  # torchvision's ImageFolder
+        item = part[place]
+        third = item[2] if len(item) > 2 else name
+        known = third if isinstance(third, str) else int(third) if isinstance(third, (int, Tensor)) else name
+        return Provenance(known, file=None if files is None else str(files[place][0]))
+
+
+def _behind(dataset: Any, sure: bool) -> tuple[list[Any], Tensor, bool]:
+    """``parts``, ``where`` and ``deterministic`` of :class:`Items`; a name of -1 is the index in the whole.
+
+    Args:
+        dataset: the one to take apart.
+        sure: it is part of an ``eval_view()``.
+    """
+    if not sure and hasattr(dataset, "eval_view"):
+        return _behind(dataset.eval_view(), True)
+    if isinstance(dataset, Subset):
+        parts, where, same = _behind(dataset.dataset, sure)
+        where[:, 2] = torch.where(where[:, 2] < 0, torch.arange(len(where)), where[:, 2])
+        return parts, where[torch.as_tensor(list(dataset.indices), dtype=torch.int64)], same
+    if isinstance(dataset, ConcatDataset):
+        found, wheres, sames = list[Any](), list[Tensor](), list[bool]()
+        for one in dataset.datasets:
+            parts, where, same = _behind(one, sure)
+            wheres.append(where + torch.tensor([len(found), 0, 0]))
+            found += parts
+            sames.append(same)
+        return found, torch.cat(wheres), all(sames)
+    count = len(dataset)
+    where = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count), torch.full((count,), -1)], dim=1)
+    return [dataset], where, sure or isinstance(dataset, TensorDataset) or _gives_the_same_twice(dataset)
+
+
+def _gives_the_same_twice(dataset: Any, tries: int = 8) -> bool:
+    """Read a few items twice with different random states; augmentation shows as a difference."""
+    for index in range(min(tries, len(dataset))):
+        torch.manual_seed(index)
+        first = dataset[index][0]
+        torch.manual_seed(index + tries)
+        if not torch.equal(torch.as_tensor(first), torch.as_tensor(dataset[index][0])):
+            return False
+    return True
+
+
+def _labels_of(dataset: Any) -> list[int] | None:
+    if isinstance(dataset, TensorDataset):
+        labels = dataset.tensors[1] if len(dataset.tensors) > 1 else torch.empty(0, 0)
+        return labels.tolist() if labels.ndim == 1 and not labels.is_floating_point() else None
+    # Our protocol; others' attributes of this name may mean more.
+    has = hasattr(dataset, "describe") and hasattr(dataset, "labels")
+    return torch.as_tensor(dataset.labels, dtype=torch.int64).tolist() if has else None

@@ -1,49 +1,32 @@
-"""The keyword arguments that the push methods of a model hand on, for type checkers and editors.
-
-The one entry: :func:`push_prototypes` for any module, and :class:`PushMixin` that gives a module the two methods.
-"""
+"""Push of prototypes: :func:`push_prototypes` for any module, :class:`PushMixin` for a module's own methods."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.guard import GuardDecision, Validation, check_guard, guarded
-from protopush.push.live_anchors import POOLED
-from protopush.push.nearest_patches import Allow, Query
-from protopush.push.protocol import PrototypeOwner, Slots, class_names_of, resolve_device, unwrap
+from protopush.push.guard import Validation, guarded
+from protopush.push.nearest_patches import Candidates
+from protopush.push.options import PushKeywords, PushOptions, PushSettings, resolve
+from protopush.push.protocol import Slots, class_names_of, resolve_device, unwrap
 from protopush.push.push_report import PushedPrototype, PushReport
-from protopush.push.reader import Source, read_through
-from protopush.push.selection import Chosen, check_unique, choose
+from protopush.push.reader import Reader, read_through
+from protopush.push.selection import RULES, choose
 from protopush.push.update import INTERPOLATIONS, Move
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class PushOptions(TypedDict, total=False):
-    """See :func:`protopush.push_prototypes`."""
-
-    seed: int
-    optimizer: torch.optim.Optimizer | None
-    unique: str
-    interpolation: str
-    prototypes: Iterable[tuple[int, int]] | None
-    allow: Allow | None
-    guard: str | None
-    guard_budget: float
-    val_loader: Iterable[Any] | None
-
 
 logger = logging.getLogger("protopush.push")
 
@@ -56,15 +39,7 @@ def push_prototypes(
     use_local: bool = True,
     momentum: float = 0.9,
     max_patches_per_class: int | None = None,
-    seed: int = 0,
-    optimizer: torch.optim.Optimizer | None = None,
-    unique: str = "none",
-    interpolation: str = "linear",
-    prototypes: Iterable[tuple[int, int]] | None = None,
-    allow: Allow | None = None,
-    guard: str | None = None,
-    guard_budget: float = 0.01,
-    val_loader: Iterable[Any] | None = None,
+    **others: Unpack[PushKeywords],
 ) -> PushReport:
     """Move each prototype towards the nearest patch among the training images of its own class.
 
@@ -82,22 +57,9 @@ def push_prototypes(
             should offer ``eval_view()``, and ``describe(index)`` to have files and boxes in the anchors.
         device: where the model is and the images go.
         use_local: patches ``x_fu1`` (True) or the pooled feature ``x_fu``.
-        momentum: in [0, 1]; 0 is a hard push, 1 only looks for the anchors.
-        max_patches_per_class: None for every patch; a number bounds the work: images are then visited in a random order
-            (``seed``) until every class has as many.
-        seed: of that order.
-        optimizer: its moments of the pushed prototypes are set to 0.
-        unique: ``none``: each prototype takes its nearest patch; ``patch``, ``image``, ``group``: no two prototypes of
-            a class share one, and the sum of their similarities is the largest to be had. Where a class has too few,
-            the next lower word holds for it, and the report says so. Groups come from the dataset (``groups``).
-        interpolation: ``linear``, or ``slerp``, which goes ``1 - momentum`` of the angle.
-        prototypes: (class, prototype) of those to push; None for all.
-        allow: which patches may become anchors: ids (B,) and grid (rows, columns) to bool (B, L), on the CPU.
-        guard: ``report`` (the default where there is a ``val_loader``) measures the model before and after;
-            ``rollback`` takes the push back where it costs more than ``guard_budget``; ``budget`` raises the momentum
-            until it doesn't; ``off``.
-        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
-        val_loader: validation images, as ``dataloader``.
+        momentum: in [0, 1]; 0 is a hard push, 1 only names the anchors.
+        max_patches_per_class: None for every patch; a number bounds the work.
+        others: the other fields of :class:`protopush.push.PushOptions`, which says what each one means.
 
     Raises:
         InputError: non-finite features (the samples are named), labels without a class, a model that lacks a part.
@@ -114,35 +76,35 @@ def push_prototypes(
         ([16, 16], 6)
     """
     started = time.perf_counter()
+    options = PushOptions(momentum, max_patches_per_class, use_local=use_local, **others)
     net = unwrap(model)
     manager = net.head.proto_manager
-    live = getattr(manager, "anchor_features", None)
-    momentum = 0.0 if live is not None and momentum < 1 else momentum
-    _check_arguments(momentum, max_patches_per_class, unique, interpolation)
-    guard = guard or ("off" if val_loader is None else "report")
-    check_guard(guard, guard_budget, live is not None)
+    live = getattr(manager, "anchor_features", None) is not None
+    check_settings(options, live)
+    momentum = 0.0 if live and momentum < 1 else momentum
+    val_loader = options.val_loader
+    guard = options.guard or ("off" if val_loader is None else "report")
     if guard != "off" and val_loader is None:
         raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
     target = resolve_device(net, device)
-    if live is not None:
+    if live:
         net.head.sync_prototypes()  # type: ignore[attr-defined]
-    slots = Slots.of(manager, prototypes)
+    slots = Slots.of(manager, options.prototypes)
     names = class_names_of(net, len(slots.rows))
     logger.info("Collecting %s features for prototype push...", "LOCAL patch" if use_local else "GLOBAL pooled")
     with preserve_state(model, dataloader, val_loader):
-        source = read_through(dataloader, order_seed=None if max_patches_per_class is None else seed)
-        query = Query(use_local, max_patches_per_class, seed, allow, None if live is None else live.shape[1])
-        chosen = choose(net, source, slots, query, unique, names)
-        vectors = chosen.vectors if live is None else net.head.proj(chosen.vectors.to(live.dtype))
-        nearest = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
-        cells = chosen.cells if use_local else torch.full_like(chosen.cells, POOLED)
-        anchored = None if live is None else (chosen.vectors, chosen.ids, cells)
-        move = Move(manager, slots, chosen.hit, nearest, interpolation, anchored)
-        decision = None
+        reader = read_through(dataloader, order_seed=None if max_patches_per_class is None else options.seed)
+        chosen = choose(net, reader, slots, options, names)
+        move, decision = Move(net, slots, chosen, options), None
         if guard != "off" and val_loader is not None:
-            decision = _guarded(Validation(model, net, val_loader, target), guard, guard_budget, momentum, move)
+            validation = Validation(model, net, val_loader, target)
+            try:
+                decision = guarded(guard, options.guard_budget, momentum, move.to, validation.score)
+            finally:
+                move.undo()
     final = momentum if decision is None else decision.momentum
-    records = _records(slots, chosen, nearest, move.at(final), source)
+    records = _records(slots, chosen, move, final, reader)
+    pushed = {record.class_index for record in records}
     report = PushReport(
         use_local=use_local,
         momentum=final,
@@ -150,90 +112,84 @@ def push_prototypes(
         prototypes=records,
         patches_per_class=chosen.patches.tolist(),
         images_per_class=chosen.images.tolist(),
-        kept_classes=_kept(slots, records),
-        verified=source.verified,
-        notes=[*([source.note] if source.note else []), *chosen.notes],
+        kept_classes=[c for c, used in enumerate(slots.used.any(dim=1).tolist()) if used and c not in pushed],
+        verified=reader.verified,
+        notes=[*([reader.note] if reader.note else []), *chosen.notes],
         seconds=time.perf_counter() - started,
         class_names=names,
-        unique=chosen.levels,
-        interpolation=interpolation,
+        unique=list(chosen.unique),
+        interpolation=getattr(options.interpolation, "__name__", str(options.interpolation)),
         guard=decision,
     )
-    move.keep(final, optimizer)
-    if decision is None or decision.action != "rolled back":
-        _write_anchors(manager, slots, records)
+    move.keep(final, options.optimizer)
+    anchors = getattr(manager, "anchors", None)
+    if anchors is not None and (decision is None or decision.action != "rolled back"):
+        for record in records:
+            anchors[int(slots.rows[record.class_index, record.prototype])] = record.anchor
     _log(report)
     return report
 
 
-def _guarded(validation: Validation, guard: str, budget: float, momentum: float, move: Move) -> GuardDecision:
-    """The guard's decision; prototypes are as before when it returns, and when it fails."""
-    try:
-        return guarded(guard, budget, momentum, move.to, validation.score)
-    finally:
-        move.undo()
+def _signature() -> inspect.Signature:
+    """That of :func:`push_prototypes` with every field of :class:`PushOptions` and its default."""
+    plain = inspect.signature(push_prototypes)
+    first = [one for one in plain.parameters.values() if one.name != "others"]
+    shown = {one.name for one in first}
+    rest = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+        for one in fields(PushOptions)
+        if one.name not in shown
+    ]
+    return plain.replace(parameters=[*first, *rest])
 
 
-def _records(slots: Slots, chosen: Chosen, nearest: Tensor, moved: Tensor, source: Source) -> list[PushedPrototype]:
-    """One record for each prototype that found a patch."""
-    distances = (torch.linalg.vector_norm(place - nearest, dim=-1) for place in (slots.unit, moved))
-    columns = (*distances, chosen.ids, chosen.cells, chosen.rank, chosen.nearest, chosen.runner_up)
-    hit = chosen.hit
-    rows = zip(hit.nonzero().tolist(), *(column.cpu()[hit].tolist() for column in columns), strict=True)
-    records = []
-    for (c, k), before, after, sample, cell, rank, best, runner_up in rows:
-        anchor = Anchor.at(
-            chosen.origins[sample],
-            cell,
-            chosen.grid,
-            similarity=_cosine(before),
-            similarity_after=_cosine(after),
-            verified=source.verified,
-            runner_up=runner_up if math.isfinite(runner_up) else None,
-        )
-        records.append(PushedPrototype(c, k, before, after, anchor, rank, before if rank == 1 else _distance(best)))
-    return records
+push_prototypes.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
-def _write_anchors(manager: PrototypeOwner, slots: Slots, records: list[PushedPrototype]) -> None:
-    anchors = getattr(manager, "anchors", None)
-    if anchors is not None:
-        rows = slots.rows.tolist()
-        for record in records:
-            anchors[rows[record.class_index][record.prototype]] = record.anchor
-
-
-def _kept(slots: Slots, records: list[PushedPrototype]) -> list[int]:
-    """Classes whose prototypes were to be pushed, but that have no sample."""
-    pushed = {record.class_index for record in records}
-    return [c for c, asked in enumerate(slots.used.any(dim=1).tolist()) if asked and c not in pushed]
-
-
-def _cosine(distance: float) -> float:
-    return 1.0 - distance * distance / 2.0
-
-
-def _distance(cosine: float) -> float:
-    return math.sqrt(max(0.0, 2.0 - 2.0 * cosine))
-
-
-def check_momentum(momentum: float, name: str = "momentum") -> None:
-    """Refuse a momentum outside of [0, 1], under the name that the user knows it by.
+def check_settings(settings: PushSettings, live: bool = False, prefix: str = "") -> None:
+    """Refuse settings that make no sense, under the names that the user knows them by (``push.`` before each).
 
     Raises:
-        InputError: it is outside, or NaN.
+        InputError: for the first of them.
     """
-    if not 0.0 <= momentum <= 1.0:
-        raise InputError(f"{name} is {momentum}; expected 0 (hard push) to 1 (only look), usually 0.9")
+    settings.check(live, prefix)
+    resolve(RULES, settings.unique, f"{prefix}unique")
+    resolve(INTERPOLATIONS, settings.interpolation, f"{prefix}interpolation")
 
 
-def _check_arguments(momentum: float, cap: int | None, unique: str, interpolation: str) -> None:
-    check_momentum(momentum)
-    check_unique(unique)
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(f"interpolation is {interpolation!r}; expected one of: {', '.join(INTERPOLATIONS)}")
-    if cap is not None and cap < 1:
-        raise InputError(f"max_patches_per_class is {cap}; expected at least 1, or None for every patch")
+def _records(slots: Slots, chosen: Candidates, move: Move, momentum: float, reader: Reader) -> list[PushedPrototype]:
+    """One record for each prototype that found a patch."""
+    distances = (torch.linalg.vector_norm(at - move.nearest, dim=-1) for at in (slots.unit, move.at(momentum)))
+    ranked, origins = chosen.ranked, chosen.origins(reader)
+    runner_up = ranked.similarity.scatter(1, chosen.taken.unsqueeze(1), -torch.inf).amax(dim=1)
+    columns = (
+        *distances,
+        *map(chosen.of_taken, (ranked.ids, ranked.cells)),
+        chosen.taken,
+        ranked.similarity[:, 0],
+        runner_up,
+    )
+    rows = zip(move.hit.nonzero().tolist(), *(column[move.hit].tolist() for column in columns), strict=True)
+    return [
+        PushedPrototype(
+            class_index=c,
+            prototype=k,
+            distance_before=before,
+            distance_after=after,
+            anchor=Anchor.at(
+                origins[sample],
+                cell,
+                chosen.grid,
+                similarity=1.0 - before * before / 2.0,
+                similarity_after=1.0 - after * after / 2.0,
+                verified=reader.verified,
+                runner_up=second if math.isfinite(second) else None,
+            ),
+            choice=taken + 1,
+            nearest_distance=before if taken == 0 else math.sqrt(max(0.0, 2.0 - 2.0 * best)),
+        )
+        for (c, k), before, after, sample, cell, taken, best, second in rows
+    ]
 
 
 def _log(report: PushReport) -> None:
@@ -272,21 +228,11 @@ class PushMixin:
         use_local: bool = True,
         momentum: float = 0.9,
         max_patches_per_class: int | None = None,
-        **options: Unpack[PushOptions],
+        **options: Unpack[PushKeywords],
     ) -> PushReport:
-        """Push with every patch (or, with ``use_local=False``, the pooled features).
-
-        ``options`` are the other arguments of :func:`push_prototypes`: ``optimizer``, ``unique``, ``guard``, ...
-        """
-        return push_prototypes(
-            self,  # type: ignore[arg-type]
-            dataloader,
-            device,
-            use_local=use_local,
-            momentum=momentum,
-            max_patches_per_class=max_patches_per_class,
-            **options,
-        )
+        """Push with every patch (or, with ``use_local=False``, the pooled features); see :func:`push_prototypes`."""
+        first = {"use_local": use_local, "momentum": momentum, "max_patches_per_class": max_patches_per_class}
+        return push_prototypes(self, dataloader, device, **first, **options)  # type: ignore[arg-type]
 
     def push_prototypes_local(
         self,
@@ -294,7 +240,7 @@ class PushMixin:
         device: str | int | torch.device,
         momentum: float = 0.9,
         max_patches_per_class: int | None = 5000,
-        **options: Unpack[PushOptions],
+        **options: Unpack[PushKeywords],
     ) -> PushReport:
         """Push with at most ``max_patches_per_class`` patches of each class; see :func:`push_prototypes`."""
         return self.push_prototypes(dataloader, device, True, momentum, max_patches_per_class, **options)

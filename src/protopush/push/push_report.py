@@ -1,4 +1,4 @@
-"""What a push did, as data and as a table."""
+"""Report of a push: what it did, as data and as a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PushReport:
         use_local, max_patches_per_class, interpolation: as asked.
         momentum: with which prototypes were left: as asked, or as the guard settled it (1: nothing moved).
         prototypes: one record per pushed prototype.
-        patches_per_class: patches that were looked at.
+        patches_per_class: patches that were seen.
         images_per_class: the images they came from.
         kept_classes: classes without a sample, or without a patch that may be chosen: their prototypes are as before.
         verified: whether anchors are known to name the very patches.

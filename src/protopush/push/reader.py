@@ -1,26 +1,20 @@
-"""Reading a loader for a push: every sample once, with an id that comes from the dataset, never from counting."""
+"""Readers of a loader: every sample once, with an id that comes from the dataset, never from counting batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from protopush.data.dataset import Provenance
-from protopush.distributed import rank_and_size
+from protopush.distributed import all_gather_objects, rank_and_size
 from protopush.errors import InputError
-from protopush.push.loader_info import (
-    describe,
-    deterministic_view,
-    groups_of,
-    labels_of,
-    reading_order,
-    refuse_different_datasets,
-)
+from protopush.push.protocol import Items
 
 
 class Batch(NamedTuple):
@@ -31,14 +25,14 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
-class Source:
-    """An iterable of :class:`Batch` that can say where each id comes from.
+class Reader:
+    """Batches of :class:`Batch`, and where each id comes from. What is to be read is settled when it is made.
 
     Attributes:
         verified: whether ids and view can be trusted to name the very patch that was seen.
         note: why not, or what else the log should say.
         labels: int64, the label of each id, where it is known without reading.
-        groups: int64, a number for the group of each id, where the dataset tells groups; a sample without has its own.
+        groups: int64, a number for the group of each id, where the dataset has groups; a sample without has its own.
         divided: whether each rank reads a part of its own.
     """
 
@@ -52,13 +46,21 @@ class Source:
         """This rank's batches."""
         raise NotImplementedError
 
+    def subset(self, ids: Sequence[int]) -> Reader:
+        """A reader of these samples alone, in this order; a stream can only be read as a whole."""
+        return self
+
+    def of_classes(self, classes: Collection[int]) -> Reader:
+        """A reader of the samples of some classes alone, where labels are known without reading."""
+        return self
+
     def describe(self, sample_id: int) -> Provenance:
         """Where a sample that this rank has read comes from."""
         return Provenance(sample_id)
 
 
-def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Source:
-    """The source behind a loader.
+def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader:
+    """The reader of a loader.
 
     A loader over a dataset with ``len`` and ``[]`` is read again through its dataset (through its deterministic view
     where it has one), in order, or in a seeded random order. Anything else is iterated as it is.
@@ -66,47 +68,59 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Source
     Args:
         loader: a DataLoader, shuffled or not, or any iterable of ``(images, labels[, ids])``.
         order_seed: a seed for a random order; None reads in order.
+
+    Raises:
+        InputError: on every rank, if the ranks have different datasets: ids are indices, and must mean the same items.
     """
     plain = getattr(loader, "_dataloader", loader)  # behind Fabric's wrapper
     dataset = getattr(plain, "dataset", None)
-    indexed = (
-        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-    )
-    if isinstance(plain, DataLoader) and indexed and plain.batch_sampler is not None:
-        return DatasetSource(plain, order_seed)
-    return StreamSource(loader)
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not isinstance(plain, DataLoader) or not indexed or isinstance(dataset, IterableDataset):
+        return StreamReader(loader)
+    if plain.batch_sampler is None:
+        return StreamReader(loader)
+    items = Items(dataset)
+    if len(set(all_gather_objects(items.layout()))) > 1:
+        raise InputError(
+            "the ranks' loaders have different datasets; expected the same dataset on every rank, divided by its "
+            "sampler alone (DistributedSampler); the push divides the work itself"
+        )
+    note = "" if items.deterministic else (
+        "the dataset augments and has no eval_view(): patches come from augmented images, anchors are "
+        "marked unverified; give the dataset an eval_view() that returns it without augmentation"
+    )  # fmt: skip
+    order = _reading_order(plain, order_seed)
+    return DatasetReader(plain, items, order, not note, note, items.labels(), _numbered(items.groups()))
 
 
-class DatasetSource(Source):
+@dataclass(frozen=True)
+class DatasetReader(Reader):
     """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.
 
     Attributes:
-        order: the indices to read.
+        loader: whose workers and collate_fn read the items.
+        items: the dataset behind it.
+        ids: the indices to read, in order.
     """
 
-    def __init__(self, loader: DataLoader[Any], order_seed: int | None = None) -> None:
-        refuse_different_datasets(loader.dataset)
-        self.loader = loader
-        self.dataset, deterministic = deterministic_view(loader.dataset)
-        self.order = reading_order(loader, order_seed)
-        self.labels = labels_of(self.dataset)
-        self.groups = _numbered(groups_of(self.dataset))
-        if not deterministic:
-            self.verified = False
-            self.note = (
-                "the dataset augments and has no eval_view(): patches come from augmented images, anchors are "
-                "marked unverified; give the dataset an eval_view() that returns it without augmentation"
-            )
+    loader: DataLoader[Any]
+    items: Items
+    ids: Sequence[int]
+    verified: bool = True
+    note: str = ""
+    labels: Tensor | None = None
+    groups: Tensor | None = None
+    divided: bool = True
 
     def batches(self) -> Iterator[Batch]:
-        yield from self.pick(self.order)
-
-    def _read(self, batches: list[list[int]]) -> Iterator[Batch]:
-        """Batches of these indices, read as the loader reads: its workers, its collate_fn."""
         loader = self.loader
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+        rank, ranks = rank_and_size() if self.divided else (0, 1)
         again: DataLoader[Any] = DataLoader(
-            _Indexed(self.dataset),
-            batch_sampler=batches,
+            self.items,
+            batch_sampler=[list(self.ids[start : start + size]) for start in range(0, len(self.ids), size)][
+                rank::ranks
+            ],
             num_workers=loader.num_workers,
             collate_fn=_CollateWithIds(loader.collate_fn),
             pin_memory=loader.pin_memory,
@@ -116,47 +130,39 @@ class DatasetSource(Source):
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
             generator=torch.Generator().manual_seed(0),
         )
-        for (images, labels, *_), ids in again:
-            if len(labels) != len(ids):
+        for (images, plain_labels, *_), ids in again:
+            if len(plain_labels) != len(ids):
                 raise InputError(
-                    f"the loader's collate_fn made {len(labels)} labels of {len(ids)} samples; "
+                    f"the loader's collate_fn made {len(plain_labels)} labels of {len(ids)} samples; "
                     "expected as many, or a sample could not be traced to its image"
                 )
-            yield Batch(images, self._checked(_as_labels(labels), ids), ids)
+            labels = _as_labels(plain_labels)
+            if self.labels is not None and not torch.equal(self.labels[ids], labels):
+                wrong = int((self.labels[ids] != labels).int().argmax())
+                raise InputError(
+                    f"the dataset's labels say {int(self.labels[ids[wrong]])} for item {int(ids[wrong])}, the item "
+                    f"itself says {int(labels[wrong])}; expected the same; nothing was changed"
+                )
+            yield Batch(images, labels, ids)
 
-    def pick(self, ids: Sequence[int]) -> Iterator[Batch]:
-        """This rank's batches of just these samples."""
-        rank, size = rank_and_size() if self.divided else (0, 1)
-        yield from self._read(_cut(ids, self._batch_size())[rank::size])
+    def subset(self, ids: Sequence[int]) -> DatasetReader:
+        return replace(self, ids=ids)
 
-    def first(self) -> Batch:
-        """A batch of the first sample alone, on each rank."""
-        return next(self._read([self.order[:1]]))
-
-    def narrow(self, keep: Callable[[int], bool]) -> None:
-        """Read only samples of labels that are to be kept, where labels are known."""
-        if self.labels is not None:
-            wanted = [keep(label) for label in self.labels.tolist()]
-            self.order = [i for i in self.order if wanted[i]]
+    def of_classes(self, classes: Collection[int]) -> DatasetReader:
+        if self.labels is None:
+            return self
+        labels = self.labels.tolist()
+        return self.subset([i for i in self.ids if labels[i] in classes])
 
     def describe(self, sample_id: int) -> Provenance:
-        return describe(self.dataset, sample_id)
-
-    def _batch_size(self) -> int:
-        return self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None) or 32
-
-    def _checked(self, labels: Tensor, ids: Tensor) -> Tensor:
-        if self.labels is not None and not torch.equal(self.labels[ids], labels):
-            wrong = int((self.labels[ids] != labels).int().argmax())
-            raise InputError(
-                f"the dataset's labels say {int(self.labels[ids[wrong]])} for item {int(ids[wrong])}, the item itself "
-                f"says {int(labels[wrong])}; expected the same; nothing was changed"
-            )
-        return labels
+        return self.items.describe(sample_id)
 
 
-class StreamSource(Source):
-    """Any other iterable, read as it comes; ids are the third element of each batch. Each rank reads its own."""
+class StreamReader(Reader):
+    """Any other iterable, read as it comes; ids are the third element of each batch. Each rank reads its own.
+
+    What has been read leaves a trace here alone: the names of the samples, and that they had to be counted.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -167,14 +173,18 @@ class StreamSource(Source):
         for item in self.loader:
             images, labels, ids = _unpack(item)
             if ids is None:
-                self._refuse_to_count()
-                numbers = torch.arange(seen, seen + len(labels))
+                self._counts_them()
+                ids = torch.arange(seen, seen + len(labels))
+            elif isinstance(ids, Tensor):
+                ids = ids.detach().cpu().long()
             else:
-                numbers = self._number(ids)
+                numbers = [_order_free_number(name) for name in ids]
+                self.names.update(zip(numbers, ids, strict=True))
+                ids = torch.tensor(numbers, dtype=torch.int64)
             seen += len(labels)
-            yield Batch(images, _as_labels(labels), numbers)
+            yield Batch(images, _as_labels(labels), ids)
 
-    def _refuse_to_count(self) -> None:
+    def _counts_them(self) -> None:
         if rank_and_size()[1] > 1:
             raise InputError(
                 "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, labels, ids) "
@@ -185,13 +195,6 @@ class StreamSource(Source):
             "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
             "the order of reading and marked unverified; yield (images, labels, ids)"
         )
-
-    def _number(self, ids: Tensor | Sequence[int | str]) -> Tensor:
-        if isinstance(ids, Tensor):
-            return ids.detach().cpu().long()
-        numbers = [_order_free_number(name) for name in ids]
-        self.names.update(zip(numbers, ids, strict=True))
-        return torch.tensor(numbers, dtype=torch.int64)
 
     def describe(self, sample_id: int) -> Provenance:
         return Provenance(self.names.get(sample_id, sample_id))
@@ -212,21 +215,21 @@ def _numbered(groups: Sequence[str | None] | None) -> Tensor | None:
     return torch.tensor([len(number) + i if group is None else number[group] for i, group in enumerate(groups)])
 
 
-def _cut(indices: Sequence[int], size: int) -> list[list[int]]:
-    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-
-
-class _Indexed(Dataset[tuple[Any, int]]):
-    """A dataset whose items carry their index."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index], index
+def _reading_order(loader: DataLoader[Any], seed: int | None) -> list[int]:
+    """The indices that the loaders of all ranks may draw, each once: ascending, or in a seeded random order."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if hasattr(sampler, "indices"):  # SubsetRandomSampler: the others may be validation images
+        indices = sorted({int(i) for i in sampler.indices})
+    elif hasattr(sampler, "weights"):  # WeightedRandomSampler never draws a weight of 0
+        indices = [i for i, weight in enumerate(sampler.weights.tolist()) if weight > 0]
+    else:
+        indices = list(range(len(loader.dataset)))  # type: ignore[arg-type]
+    if len(set(all_gather_objects(hash(tuple(indices))))) > 1:
+        indices = sorted(set().union(*all_gather_objects(indices)))
+    if seed is None:
+        return indices
+    shuffled = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+    return [indices[i] for i in shuffled.tolist()]
 
 
 class _CollateWithIds:

@@ -1,78 +1,110 @@
-"""Which prototype stands for which candidate, so that no two of a class share a patch, an image or a group.
-
-From candidates to anchors: search and assignment, also where a class has fewer images than prototypes.
-"""
+"""Selection of anchors: which candidate each prototype takes, so that no two of a class share what a rule forbids."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from protopush.data.dataset import Provenance
-from protopush.errors import InputError, listing
-from protopush.push.nearest_patches import Found, Query, search
+from protopush.errors import listing
+from protopush.push.nearest_patches import Candidates, Rule, nearest_patches
+from protopush.push.options import PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import DatasetSource, Source
+from protopush.push.reader import Reader
 from protopush.push.top_candidates import TIE, Ranked
 
-UNIQUE = ("none", "patch", "image", "group")
-LOWER = {"group": "image", "image": "patch", "patch": "none"}
-
+_SPREAD = -7046029254386353131  # 2**64 / golden ratio: multiples of it lie far apart, so that cells fit between ids
 _FOREIGN = 1e6  # more than any sum of distances: a key that isn't among a prototype's candidates
 
 
-def check_unique(unique: str, name: str = "unique") -> None:
-    """Refuse an unknown word, under the name that the user knows it by.
-
-    Raises:
-        InputError: it isn't one of :data:`UNIQUE`.
-    """
-    if unique not in UNIQUE:
-        raise InputError(f"{name} is {unique!r}; expected one of: {', '.join(UNIQUE)}")
+def shared(reader: Reader, ids: Tensor, cells: Tensor) -> Tensor:
+    """``none``: each prototype takes its nearest patch; the keys only keep its runner-up in another image."""
+    return ids
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """Which candidate each prototype takes.
-
-    Attributes:
-        choice: int64 (C, K): 0 is the nearest; 0 as well where nothing was found.
-        short: classes with fewer keys than prototypes, to be settled at a lower level.
-    """
-
-    choice: Tensor
-    short: list[int]
+def by_patch(reader: Reader, ids: Tensor, cells: Tensor) -> Tensor:
+    """``patch``: each prototype of a class has another patch."""
+    return ids * _SPREAD + cells
 
 
-def assign(ranked: Ranked, used: Tensor, unique: str) -> Assignment:
-    """The candidates that maximise the sum of the similarities of each class, no key taken twice.
+def by_image(reader: Reader, ids: Tensor, cells: Tensor) -> Tensor:
+    """``image``: each prototype of a class has another image."""
+    return ids
+
+
+def by_group(reader: Reader, ids: Tensor, cells: Tensor) -> Tensor:
+    """``group``: each prototype of a class has another group (lesion, patient, ...) of the dataset's ``groups``."""
+    return ids if reader.groups is None else reader.groups[ids]
+
+
+def choose(net: Pushable, reader: Reader, slots: Slots, options: PushOptions, class_names: list[str]) -> Candidates:
+    """The patch that each prototype takes, by one pass; by one more over the classes that have too few for the rule.
+
+    Where a class has fewer images than prototypes, prototypes of it have different patches instead; where it has fewer
+    patches as well, they share them. For any other rule than ``patch``, ``image`` takes the place of it.
 
     Args:
-        ranked: (C, M, K), M at least the number of prototypes in use of any class, unless ``unique`` is ``none``.
-        used: bool (C, K).
-        unique: of what no two prototypes of a class may share one.
+        net, reader, slots: model, samples and prototypes.
+        options: ``unique`` gives the rule; the others are for :func:`nearest_patches`.
+        class_names: for the notes; empty where the classes have no names.
+    """
+    rule, notes = resolve(RULES, options.unique, "unique"), list[str]()
+    if rule is by_group and reader.groups is None:
+        notes.append("the dataset has no groups: anchors are unique by image instead")
+        rule = by_image
+    chosen, classes = None, list(range(len(slots.rows)))
+    while True:
+        there = torch.isin(torch.arange(len(slots.rows)), torch.tensor(classes)).to(slots.used.device)
+        asked = slots._replace(used=slots.used & there.unsqueeze(1))
+        depth = 2 if rule is shared else max(2, int(asked.used.sum(dim=1).max()))
+        found = nearest_patches(net, reader, asked, options, rule, depth)
+        taken, short = (found.taken, []) if rule is shared else assign(found.ranked, asked.used)
+        found = replace(found, taken=taken, unique=(_word(rule),) * len(slots.rows))
+        chosen = found if chosen is None else chosen.with_classes(classes, found)
+        if not short:
+            return replace(chosen, notes=tuple(notes))
+        lower = by_patch if rule is by_image else shared if rule is by_patch else by_image
+        few = listing([class_names[c] if class_names else f"class {c}" for c in short])
+        instead = "anchors are shared" if lower is shared else f"anchors are unique by {_word(lower)} instead"
+        plural = _word(rule) + ("es" if _word(rule).endswith("ch") else "s")
+        notes.append(f"{few}: fewer {plural} than prototypes, {instead}")
+        rule, classes, reader = lower, short, reader.of_classes(short)
+
+
+def _word(rule: Rule) -> str:
+    """The rule's name in :data:`RULES`, or its own."""
+    return next((name for name, known in RULES.items() if known is rule), getattr(rule, "__name__", "key"))
+
+
+def assign(ranked: Ranked, used: Tensor) -> tuple[Tensor, list[int]]:
+    """The candidates that maximise the sum of the similarities of each class, no key taken twice.
 
     M candidates of different keys are enough for the best of all assignments: among M keys, one is always left for the
     last of M prototypes. Equal sums are settled for smaller keys.
+
+    Args:
+        ranked: (C, M, K), M at least the number of prototypes in use of any class.
+        used: bool (C, K).
+
+    Returns:
+        int64 (C, K), the candidate that each prototype takes, 0 for the nearest and where nothing was found; and the
+        classes with fewer keys than prototypes, which have to be settled by another rule.
     """
     similarity, keys = ranked.similarity.cpu().double().numpy(), ranked.keys.cpu().numpy()
-    choice, short = np.zeros(used.shape, dtype=np.int64), []
-    if unique != "none":
-        for c, slots in enumerate(used.cpu().numpy()):
-            (rows,) = np.nonzero(slots)
-            found = np.isfinite(similarity[c][:, rows])
-            if len(rows) == 0 or not found.any():
-                continue
-            if len(np.unique(keys[c][:, rows][found])) < len(rows):
-                short.append(c)
-            else:
-                choice[c, rows] = _assign_class(similarity[c][:, rows].T, keys[c][:, rows].T)
-    return Assignment(torch.from_numpy(choice).to(ranked.keys.device), short)
+    taken, short = np.zeros(used.shape, dtype=np.int64), []
+    for c, slots in enumerate(used.cpu().numpy()):
+        (rows,) = np.nonzero(slots)
+        found = np.isfinite(similarity[c][:, rows])
+        if not found.any():
+            continue
+        if len(np.unique(keys[c][:, rows][found])) < len(rows):
+            short.append(c)
+        else:
+            taken[c, rows] = _assign_class(similarity[c][:, rows].T, keys[c][:, rows].T)
+    return torch.from_numpy(taken).to(ranked.keys.device), short
 
 
 def _assign_class(similarity: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -83,13 +115,10 @@ def _assign_class(similarity: np.ndarray, keys: np.ndarray) -> np.ndarray:
     rows, ranks = np.nonzero(there)
     # Noise must not choose between equals, but the smaller key: equal costs, then a nudge that is smaller than any TIE.
     cost[rows, place] = 1.0 - _levelled(similarity)[rows, ranks] + place * (TIE / 2 / len(columns) / len(keys))
-    taken = np.full(len(keys), -1)
-    chosen_rows, chosen = linear_sum_assignment(cost)
-    taken[chosen_rows] = chosen
     rank_of = np.zeros(cost.shape, dtype=np.int64)
     rank_of[rows, place] = ranks
-    ranks_taken: np.ndarray = rank_of[np.arange(len(keys)), taken]
-    return ranks_taken
+    taken: np.ndarray = rank_of[linear_sum_assignment(cost)]  # its rows are all prototypes, in order
+    return taken
 
 
 def _levelled(similarity: np.ndarray) -> np.ndarray:
@@ -102,111 +131,9 @@ def _levelled(similarity: np.ndarray) -> np.ndarray:
     return levelled
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """One patch for each prototype. Tensors are (C, K), on the CPU but for ``vectors``.
-
-    Attributes:
-        hit: bool, where a patch was found.
-        ids, cells: int64.
-        vectors: (C, K, W), the embeddings or features of the patches.
-        rank: int64, 1 where the nearest was taken, 2 where another prototype has that one, ...
-        nearest: float32, the similarity of the nearest patch.
-        runner_up: float32, that of the best candidate but the chosen; -inf where there is none.
-        levels: of what no two prototypes share one, a word for each class.
-        notes: where a class had too few.
-        origins: where each id comes from.
-        grid: of the patches.
-        patches, images: (C,), how many were looked at.
-    """
-
-    hit: Tensor
-    ids: Tensor
-    cells: Tensor
-    vectors: Tensor
-    rank: Tensor
-    nearest: Tensor
-    runner_up: Tensor
-    levels: list[str]
-    notes: list[str]
-    origins: dict[int, Provenance]
-    grid: tuple[int, int]
-    patches: Tensor
-    images: Tensor
-
-
-def choose(net: Pushable, source: Source, slots: Slots, query: Query, unique: str, class_names: list[str]) -> Chosen:
-    """The anchors of all prototypes, by one pass; by one more over the classes that have too few images or groups."""
-    notes: list[str] = []
-    if unique == "group" and source.groups is None:
-        notes.append("the dataset tells no groups: anchors are unique by image instead")
-        unique = "image"
-    result, short = _choose(net, source, slots, query, unique)
-    level = unique
-    while short:
-        lower = LOWER[level]
-        names = listing([class_names[c] if class_names else f"class {c}" for c in short])
-        notes.append(
-            f"{names}: fewer {_plural(level)} than prototypes, "
-            + (f"anchors are unique by {lower} instead" if lower != "none" else "anchors are shared")
-        )
-        again = slots._replace(used=slots.used & _members(short, slots.used).to(slots.used.device).unsqueeze(1))
-        if isinstance(source, DatasetSource):
-            source.narrow(short.__contains__)
-        second, still_short = _choose(net, source, again, query, lower)
-        result = _replaced(result, second, short)
-        short, level = still_short, lower
-    return replace(result, notes=notes)
-
-
-def _choose(net: Pushable, source: Source, slots: Slots, query: Query, unique: str) -> tuple[Chosen, list[int]]:
-    """Search and assignment at one level; and the classes for which it isn't to be had."""
-    most = int(slots.used.sum(dim=1).max()) if unique != "none" else 1
-    found = search(net, source, slots, query, max(2, most), "image" if unique == "none" else unique)
-    assignment = assign(found.ranked, slots.used, unique)
-    return _chosen(found, assignment.choice, source, slots, unique), assignment.short
-
-
-def _chosen(found: Found, choice: Tensor, source: Source, slots: Slots, unique: str) -> Chosen:
-    at = choice.unsqueeze(1)
-    similarity, ids, cells, *_ = found.ranked
-    others = similarity.scatter(1, at, -torch.inf)
-    return Chosen(
-        hit=similarity.gather(1, at).squeeze(1).isfinite().cpu(),
-        ids=ids.gather(1, at).squeeze(1).cpu(),
-        cells=cells.gather(1, at).squeeze(1).cpu(),
-        vectors=found.vectors(choice),
-        rank=(choice + 1).cpu(),
-        nearest=similarity[:, 0].cpu(),
-        runner_up=others.amax(dim=1).cpu(),
-        levels=[unique] * len(slots.rows),
-        notes=[],
-        origins=found.origins(choice, source),
-        grid=found.grid,
-        patches=found.patches,
-        images=found.images,
-    )
-
-
-def _replaced(first: Chosen, second: Chosen, classes: list[int]) -> Chosen:
-    """The first, but for some classes that are as in the second."""
-    mask = _members(classes, first.hit)
-
-    def either(name: str) -> Tensor:
-        old, new = getattr(first, name), getattr(second, name)
-        return torch.where(mask.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
-
-    names = ("hit", "ids", "cells", "vectors", "rank", "nearest", "runner_up")
-    tensors: dict[str, Any] = {name: either(name) for name in names}
-    levels = [second.levels[c] if c in classes else level for c, level in enumerate(first.levels)]
-    return replace(first, levels=levels, origins=first.origins | second.origins, **tensors)
-
-
-def _members(classes: list[int], like: Tensor) -> Tensor:
-    mask = torch.zeros(len(like), dtype=torch.bool)
-    mask[classes] = True
-    return mask
-
-
-def _plural(level: str) -> str:
-    return {"group": "groups", "image": "images", "patch": "patches"}[level]
+RULES: dict[str, Rule] = {
+    "none": shared,
+    "patch": by_patch,
+    "image": by_image,
+    "group": by_group,
+}

@@ -1,17 +1,26 @@
-"""What a push does to the prototypes once their patches are known.
-
-The step from the old prototypes to the new ones, which can be taken, changed and taken back.
-"""
+"""Updates of prototypes: the step towards their patches, which can be taken back, and live anchors embedded again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from protopush.push.protocol import PrototypeOwner, Slots
+from protopush.distributed import all_reduce_sum
+from protopush.errors import InputError
+from protopush.preserve_state import preserve_state
+from protopush.push.nearest_patches import Candidates
+from protopush.push.options import HasState, PushOptions, resolve
+from protopush.push.protocol import Pushable, Slots, unwrap
+from protopush.push.reader import DatasetReader, Reader, read_through
+
+POOLED = -1  # in place of a cell: the anchor is the pooled feature
+
+Interpolation = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def momentum_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor:
@@ -53,16 +62,16 @@ def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor
     """
     # From chord lengths, because the arc cosine loses half of the digits near 1
     apart = torch.linalg.vector_norm(prototypes - nearest, dim=-1, keepdim=True)
-    together = torch.linalg.vector_norm(prototypes + nearest, dim=-1, keepdim=True)
-    angle = 2.0 * torch.atan2(apart, together)
+    summed = torch.linalg.vector_norm(prototypes + nearest, dim=-1, keepdim=True)
+    angle = 2.0 * torch.atan2(apart, summed)
     mixed = (momentum * angle).sin() * prototypes + ((1.0 - momentum) * angle).sin() * nearest
     # Near 0 both sines vanish: there the great circle is its chord.
     moved = torch.where(angle > 1e-4, F.normalize(mixed, dim=-1), momentum_update(prototypes, nearest, momentum))
-    return torch.where(together > 1e-6, moved, nearest if momentum < 1 else prototypes)
+    return torch.where(summed > 1e-6, moved, nearest if momentum < 1 else prototypes)
 
 
-def reset_moments(optimizer: torch.optim.Optimizer, prototypes: Tensor, rows: Tensor) -> None:
-    """Zero the optimiser's running moments of the pushed rows: they speak of where the prototypes were.
+def reset_moments(optimizer: HasState, prototypes: Tensor, rows: Tensor) -> None:
+    """Zero the optimiser's running moments of the pushed rows: they belong to where the prototypes were.
 
     Args:
         optimizer: any optimiser that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
@@ -74,53 +83,43 @@ def reset_moments(optimizer: torch.optim.Optimizer, prototypes: Tensor, rows: Te
             value[rows.to(value.device)] = 0
 
 
-INTERPOLATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "linear": momentum_update,
-    "slerp": slerp_update,
-}
-
-
 class Move:
     """Writes prototypes; until it is kept, :meth:`undo` brings back every bit.
 
     Args:
-        manager: whose prototypes move.
+        net: the model whose prototypes move.
         slots: where they were.
-        hit: bool (C, K), prototypes that have a patch; the others stay.
-        nearest: (C, K, D), unit norm: the patches.
-        interpolation: a key of :data:`INTERPOLATIONS`.
-        anchored: where prototypes are live, the backbone's features at the patches (C, K, W), and int64 (C, K) the
-            samples and cells that they come from.
+        chosen: the patches that they take; prototypes without one stay.
+        options: ``interpolation`` and ``use_local`` are read.
+
+    Attributes:
+        hit: bool (C, K), prototypes that have a patch.
+        nearest: (C, K, D), unit norm: the embeddings of the patches.
     """
 
-    def __init__(
-        self,
-        manager: PrototypeOwner,
-        slots: Slots,
-        hit: Tensor,
-        nearest: Tensor,
-        interpolation: str = "linear",
-        anchored: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> None:
-        self.slots = slots
-        self.nearest = nearest
-        self.interpolation = INTERPOLATIONS[interpolation]
-        self.hit = hit.to(slots.rows.device)
-        self.rows = slots.rows[self.hit]
-        self.parameter = manager.prototypes
+    def __init__(self, net: Pushable, slots: Slots, chosen: Candidates, options: PushOptions) -> None:
+        manager: Any = net.head.proto_manager
+        features: Tensor | None = getattr(manager, "anchor_features", None)
+        vectors = chosen.taken_vectors()
+        embeddings = vectors if features is None else net.head.proj(vectors.to(features.dtype))
+        self.nearest = F.normalize(embeddings.to(slots.unit.dtype), dim=-1)
+        self.hit = chosen.of_taken(chosen.ranked.similarity).isfinite()
+        self.interpolation = resolve(INTERPOLATIONS, options.interpolation, "interpolation")
+        self.unit, self.parameter, self.rows = slots.unit, manager.prototypes, slots.rows[self.hit]
         self.live: list[tuple[Tensor, Tensor]] = []
-        if anchored is not None:
-            targets = (getattr(manager, name) for name in ("anchor_features", "anchor_ids", "anchor_cells"))
-            self.live = [
-                (target, values.to(target)[self.hit.to(target.device)])
-                for target, values in zip(targets, anchored, strict=True)
-            ]
-        self._before = [target.detach()[self.rows].clone() for target in self._targets()]
+        if features is not None:
+            cells = chosen.of_taken(chosen.ranked.cells)
+            cells = cells if options.use_local else torch.full_like(cells, POOLED)
+            targets = (features, manager.anchor_ids, manager.anchor_cells)
+            anchored = (vectors, chosen.of_taken(chosen.ranked.ids), cells)
+            self.live = [(old, new[self.hit].to(old)) for old, new in zip(targets, anchored, strict=True)]
+        targets = (self.parameter, *(old for old, _ in self.live))
+        self._before = [(old, old.detach()[self.rows].clone()) for old in targets]
 
     def at(self, momentum: float) -> Tensor:
         """Where prototypes lie for a momentum, (C, K, D)."""
-        moved = self.interpolation(self.slots.unit, self.nearest, momentum)
-        return torch.where(self.hit.unsqueeze(-1), moved, self.slots.unit)
+        moved = self.interpolation(self.unit, self.nearest, momentum)
+        return torch.where(self.hit.unsqueeze(-1), moved, self.unit)
 
     def to(self, momentum: float) -> None:
         """Write them; at 1 nothing moves, not even by rounding."""
@@ -133,14 +132,67 @@ class Move:
 
     def undo(self) -> None:
         """Write what was there before."""
-        for target, values in zip(self._targets(), self._before, strict=True):
+        for target, values in self._before:
             target.data[self.rows] = values
 
-    def keep(self, momentum: float, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write the prototypes for good: their optimiser's moments speak of where they were."""
+    def keep(self, momentum: float, optimizer: HasState | None) -> None:
+        """Write the prototypes for good: their optimiser's moments belong to where they were."""
         self.to(momentum)
         if optimizer is not None and momentum < 1:
             reset_moments(optimizer, self.parameter, self.rows)
 
-    def _targets(self) -> list[Tensor]:
-        return [self.parameter, *(target for target, _ in self.live)]
+
+def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | int | torch.device) -> int:
+    """Embed the images of live anchors again, and store their features.
+
+    While the backbone is trained they grow old; after the last step, this makes the saved prototypes exact. Under
+    ``torch.distributed`` every rank must call it: the ranks divide the images.
+
+    Args:
+        model: as for :func:`protopush.push_prototypes`, with live anchors.
+        dataloader: over the dataset of the push, whose indices the anchors keep.
+        device: where the model is.
+
+    Returns:
+        The number of images that were embedded; 0 where there is no live anchor.
+
+    Raises:
+        InputError: the model's anchors aren't live, or the loader can't be read by index.
+    """
+    net = unwrap(model)
+    manager: Any = net.head.proto_manager
+    if getattr(manager, "anchor_features", None) is None:
+        raise InputError("the model's anchors are not live; expected a head with anchoring='live'")
+    rows = (manager.anchor_ids >= 0).nonzero().flatten()
+    ids = sorted(set(manager.anchor_ids[rows].tolist()))
+    with preserve_state(model, dataloader):
+        reader = read_through(dataloader)
+        if not isinstance(reader, DatasetReader):
+            raise InputError(
+                "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
+                "dataset with len() and []"
+            )
+        features = features_at(net, reader, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
+    manager.anchor_features[rows] = features[rows].to(manager.anchor_features.dtype)
+    manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]
+    net.head.sync_prototypes()  # type: ignore[attr-defined]
+    return len(ids)
+
+
+def features_at(
+    net: Pushable, reader: Reader, ids: list[int], anchor_ids: Tensor, anchor_cells: Tensor, device: torch.device
+) -> Tensor:
+    """The features (S, C) at the anchors; 0 in slots without one."""
+    found = torch.zeros(len(anchor_ids), net.head.proto_manager.anchor_features.shape[1], device=device)  # type: ignore[attr-defined]
+    for images, _, numbers in reader.subset(ids).batches():
+        pooled, patches = net.extract_features(images.to(device))
+        every = torch.cat([patches, pooled], dim=1)  # so that the last, -1, is the pooled one
+        row, image = (anchor_ids.cpu().unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
+        found[row] = every[image, anchor_cells[row.to(anchor_cells.device)]].float()
+    return all_reduce_sum(found)
+
+
+INTERPOLATIONS: dict[str, Interpolation] = {
+    "linear": momentum_update,
+    "slerp": slerp_update,
+}

@@ -15,7 +15,7 @@ from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
 from protopush.data.transforms import EvalTransform
 from protopush.nn.prototypes import Anchor
-from protopush.push.nearest_patches import Allow
+from protopush.push.options import Allow
 from protopush.runs.decisions import Decision, in_force
 
 logger = logging.getLogger("protopush.training")

@@ -20,7 +20,7 @@ from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor, PrototypeManager
 from protopush.push import push_prototypes
-from protopush.push.live_anchors import POOLED
+from protopush.push.update import POOLED
 from protopush.runs.allowed import Allowed, Barred
 from protopush.runs.decisions import Replacement
 

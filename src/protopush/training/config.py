@@ -22,6 +22,7 @@ from protopush.errors import (
     Share,
     check_fields,
 )
+from protopush.push.options import PushSettings
 
 
 @dataclass
@@ -82,23 +83,18 @@ class LossConfig:
     logit_adjustment: PositiveOrZero = 0.0
 
 
-@dataclass
-class PushConfig:
-    """When and how prototypes are pushed.
+@dataclass(frozen=True)
+class PushConfig(PushSettings):
+    """When and how prototypes are pushed; how, beyond what stands here, as :class:`protopush.push.PushSettings` says.
 
     Args:
         start_epoch: first epoch (counted from 1) with a push; 0: also before the first.
         interval: epochs between pushes.
-        momentum: 0 puts a prototype onto its patch, 0.9 moves it a tenth of the way.
         use_local: patches (true) or pooled features; by default what the head matches.
-        max_patches_per_class: none for every patch.
-        interpolation: linear, or slerp (the momentum is a share of the angle).
-        unique: of what no two prototypes of a class share one: none, patch, image or group (lesion, patient).
         anchoring: off, or live: from its first push on a prototype is its anchor's embedding at every step.
         anchor_refresh: steps between two embeddings of the live anchors' images, where the backbone is trained.
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback, or budget (the momentum is raised until the cost is within the budget).
-        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
         grow: after each push, badly covered classes with a free slot get another prototype.
         grow_quantile: of the best similarity of a class's samples, which says how well it is covered.
         grow_below: the similarity below which it is badly covered.
@@ -112,15 +108,10 @@ class PushConfig:
 
     start_epoch: CountOrZero = 10
     interval: Count = 5
-    momentum: Share = 0.9
     use_local: bool | None = None
-    max_patches_per_class: int | None = None
-    interpolation: Literal["linear", "slerp"] = "linear"
-    unique: Literal["none", "patch", "image", "group"] = "none"
     anchoring: Literal["off", "live"] = "off"
     anchor_refresh: Count = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
-    guard_budget: PositiveOrZero = 0.01
     grow: bool = False
     grow_quantile: Share = 0.1
     grow_below: Cosine = 0.7
@@ -233,10 +224,9 @@ class RunConfig:
         """
         for group in fields(self):
             check_fields(getattr(self, group.name), f"{group.name}.")
-        if self.push.guard == "budget" and self.push.anchoring == "live":
-            raise InputError(
-                "push.guard 'budget' searches for a momentum, but live anchors have none; use --push.guard rollback"
-            )
+        from protopush.push import check_settings  # here: it needs torch
+
+        check_settings(self.push, self.push.anchoring == "live", "push.")
         train = self.train
         if train.head_epochs and train.freeze_backbone:
             raise InputError(

@@ -34,21 +34,18 @@ def push_now(
     val_loader: Iterable[Any] | None = None,
 ) -> PushReport:
     """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
-    config = job.config.push
+    settings = job.config.push.settings() | {"momentum": momentum}
+    if val_loader is None:
+        settings["guard"] = "off"
     return push_prototypes(
         model,
         loader,
         job.fabric.device,
         use_local=_use_local(job),
-        momentum=momentum,
-        max_patches_per_class=config.max_patches_per_class,
         seed=job.config.train.seed,
         optimizer=optimizer,
-        unique=config.unique,
-        interpolation=config.interpolation,
-        guard=config.guard if val_loader is not None else "off",
-        guard_budget=config.guard_budget,
         val_loader=val_loader,
+        **settings,
     )
 
 

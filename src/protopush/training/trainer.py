@@ -19,8 +19,8 @@ from protopush.evaluation.evaluate import in_short
 from protopush.models.model_folder import Run, save_run
 from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import anchors_from, plain_anchors
-from protopush.push.patch_cap import NonFinite
-from protopush.push.schedule import PushSchedule
+from protopush.push import PushSchedule
+from protopush.push.nearest_patches import NonFinite
 from protopush.runs.fabric import make_fabric, quiet
 from protopush.runs.progress import bar
 from protopush.runs.run import fresh_folder, open_run

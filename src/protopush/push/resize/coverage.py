@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError
 from protopush.push.guard import Score, Validation
-from protopush.push.nearest_patches import grid_of, log_shapes, refuse_non_finite
-from protopush.push.patch_cap import NonFinite
+from protopush.push.nearest_patches import NonFinite, grid_of, log_shapes, refuse_non_finite
 from protopush.push.protocol import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
-from protopush.push.reader import Batch, Source, check_labels
+from protopush.push.reader import Batch, Reader, check_labels
 from protopush.push.top_candidates import TIE
 
 logger = logging.getLogger("protopush.push")
@@ -127,7 +126,7 @@ class OwnSimilarity(NamedTuple):
 
 
 def read_embedded(
-    net: Pushable, source: Source, batches: Iterable[Batch], use_local: bool, keep: Callable[[Embedded], None]
+    net: Pushable, source: Reader, batches: Iterable[Batch], use_local: bool, keep: Callable[[Embedded], None]
 ) -> None:
     """Embed this rank's batches and hand each to ``keep``.
 
@@ -141,10 +140,10 @@ def read_embedded(
     def read() -> None:
         for number, (images, labels, ids) in enumerate(batches):
             check_labels(labels, ids, classes)
-            x_fu, x_fu1 = net.extract_features(images.to(device, non_blocking=True))
+            pooled, patches = net.extract_features(images.to(device, non_blocking=True))
             if number == 0:
-                log_shapes(x_fu, x_fu1, use_local)
-            features = x_fu1 if use_local else x_fu
+                log_shapes(pooled, patches, use_local)
+            features = patches if use_local else pooled
             vectors = net.head.proj(features).float()
             norm = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
             non_finite.update(norm, ids.to(device, non_blocking=True))
@@ -157,7 +156,7 @@ def read_embedded(
     refuse_non_finite(non_finite, source)
 
 
-def own_similarity(net: Pushable, source: Source, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
+def own_similarity(net: Pushable, source: Reader, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
     """One pass over the samples; what is kept is 4 * K + 16 bytes a sample, the same on every rank.
 
     Args:

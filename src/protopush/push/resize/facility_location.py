@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather_objects
 from protopush.errors import InputError, listing
-from protopush.push.nearest_patches import Allow
+from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import DatasetSource, Source
+from protopush.push.reader import DatasetReader, Reader
 from protopush.push.resize.coverage import Embedded, OwnSimilarity, in_order, own_similarity, quantile_of, read_embedded
 from protopush.push.top_candidates import TIE
 
@@ -83,7 +83,7 @@ _Choice = tuple[int, int, float, Tensor]
 
 
 def find_gains(
-    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, wish: Wish
+    net: Pushable, source: Reader, slots: Slots, before: OwnSimilarity, wish: Wish
 ) -> tuple[list[Gain], dict[int, str]]:
     """The new prototypes, the same on every rank, and why a badly covered class gets none."""
     free = ((slots.rows >= 0) & ~slots.used).cpu()
@@ -100,7 +100,7 @@ def find_gains(
             why[c] = "badly covered, no free slot"
     gains: list[Gain] = []
     # A stream can only be read as a whole: once is enough.
-    step = CLASSES_AT_ONCE if isinstance(source, DatasetSource) else max(1, len(worst))
+    step = CLASSES_AT_ONCE if isinstance(source, DatasetReader) else max(1, len(worst))
     classes = list(worst)
     for start in range(0, len(classes), step):
         gains += _gains_of(net, source, before, {c: worst[c] for c in classes[start : start + step]}, free, wish)
@@ -109,7 +109,7 @@ def find_gains(
 
 
 def _gains_of(
-    net: Pushable, source: Source, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
+    net: Pushable, source: Reader, before: OwnSimilarity, worst: dict[int, Tensor], free: Tensor, wish: Wish
 ) -> list[Gain]:
     """The gains of some classes."""
     samples, read_here = _read_again(net, source, before, torch.cat(list(worst.values())), wish)
@@ -135,7 +135,7 @@ def _gains_of(
 
 
 def _read_again(
-    net: Pushable, source: Source, before: OwnSimilarity, rows: Tensor, wish: Wish
+    net: Pushable, source: Reader, before: OwnSimilarity, rows: Tensor, wish: Wish
 ) -> tuple[dict[int, _Sample], set[int]]:
     """The patches of some samples, on every rank, and the samples that this rank has read.
 
@@ -155,8 +155,7 @@ def _read_again(
                 unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
                 here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
 
-    batches = source.pick(sorted(label_of)) if isinstance(source, DatasetSource) else source.batches()
-    read_embedded(net, source, batches, wish.use_local, keep)
+    read_embedded(net, source, source.subset(sorted(label_of)).batches(), wish.use_local, keep)
     of_all = {number: sample for of_rank in reversed(all_gather_objects(here)) for number, sample in of_rank.items()}
     other = [i for i, label in sorted(label_of.items()) if i not in of_all or of_all[i].label != label]
     if other:
@@ -223,7 +222,7 @@ def _reach(unit: Tensor, valid: Tensor, candidates: Tensor) -> Tensor:
 
 
 def coverage_after(
-    net: Pushable, source: Source, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
+    net: Pushable, source: Reader, slots: Slots, before: OwnSimilarity, gains: list[Gain], wish: Wish
 ) -> tuple[Tensor, list[float | None]]:
     """The samples' coverage (N,) with the new prototypes; and, of each, its best cosine in any other sample.
 
@@ -234,9 +233,7 @@ def coverage_after(
     unit, new = slots.unit.clone(), torch.zeros_like(slots.used)
     for gain in gains:
         unit[gain.class_index, gain.slot], new[gain.class_index, gain.slot] = gain.unit.to(unit), True
-    if isinstance(source, DatasetSource):
-        source.narrow(large.__contains__)
-    again = own_similarity(net, source, unit, new, wish.use_local) if large else before
+    again = own_similarity(net, source.of_classes(large), unit, new, wish.use_local) if large else before
     for gain in gains:
         own = before.labels == gain.class_index
         reach, ids = gain.reach, gain.ids

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.live_anchors import POOLED, features_at
-from protopush.push.nearest_patches import Allow
+from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots, class_names_of
-from protopush.push.reader import DatasetSource, Source, read_through
+from protopush.push.reader import DatasetReader, Reader, read_through
 from protopush.push.resize.coverage import (
     ResizeReport,
     check_quantile,
@@ -30,7 +29,7 @@ from protopush.push.resize.coverage import (
     slots_of,
 )
 from protopush.push.resize.facility_location import Gain, Wish, coverage_after, find_gains
-from protopush.push.update import reset_moments
+from protopush.push.update import POOLED, features_at, reset_moments
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def grow_prototypes(
     live = getattr(net.head.proto_manager, "anchor_features", None) is not None
     with preserve_state(model, dataloader, val_loader):
         source = read_through(dataloader)
-        if live and not isinstance(source, DatasetSource):
+        if live and not isinstance(source, DatasetReader):
             raise InputError(
                 "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
                 "dataset with len() and []; nothing was changed"
@@ -214,13 +213,13 @@ class _New:
         self.ids = index([g.sample for g in gains])
         self.cells = index([g.cell if use_local else POOLED for g in gains])
 
-    def features(self, source: Source) -> Tensor:
+    def features(self, source: Reader) -> Tensor:
         """The backbone's features at the new live anchors, (G, C), the same on every rank."""
         every_id = torch.full_like(self.manager.anchor_ids, -1)
         every_cell = torch.zeros_like(self.manager.anchor_cells)
         every_id[self.rows], every_cell[self.rows] = self.ids, self.cells
-        samples, indexed = sorted(set(self.ids.tolist())), cast(DatasetSource, source)
-        return features_at(self.net, indexed, samples, every_id, every_cell, self.rows.device)[self.rows]
+        samples = sorted(set(self.ids.tolist()))
+        return features_at(self.net, source, samples, every_id, every_cell, self.rows.device)[self.rows]
 
     def move_in(self, features: Tensor | None) -> None:
         """Put them into their slots; a connection starts as the mean of its class's."""

@@ -1,16 +1,31 @@
-"""When to push: one rule, for our own training loop and for anybody else's."""
+"""Options and schedule of a push: how prototypes move, and after which epochs. (No torch: recipes are made of this.)"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from protopush.errors import InputError
 
 logger = logging.getLogger("protopush.push.schedule")
+
+T = TypeVar("T")
+
+GUARDS = ("off", "report", "rollback", "budget")
+
+Allow = Callable[[Any, tuple[int, int]], Any]
+"""ids (B,) and grid (rows, columns) to bool (B, L), on the CPU: the patches that may become anchors."""
+
+
+class HasState(Protocol):
+    """What is written of an optimizer, any of torch's: the running moments of the parameters."""
+
+    @property
+    def state(self) -> Any: ...
 
 
 class HasRates(Protocol):
@@ -20,8 +35,115 @@ class HasRates(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
 
 
+@dataclass(frozen=True)
+class PushSettings:
+    """What a recipe and the command line can say of a push; :class:`PushOptions` adds what only a program can give.
+
+    Args:
+        momentum: in [0, 1]: 0 puts a prototype onto its patch (a hard push), 0.9 moves it a tenth of the way, 1 only
+            names the patch.
+        max_patches_per_class: none for every patch; a number bounds the work: images are then visited in a seeded
+            random order, until every class has as many.
+        unique: of what no two prototypes of a class share one, so that the sum of their similarities is the largest:
+            none (each takes its nearest patch), patch, image or group (lesion, patient; the dataset's groups); or a
+            function as in RULES of push/selection.py. Where a class has too few, the next lower word holds for it, and
+            the report says so.
+        interpolation: linear, or slerp (the momentum is a share of the angle); or a function as in INTERPOLATIONS of
+            push/update.py.
+        guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
+            rollback (beyond the budget it is taken back), or budget (the momentum is raised until the cost is within
+            the budget); none: report where there is a val_loader.
+        guard_budget: the fall of balanced accuracy or AUROC that is allowed.
+    """
+
+    momentum: float = 0.9
+    max_patches_per_class: int | None = None
+    unique: str | Callable[..., Any] = "none"
+    interpolation: str | Callable[..., Any] = "linear"
+    guard: str | None = None
+    guard_budget: float = 0.01
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of :class:`PushSettings` alone, as keyword arguments of a push."""
+        return {one.name: getattr(self, one.name) for one in fields(PushSettings)}
+
+    def check(self, live: bool = False, prefix: str = "") -> None:
+        """Refuse numbers and guards that make no sense, under the names that the user knows them by.
+
+        Args:
+            live: whether the prototypes are live anchors.
+            prefix: of the names: ``push.`` in a recipe.
+
+        Raises:
+            InputError: for the first of them.
+        """
+        if not 0.0 <= self.momentum <= 1.0:
+            raise InputError(
+                f"{prefix}momentum is {self.momentum}; expected 0 (hard push) to 1 (nothing moves), usually 0.9"
+            )
+        cap = self.max_patches_per_class
+        if cap is not None and cap < 1:
+            raise InputError(f"{prefix}max_patches_per_class is {cap}; expected at least 1, or None for every patch")
+        if self.guard is not None and self.guard not in GUARDS:
+            raise InputError(f"{prefix}guard is {self.guard!r}; expected one of: {', '.join(GUARDS)}")
+        if not self.guard_budget >= 0:
+            raise InputError(
+                f"{prefix}guard_budget is {self.guard_budget}; expected a fall that is allowed, 0 or more, such as 0.01"
+            )
+        if self.guard == "budget" and live:
+            raise InputError("guard 'budget' searches for a momentum, but live anchors have none; use 'rollback'")
+
+
+@dataclass(frozen=True)
+class PushOptions(PushSettings):
+    """All options of a push, as :func:`protopush.push_prototypes` takes them by name.
+
+    Args:
+        use_local: patches ``x_fu1`` (True) or the pooled feature ``x_fu``.
+        seed: of the order in which images are visited under ``max_patches_per_class``.
+        optimizer: its moments of the pushed prototypes are set to 0.
+        prototypes: (class, prototype) of those to push; None for all.
+        allow: which patches may become anchors, see :data:`Allow`.
+        val_loader: validation images for the guard, as the training images.
+    """
+
+    use_local: bool = True
+    seed: int = 0
+    optimizer: HasState | None = None
+    prototypes: Iterable[tuple[int, int]] | None = None
+    allow: Allow | None = None
+    val_loader: Iterable[Any] | None = None
+
+
+class PushKeywords(TypedDict, total=False):
+    """The fields of :class:`PushOptions` but for the first arguments of a push, for type checkers and editors."""
+
+    seed: int
+    optimizer: HasState | None
+    unique: str | Callable[..., Any]
+    interpolation: str | Callable[..., Any]
+    prototypes: Iterable[tuple[int, int]] | None
+    allow: Allow | None
+    guard: str | None
+    guard_budget: float
+    val_loader: Iterable[Any] | None
+
+
+def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:
+    """What a registry has under a name; anything but a name is the thing itself.
+
+    Raises:
+        InputError: there is nothing of this name.
+    """
+    if not isinstance(value, str):
+        return value
+    if value not in registry:
+        raise InputError(f"{name} is {value!r}; expected one of: {', '.join(registry)}")
+    return registry[value]
+
+
 class PushSchedule:
-    """Says after which epochs to push: ``(epoch + 1) >= start and (epoch + 1) % interval == 0``.
+    """The epochs after which to push: ``(epoch + 1) >= start and (epoch + 1) % interval == 0``.
 
     Epochs are handed over as a loop counts them, from 0; ``start``, ``end`` and ``total_epochs`` are counted from 1.
 
@@ -33,11 +155,11 @@ class PushSchedule:
             and :meth:`planned` needs no argument.
         final_decay: no push follows an epoch that ends with the learning rate below this share of its peak: what a push
             moves could not be learned any more. 0: the learning rate doesn't matter. It is known only where
-            :meth:`due` is told of it. (A rate that has yet to rise as far, in a warm-up, is below the share as well.)
+            :meth:`due` is given it. (A rate that has yet to rise as far, in a warm-up, is below the share as well.)
 
     Attributes:
-        peaks: the highest learning rate that each parameter group was seen with. An optimizer that is made anew with
-            lower rates, as when a backbone is unfrozen, wants a new schedule.
+        peaks: the highest learning rate that each parameter group was seen with. A new optimizer with lower rates, as
+            when a backbone is unfrozen, needs a new schedule.
 
     Raises:
         InputError: an interval of 0, a negative start, an end before the start, ...
@@ -106,9 +228,9 @@ class PushSchedule:
         """
         _check_whole("epoch", epoch, 0)
         if optimizer is not None and (lr is not None or peak_lr is not None):
-            raise InputError("due() was told an optimizer and a learning rate; expected one of them")
+            raise InputError("due() was given an optimizer and a learning rate; expected one of them")
         if lr is None and peak_lr is not None:
-            raise InputError("due() was told peak_lr without lr; expected both, or an optimizer")
+            raise InputError("due() was given peak_lr without lr; expected both, or an optimizer")
         share = 1.0
         if optimizer is not None:
             share = self._share(_groups(optimizer))
@@ -149,9 +271,9 @@ class PushSchedule:
         """The learning rate's share of its peak; the peaks are remembered."""
         # initial_lr is a scheduler's word for where it begins, max_lr OneCycleLR's for its peak
         names = ("lr", "initial_lr", "max_lr")
-        told = [max(_rate(group[name]) for name in names if name in group) for group in groups]
-        known = self.peaks[: len(told)] + [0.0] * (len(told) - len(self.peaks))  # groups may be added later
-        self.peaks = [max(pair) for pair in zip(told, known, strict=True)]
+        highest = [max(_rate(group[name]) for name in names if name in group) for group in groups]
+        known = self.peaks[: len(highest)] + [0.0] * (len(highest) - len(self.peaks))  # groups may be added later
+        self.peaks = [max(pair) for pair in zip(highest, known, strict=True)]
         return _share([_rate(group["lr"]) for group in groups], self.peaks)
 
 
