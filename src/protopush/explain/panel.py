@@ -90,7 +90,7 @@ def draw_why_not(
         shown, name = len(some.matches[:rows]), style.fit_text(some.class_name, sizes.small, width * 0.3)
         text = f"The strongest {shown} of {len(some.matches)} prototypes of {name}, and where each is found:"
         y = page.note(x, y, text, width, most=2) + sizes.gap // 2
-        y = page.picture(x, y, page.numbered(some, width, 400)) + sizes.gap
+        y = page.picture(x, y, page.numbered(some, width, 600 if narrow else 400)) + sizes.gap
         bottom = max(bottom, page.rows(some, x, y, width, sizes.side if narrow else 132, maps=False))
         x += 0 if narrow else width + BETWEEN
     return page.done(page.difference(why, page.rule(bottom + sizes.gap), width))
