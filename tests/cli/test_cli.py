@@ -45,7 +45,7 @@ def test_evaluate(home, capsys):
     assert values["n"] == 6
     assert list(values["per_class"]) == ["bird", "cat", "dog"]
     assert main(["evaluate", str(home / "run"), "--data.path", str(home / "images"), "--data.split", "val"]) == 0
-    assert "balanced_accuracy" in capsys.readouterr().out
+    assert "balanced accuracy" in capsys.readouterr().out
 
 
 def test_push_writes_a_new_run_and_leaves_the_first(home, tmp_path, capsys):
