@@ -57,7 +57,7 @@ class Preprocessing:
             )
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
-                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}; choose one"
             )
 
     def to_dict(self) -> dict[str, Any]:

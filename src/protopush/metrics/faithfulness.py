@@ -91,7 +91,8 @@ def relevance_ordering(
     """How much earlier the score returns when cells are shown by relevance than in random order.
 
     The area of the insertion curve, less the mean of those of random orders: the relevance ordering test (Gautam et
-    al., 2023, This looks more like that). Higher is better; 0 is chance, below 0 the map is worse than none.
+    al., 2023, Enhancing self-explaining models by prototypical relevance propagation). Higher is better; 0 is
+    chance, below 0 the map is worse than none.
 
     Args:
         score, images, relevance, steps, baseline: as for :func:`insertion_curve`.
