@@ -210,8 +210,8 @@ def data_words(run: Run) -> list[str]:
     path, source = run.data.get("path") or "", run.data.get("source") or "auto"
     seed = run.data.get("split_seed") or 0
     words = [path] if path else []
-    words += ["--source", source] if source != "auto" else []
-    return [*words, "--split_seed", str(seed)] if seed else words
+    words += ["--data.source", source] if source != "auto" else []
+    return [*words, "--data.split_seed", str(seed)] if seed else words
 
 
 def _words(*words: str) -> str:
