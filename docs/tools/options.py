@@ -11,7 +11,8 @@ from unittest.mock import patch
 from jsonargparse import ArgumentParser
 
 from protopush.cli import main
-from protopush.cli.parser import ABOUT
+from protopush.cli.commands import COMMANDS
+from protopush.cli.parser import about
 
 MARK = re.compile(r"^<!-- options: (?P<command>[\w ]+?) -->$", flags=re.M)
 MEANS_SOMETHING = re.compile(r"[&<>|\[\]*_`]")  # to Markdown
@@ -22,8 +23,8 @@ def on_page_markdown(markdown: str, page: SimpleNamespace, **_: Any) -> str:
     if page.file.src_uri != "commands.md":
         return markdown
     told = {*MARK.findall(markdown), "demo"}  # which has the options of train
-    rest = "".join(f"\n## {name}\n\n{about[:1].upper()}{about[1:]}.\n\n<!-- options: {name} -->\n"
-                   for name, about in ABOUT.items() if name not in told)  # fmt: skip
+    rest = "".join(f"\n## {name}\n\n{about(name)[:1].upper()}{about(name)[1:]}.\n\n<!-- options: {name} -->\n"
+                   for name in COMMANDS if name not in told)  # fmt: skip
     return MARK.sub(lambda match: options_of(match["command"]), markdown + rest)
 
 

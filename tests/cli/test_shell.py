@@ -79,8 +79,12 @@ def nobody_left(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number):
+@pytest.mark.parametrize(("number", "send"), [
+    (signal.SIGTERM, os.kill),
+    (signal.SIGTERM, os.killpg),  # timeout and batch systems end the readers as well
+    (signal.SIGINT, os.killpg),  # so does Ctrl-C
+], ids=["SIGTERM", "SIGTERM to all", "SIGINT"])  # fmt: skip
+def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number, send):
     options = [*SMALL, "--train.epochs", "200", "--train.patience", "200", "--train.freeze_backbone", "false"]
     words = ["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *options]
     words += ["--data.num_workers", "2"]
@@ -90,7 +94,7 @@ def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number):
         limit = time.monotonic() + 100
         while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
             time.sleep(0.05)
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches the readers too
+        send(process.pid, number)
         lines = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == CODES[number]
     assert lines[-1] == "protopush: interrupted; what was saved is still there; train goes on with --resume"
@@ -131,6 +135,63 @@ def test_ctrl_c_while_it_starts_is_one_line():
     assert process.returncode in (130, 2)  # 2: it was quicker
     assert "Traceback" not in err
     assert len(err.splitlines()) == 1
+
+
+SIGNALLED = """
+import os, signal, sys, threading, time
+from protopush.cli import commands, program
+{command}
+def signalled():
+    for after in {times}:
+        threading.Timer(after, os.kill, [os.getpid(), signal.{number}]).start()
+    return command()
+commands.COMMANDS["verify"] = signalled
+sys.exit(program.run(["verify"]))
+"""
+SWALLOWS = """
+def command():
+    import swallows
+    time.sleep(30)
+"""
+CLEANS_UP = """
+def command():
+    try:
+        time.sleep(30)
+    finally:
+        time.sleep(0.5)
+        print("cleaned up")
+"""
+LOSES_A_READER = """
+def command():
+    signal.signal(signal.SIGCHLD, lambda *_: (_ for _ in ()).throw(RuntimeError("DataLoader worker is killed")))
+    try:
+        time.sleep(30)
+    finally:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        time.sleep(0.1)
+"""
+READER_FIRST = """
+def command():
+    time.sleep(0.15)
+    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+"""
+
+
+@pytest.mark.parametrize(("command", "number", "times", "out"), [
+    (SWALLOWS, "SIGINT", [0.5], ""),
+    (SWALLOWS, "SIGTERM", [0.5], ""),
+    (CLEANS_UP, "SIGINT", [0.2, 0.25], "cleaned up\n"),
+    (LOSES_A_READER, "SIGTERM", [0.2], ""),
+    (READER_FIRST, "SIGTERM", [0.2], ""),
+], ids=["import and SIGINT", "import and SIGTERM", "twice", "reader after", "reader before"])  # fmt: skip
+def test_an_interrupt_is_one_line_wherever_it_comes(tmp_path, command, number, times, out):
+    (tmp_path / "swallows.py").write_text("import time\ntry:\n    time.sleep(2)\nexcept BaseException:\n    pass\n")
+    script = SIGNALLED.format(command=command, times=times, number=number)
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == CODES[getattr(signal, number)]
+    assert done.stdout == out
+    assert done.stderr == "protopush: interrupted; what was saved is still there; train goes on with --resume\n"
 
 
 def on_a_terminal(code: str, **environment: str) -> str:

@@ -247,7 +247,7 @@ def test_command_tells_groups_that_training_refuses(tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["nowhere"], "no such file: nowhere"),
     (["nowhere", "--threshold", "95"], "the threshold is 95.0; expected a similarity between 0.5 and 1"),
-    (["--source", "elvp"], "unknown data source 'elvp'; expected one of: auto, folder"),
+    (["--data.source", "elvp"], "unknown data source 'elvp'; expected one of: auto, folder"),
     ([], "no data given"),
     (["nowhere", "--treshold", "1"], "unknown key 'treshold'; did you mean 'threshold'?"),
 ])  # fmt: skip

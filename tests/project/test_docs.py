@@ -30,7 +30,7 @@ from docs_blocks import ROOT, blocks, commands
 from helpers import SMALL, make_isic
 from protopush.backbones.create import BUILDERS
 from protopush.cli import main
-from protopush.cli.parser import ABOUT
+from protopush.cli.commands import COMMANDS
 from protopush.cli.tables import anchors_table
 from protopush.data.sources import SOURCES
 from protopush.metrics.glossary import PER_CLASS, TERMS
@@ -125,7 +125,7 @@ def test_commands_run(name, workshop, capsys):
         if words[0] == "train":
             words += [*SMALL, "--train.head_epochs", "1" if "--train.head_epochs" in words else "0"]
         elif words[0] == "push":
-            words += ["--overwrite", "true"]
+            words += ["--overwrite"]
         elif words[0] in ("report", "compare"):
             words += ["--faithfulness", "2", "--resamples", "20"]
         words = ["ISIC_0024306.jpg" if word.endswith("ISIC_0024306.jpg") else word for word in words]
@@ -187,7 +187,7 @@ def test_arguments_are_those_of_the_code(name, column):
 def test_every_option_is_told(site):
     page = site / "commands.html"
     shown = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
-    for command in ABOUT:
+    for command in COMMANDS:
         assert f'id="{command.replace(" ", "-")}"' in page.read_text(encoding="utf-8"), command
         for action in parser_of(command.split())._actions:
             for option in [word for word in action.option_strings[:1] if word not in ("-h", "--print_config")]:

@@ -12,7 +12,7 @@ from browser import Visit, keep
 from docs_blocks import ROOT, blocks, commands
 from helpers import SMALL, make_images
 from protopush.cli import main
-from protopush.cli.commands import config_of, train_parser
+from protopush.cli.parser import read_options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -63,9 +63,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_parse_and_are_told(recipe):
-    parser = train_parser("train")
-    parser.add_argument("--out", type=str)
-    config = config_of(parser, parser.parse_args(["--config", str(recipe)]))
+    config = read_options("train", ["--config", str(recipe), "--out", "run"])["config"]
     for section, values in yaml.safe_load(recipe.read_text()).items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value

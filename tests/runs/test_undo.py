@@ -50,7 +50,7 @@ def assert_same_model(run: Path, other: Path) -> None:
     assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
 
 
-@pytest.mark.parametrize("words", [["--prototype", "cat:1"], ["--image", "IMAGE"], ["--mask-column"]])
+@pytest.mark.parametrize("words", [["--prototype", "cat:1"], ["--image", "IMAGE"], ["--mask_column"]])
 def test_it_is_as_if_nothing_had_been_forbidden(run, home, capsys, words):
     words = [anchors(run)["dog", 0]["file"] if word == "IMAGE" else word for word in words]
     made = forbid(capsys, run, *words)
@@ -221,9 +221,9 @@ def test_what_a_push_has_moved_since_stays_there_but_may_go_back(run, home, tmp_
 
 
 def test_masks_hold_again_less(run, capsys):
-    forbid(capsys, run, "--mask-column")
+    forbid(capsys, run, "--mask_column")
     at_half = anchors(run)
-    forbid(capsys, run, "--mask-column", "--min_share", "1.0")
+    forbid(capsys, run, "--mask_column", "--min_share", "1.0")
     take_back(capsys, run, 2)
     assert anchors(run) == at_half
     assert all(inside_share(a) >= 0.5 or a["file"].endswith("000.png") for a in at_half.values())

@@ -87,7 +87,7 @@ def core() -> None:
         expect(json.loads(protopush("verify", run, "--json"))["holds"], f"anchors of {run}")
     accuracy = json.loads(protopush("evaluate", "run", "--json"))["accuracy"]
     expect(accuracy == 1, f"accuracy {accuracy} on images of one colour a class")
-    protopush("explain", "run", "images/cat/0.jpg", "--why-not", "dog", "--out", "explained")
+    protopush("explain", "run", "images/cat/0.jpg", "--why_not", "dog", "--out", "explained")
     protopush("report", "run", "--resamples", "50", "--faithfulness", "2")
     protopush("predict", "run", "images", "--out", "predictions.csv")
     protopush("compare", "run", "live", "--resamples", "0", "--faithfulness", "0")
@@ -183,7 +183,7 @@ def lightning() -> None:
 def track() -> None:
     """Numbers for TensorBoard and, offline, for W&B."""
     os.environ["WANDB_MODE"] = "offline"
-    protopush("train", *MODEL, "--out", "tracked", "--overwrite", "true", "--trainer.track", '["tensorboard","wandb"]')
+    protopush("train", *MODEL, "--out", "tracked", "--overwrite", "--trainer.track", '["tensorboard","wandb"]')
     expect(list(Path("tracked").rglob("events.out.tfevents.*")), "events of TensorBoard")
 
 

@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_its_own_options_only(home, tmp_path, monkeypatch, ca
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     assert main([*words(home, tmp_path / "run", *FROZEN), "--resume"]) == 2
     assert "damaged file" in capsys.readouterr().err
-    assert main([*words(home, tmp_path / "run", *FROZEN), "--overwrite", "true"]) == 0
+    assert main([*words(home, tmp_path / "run", *FROZEN), "--overwrite"]) == 0
 
 
 def test_a_full_disk_gets_one_line_and_leaves_the_last_good_checkpoint(home, tmp_path):

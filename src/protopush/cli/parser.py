@@ -53,7 +53,7 @@ def dispatch(words: list[str]) -> int:
         near = get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {words[0]!r}; {hint}")
-    options = _parse(name, words[len(name.split()) :])
+    options = read_options(name, words[len(name.split()) :])
     from protopush.runs.progress import log_to_stderr
 
     log_to_stderr(logging.INFO if is_first() else logging.ERROR)  # of several processes, the first reports
@@ -109,8 +109,12 @@ def parser_of(name: str) -> ArgumentParser:
     return parser
 
 
-def _parse(name: str, words: list[str]) -> dict[str, Any]:
-    """The keyword arguments of a command."""
+def read_options(name: str, words: list[str]) -> dict[str, Any]:
+    """The keyword arguments of a command.
+
+    Raises:
+        InputError: the words are wrong.
+    """
     from argparse import ArgumentError
 
     parser = parser_of(name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+    from types import FrameType
 
 INTERRUPTED = 130  # 128 + SIGINT, 128 + SIGTERM, 128 + SIGPIPE, as shells report them
 TERMINATED = 143
@@ -28,21 +29,38 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop:
-    """What a program was asked by signals: the first one is raised, and all that goes wrong after it is its doing."""
+    """What signals asked of the program: the first one is raised, and all that goes wrong after it is its doing."""
 
     def __init__(self) -> None:
-        self.number, self.at = 0, 0.0
+        self.number, self.raised_at = 0, -ONE_KEYPRESS
 
-    def __call__(self, number: int, _: object) -> None:
-        soon = self.number and time.monotonic() - self.at < ONE_KEYPRESS
-        self.number, self.at = self.number or number, time.monotonic()
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
         if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a process that reads images has ended as well
             signal.signal(signal.SIGCHLD, lambda *_: None)
-        if not soon:
+        if _importing(frame):
+            _send_again(number)
+        elif time.monotonic() - self.raised_at >= ONE_KEYPRESS:
+            self.raised_at = time.monotonic()
             raise self.error()
 
     def error(self) -> KeyboardInterrupt:
+        """What ends the command."""
         return Terminated() if self.number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way: some libraries swallow what is raised in theirs, others make it an ImportError."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_again(number: int) -> None:
+    import _thread
+    import threading
+
+    threading.Timer(0.05, _thread.interrupt_main, [number]).start()
 
 
 STOP = Stop()
@@ -116,13 +134,9 @@ def _keep_interrupts(lost: UnraisableHookArgs) -> None:
 
     Without this a Ctrl-C between two epochs, when a loader's processes are taken down, is printed and forgotten.
     """
-    import _thread
-    import threading
-
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
-        STOP.at = 0.0
-        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+        STOP.raised_at = -ONE_KEYPRESS
+        _send_again(STOP.number or signal.SIGINT)
     elif "DataLoaderIter" not in getattr(lost.object, "__qualname__", ""):  # one that was interrupted half-made
         sys.__unraisablehook__(lost)
 

@@ -129,7 +129,7 @@ class Wish:
         if len(kinds) != 1:
             raise InputError(
                 f"{'several things' if kinds else 'nothing'} to forbid; expected exactly one of --prototype "
-                "CLASS:NUMBER, --image PATH and --mask-column"
+                "CLASS:NUMBER, --image PATH and --mask_column"
             )
         if not self.reason.strip():
             raise InputError("no reason given; expected --reason TEXT, for those who read the log later")
