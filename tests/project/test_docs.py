@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from protopush.cli.parser import ABOUT
 from protopush.cli.tables import anchors_table
 from protopush.data.sources import SOURCES
 from protopush.push.certificate import PROBLEMS, AnchorCheck
+from protopush.push.selection import RULES
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.build import SECTIONS
 from protopush.report.glossary import PER_CLASS, TERMS
@@ -94,7 +96,10 @@ def workshop(made, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    with patch.dict(BUILDERS), patch.dict(SOURCES), patch.dict(INTERPOLATIONS), patch.dict(TERMS["prototypes"]):
+    known = (BUILDERS, SOURCES, RULES, INTERPOLATIONS, TERMS["prototypes"])
+    with ExitStack() as stack:
+        for registry in known:
+            stack.enter_context(patch.dict(registry))
         yield
 
 

@@ -58,16 +58,13 @@ def train(words: list[str]) -> int:
 
 def push(words: list[str]) -> int:
     """``protopush push``."""
+    from protopush.push.options import PushSettings
+
     parser = new_parser("push")
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--out", type=str, required=True, help="the run folder to write")
-    parser.add_argument("--momentum", type=float, default=0.9, help="0 puts prototypes onto their patches")
     parser.add_argument("--use_local", type=bool, default=True, help="patches, or pooled features")
-    parser.add_argument("--unique", type=str, default="none", help="none; patch, image or group: not shared in a class")
-    parser.add_argument("--interpolation", type=str, default="linear", help="linear or slerp")
-    parser.add_argument("--guard", type=str, default="off", help="off, report, rollback or budget, on the val split")
-    parser.add_argument("--guard_budget", type=float, default=0.01, help="fall of balanced accuracy or AUROC allowed")
-    parser.add_argument("--max_patches_per_class", type=int | None, default=None, help="bound the work")
+    parser.add_class_arguments(PushSettings)
     parser.add_argument(
         "--data.split", type=str, default="train", help="the split whose images prototypes may stand for"
     )
