@@ -35,6 +35,7 @@ from protopush.cli.tables import anchors_table
 from protopush.data.sources import SOURCES
 from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
+from protopush.push.selection import RULES
 from protopush.push.update import INTERPOLATIONS
 from protopush.report.sections import SECTIONS
 
@@ -85,7 +86,7 @@ def workshop(home, tmp_path, monkeypatch) -> Path:
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
     with ExitStack() as stack:
-        for registry in (BUILDERS, SOURCES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS):
+        for registry in (BUILDERS, SOURCES, RULES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS):
             stack.enter_context(patch.dict(registry))
         yield
 

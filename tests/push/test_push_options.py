@@ -99,9 +99,7 @@ class FirstProduct(TorchFunctionMode):
             frame = sys._getframe(1)
             while frame is not None:
                 if frame.f_code.co_filename.startswith(ROOM):
-                    self.way.insert(
-                        0, frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name
-                    )
+                    self.way.insert(0, frame.f_code.co_name)
                 frame = frame.f_back
         return func(*args, **(kwargs or {}))
 

@@ -110,7 +110,7 @@ class AnchorCheck:
     Attributes:
         class_name, prototype: whose anchor.
         file: relative to the data's root; empty where there is none.
-        recorded, measured: cosine of prototype and patch; None where there is nothing to tell.
+        recorded, measured: cosine of prototype and patch; None where there is none.
         fault: a key of :data:`PROBLEMS`, for machines; empty if the anchor holds. What is wrong with the file counts
             first, then other weights; ``similarity_off`` is what remains where both are as recorded.
     """

@@ -21,23 +21,18 @@ Allow = Callable[[Any, tuple[int, int]], Any]
 """ids (B,) and grid (rows, columns) to bool (B, L), on the CPU: the patches that may become anchors."""
 
 
-class HasState(Protocol):
-    """What is written of an optimizer, any of torch's: the running moments of the parameters."""
+class OptimizerLike(Protocol):
+    """What is used of an optimizer: any of torch's, also as Fabric or Lightning wrap them."""
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
     @property
     def state(self) -> Any: ...
 
 
-class HasRates(Protocol):
-    """What is read of an optimizer: any of torch's, also as Fabric or Lightning wrap them."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-
-
 @dataclass(frozen=True)
 class PushSettings:
-    """What a recipe and the command line can say of a push; :class:`PushOptions` adds what only a program can give.
+    """How prototypes move in a push, as a recipe and the command line can say it.
 
     Args:
         momentum: in [0, 1]: 0 puts a prototype onto its patch (a hard push), 0.9 moves it a tenth of the way, 1 only
@@ -45,14 +40,12 @@ class PushSettings:
         max_patches_per_class: none for every patch; a number bounds the work: images are then visited in a seeded
             random order, until every class has as many.
         unique: of what no two prototypes of a class share one, so that the sum of their similarities is the largest:
-            none (each takes its nearest patch), patch, image or group (lesion, patient; the dataset's groups); or a
-            function as in RULES of push/selection.py. Where a class has too few, the next lower word holds for it, and
-            the report says so.
-        interpolation: linear, or slerp (the momentum is a share of the angle); or a function as in INTERPOLATIONS of
-            push/update.py.
+            none (each takes its nearest patch), patch, image or group (lesion, patient; the dataset's groups). Where a
+            class has too few, the next lower word holds for it, and the report says so.
+        interpolation: linear, or slerp (the momentum is a share of the angle).
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback (beyond the budget it is taken back), or budget (the momentum is raised until the cost is within
-            the budget); none: report where there is a val_loader.
+            the budget); none: report where there are validation images.
         guard_budget: the fall of balanced accuracy or AUROC that is allowed.
     """
 
@@ -67,36 +60,13 @@ class PushSettings:
         """The fields of :class:`PushSettings` alone, as keyword arguments of a push."""
         return {one.name: getattr(self, one.name) for one in fields(PushSettings)}
 
-    def check(self, live: bool = False, prefix: str = "") -> None:
-        """Refuse numbers and guards that make no sense, under the names that the user knows them by.
-
-        Args:
-            live: whether the prototypes are live anchors.
-            prefix: of the names: ``push.`` in a recipe.
-
-        Raises:
-            InputError: for the first of them.
-        """
-        if not 0.0 <= self.momentum <= 1.0:
-            raise InputError(
-                f"{prefix}momentum is {self.momentum}; expected 0 (hard push) to 1 (nothing moves), usually 0.9"
-            )
-        cap = self.max_patches_per_class
-        if cap is not None and cap < 1:
-            raise InputError(f"{prefix}max_patches_per_class is {cap}; expected at least 1, or None for every patch")
-        if self.guard is not None and self.guard not in GUARDS:
-            raise InputError(f"{prefix}guard is {self.guard!r}; expected one of: {', '.join(GUARDS)}")
-        if not self.guard_budget >= 0:
-            raise InputError(
-                f"{prefix}guard_budget is {self.guard_budget}; expected a fall that is allowed, 0 or more, such as 0.01"
-            )
-        if self.guard == "budget" and live:
-            raise InputError("guard 'budget' searches for a momentum, but live anchors have none; use 'rollback'")
-
 
 @dataclass(frozen=True)
 class PushOptions(PushSettings):
-    """All options of a push, as :func:`protopush.push_prototypes` takes them by name.
+    """All options of a push, as :func:`protopush.push_prototypes` takes them by name, with those of a recipe.
+
+    ``unique`` and ``interpolation`` may be a function as well: see ``RULES`` of ``push/selection.py`` and
+    ``INTERPOLATIONS`` of ``push/update.py``.
 
     Args:
         use_local: patches ``x_fu1`` (True) or the pooled feature ``x_fu``.
@@ -109,7 +79,7 @@ class PushOptions(PushSettings):
 
     use_local: bool = True
     seed: int = 0
-    optimizer: HasState | None = None
+    optimizer: OptimizerLike | None = None
     prototypes: Iterable[tuple[int, int]] | None = None
     allow: Allow | None = None
     val_loader: Iterable[Any] | None = None
@@ -119,7 +89,7 @@ class PushKeywords(TypedDict, total=False):
     """The fields of :class:`PushOptions` but for the first arguments of a push, for type checkers and editors."""
 
     seed: int
-    optimizer: HasState | None
+    optimizer: OptimizerLike | None
     unique: str | Callable[..., Any]
     interpolation: str | Callable[..., Any]
     prototypes: Iterable[tuple[int, int]] | None
@@ -202,7 +172,7 @@ class PushSchedule:
     def due(
         self,
         epoch: int,
-        optimizer: HasRates | Iterable[HasRates] | None = None,
+        optimizer: OptimizerLike | Iterable[OptimizerLike] | None = None,
         *,
         lr: float | None = None,
         peak_lr: float | None = None,
@@ -282,7 +252,7 @@ def _share(rates: list[float], peaks: list[float]) -> float:
     return max((rate / peak for rate, peak in zip(rates, peaks, strict=True) if peak > 0), default=1.0)
 
 
-def _groups(optimizer: HasRates | Iterable[HasRates]) -> list[dict[str, Any]]:
+def _groups(optimizer: OptimizerLike | Iterable[OptimizerLike]) -> list[dict[str, Any]]:
     several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
     if not isinstance(several, Iterable):
         raise InputError(f"{type(optimizer).__name__} has no param_groups; expected an optimizer, or several")

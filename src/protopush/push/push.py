@@ -11,17 +11,18 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from protopush.data.dataset import Provenance
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.guard import Validation, guarded
 from protopush.push.nearest_patches import Candidates
-from protopush.push.options import PushKeywords, PushOptions, PushSettings, resolve
+from protopush.push.options import GUARDS, PushKeywords, PushOptions, PushSettings, resolve
 from protopush.push.protocol import Slots, class_names_of, resolve_device, unwrap
 from protopush.push.push_report import PushedPrototype, PushReport
-from protopush.push.reader import Reader, read_through
+from protopush.push.reader import read_through
 from protopush.push.selection import RULES, choose
 from protopush.push.update import INTERPOLATIONS, Move
 
@@ -95,7 +96,7 @@ def push_prototypes(
     with preserve_state(model, dataloader, val_loader):
         reader = read_through(dataloader, order_seed=None if max_patches_per_class is None else options.seed)
         chosen = choose(net, reader, slots, options, names)
-        move, decision = Move(net, slots, chosen, options), None
+        move, origins, decision = Move(net, slots, chosen, options), chosen.origins(reader), None
         if guard != "off" and val_loader is not None:
             validation = Validation(model, net, val_loader, target)
             try:
@@ -103,7 +104,7 @@ def push_prototypes(
             finally:
                 move.undo()
     final = momentum if decision is None else decision.momentum
-    records = _records(slots, chosen, move, final, reader)
+    records = _records(slots, chosen, move.at(final), move, origins, reader.verified)
     pushed = {record.class_index for record in records}
     report = PushReport(
         use_local=use_local,
@@ -152,44 +153,50 @@ def check_settings(settings: PushSettings, live: bool = False, prefix: str = "")
     Raises:
         InputError: for the first of them.
     """
-    settings.check(live, prefix)
+    if not 0.0 <= settings.momentum <= 1.0:
+        expected = "expected 0 (hard push) to 1 (nothing moves), usually 0.9"
+        raise InputError(f"{prefix}momentum is {settings.momentum}; {expected}")
+    cap, guard, budget = settings.max_patches_per_class, settings.guard, settings.guard_budget
+    if cap is not None and cap < 1:
+        raise InputError(f"{prefix}max_patches_per_class is {cap}; expected at least 1, or None for every patch")
+    if guard is not None and guard not in GUARDS:
+        raise InputError(f"{prefix}guard is {guard!r}; expected one of: {', '.join(GUARDS)}")
+    if not budget >= 0:
+        raise InputError(f"{prefix}guard_budget is {budget}; expected a fall that is allowed, 0 or more, such as 0.01")
+    if guard == "budget" and live:
+        raise InputError("guard 'budget' searches for a momentum, but live anchors have none; use 'rollback'")
     resolve(RULES, settings.unique, f"{prefix}unique")
     resolve(INTERPOLATIONS, settings.interpolation, f"{prefix}interpolation")
 
 
-def _records(slots: Slots, chosen: Candidates, move: Move, momentum: float, reader: Reader) -> list[PushedPrototype]:
+def _records(
+    slots: Slots, chosen: Candidates, moved: Tensor, move: Move, origins: dict[int, Provenance], verified: bool
+) -> list[PushedPrototype]:
     """One record for each prototype that found a patch."""
-    distances = (torch.linalg.vector_norm(at - move.nearest, dim=-1) for at in (slots.unit, move.at(momentum)))
-    ranked, origins = chosen.ranked, chosen.origins(reader)
-    runner_up = ranked.similarity.scatter(1, chosen.taken.unsqueeze(1), -torch.inf).amax(dim=1)
+    ranked, hit = chosen.ranked, move.hit
     columns = (
-        *distances,
-        *map(chosen.of_taken, (ranked.ids, ranked.cells)),
+        *(torch.linalg.vector_norm(at - move.nearest, dim=-1) for at in (slots.unit, moved)),
+        chosen.of_taken(ranked.ids),
+        chosen.of_taken(ranked.cells),
         chosen.taken,
         ranked.similarity[:, 0],
-        runner_up,
+        ranked.similarity.scatter(1, chosen.taken.unsqueeze(1), -torch.inf).amax(dim=1),  # the best of the others
     )
-    rows = zip(move.hit.nonzero().tolist(), *(column[move.hit].tolist() for column in columns), strict=True)
-    return [
-        PushedPrototype(
-            class_index=c,
-            prototype=k,
-            distance_before=before,
-            distance_after=after,
-            anchor=Anchor.at(
-                origins[sample],
-                cell,
-                chosen.grid,
-                similarity=1.0 - before * before / 2.0,
-                similarity_after=1.0 - after * after / 2.0,
-                verified=reader.verified,
-                runner_up=second if math.isfinite(second) else None,
-            ),
-            choice=taken + 1,
-            nearest_distance=before if taken == 0 else math.sqrt(max(0.0, 2.0 - 2.0 * best)),
+    rows = zip(hit.nonzero().tolist(), *(column[hit].tolist() for column in columns), strict=True)
+    records = []
+    for (c, k), before, after, sample, cell, taken, best, other in rows:
+        anchor = Anchor.at(
+            origins[sample],
+            cell,
+            chosen.grid,
+            similarity=1.0 - before * before / 2.0,
+            similarity_after=1.0 - after * after / 2.0,
+            verified=verified,
+            runner_up=other if math.isfinite(other) else None,
         )
-        for (c, k), before, after, sample, cell, taken, best, second in rows
-    ]
+        nearest = before if taken == 0 else math.sqrt(max(0.0, 2.0 - 2.0 * best))
+        records.append(PushedPrototype(c, k, before, after, anchor, taken + 1, nearest))
+    return records
 
 
 def _log(report: PushReport) -> None:

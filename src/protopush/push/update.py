@@ -14,7 +14,7 @@ from protopush.distributed import all_reduce_sum
 from protopush.errors import InputError
 from protopush.preserve_state import preserve_state
 from protopush.push.nearest_patches import Candidates
-from protopush.push.options import HasState, PushOptions, resolve
+from protopush.push.options import OptimizerLike, PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots, unwrap
 from protopush.push.reader import DatasetReader, Reader, read_through
 
@@ -70,7 +70,7 @@ def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor
     return torch.where(summed > 1e-6, moved, nearest if momentum < 1 else prototypes)
 
 
-def reset_moments(optimizer: HasState, prototypes: Tensor, rows: Tensor) -> None:
+def reset_moments(optimizer: OptimizerLike, prototypes: Tensor, rows: Tensor) -> None:
     """Zero the optimiser's running moments of the pushed rows: they belong to where the prototypes were.
 
     Args:
@@ -135,7 +135,7 @@ class Move:
         for target, values in self._before:
             target.data[self.rows] = values
 
-    def keep(self, momentum: float, optimizer: HasState | None) -> None:
+    def keep(self, momentum: float, optimizer: OptimizerLike | None) -> None:
         """Write the prototypes for good: their optimiser's moments belong to where they were."""
         self.to(momentum)
         if optimizer is not None and momentum < 1:

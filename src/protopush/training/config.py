@@ -85,7 +85,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class PushConfig(PushSettings):
-    """When and how prototypes are pushed; how, beyond what stands here, as :class:`protopush.push.PushSettings` says.
+    """When and how prototypes are pushed. (How, for the most part, stands in PushSettings.)
 
     Args:
         start_epoch: first epoch (counted from 1) with a push; 0: also before the first.
