@@ -50,7 +50,7 @@ class Stop:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether an import is under way: some libraries swallow what is raised in theirs, others make it an ImportError."""
+    """Whether an import is under way: libraries swallow what is raised in theirs, or make it an ImportError."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
