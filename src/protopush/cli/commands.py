@@ -234,8 +234,9 @@ def data_audit(
 
 def export(run: str, *, json: bool = False, **options: Any) -> int:
     """Write a run as an ONNX file that needs neither PyTorch nor protopush."""
-    from protopush.runs.onnx_export import ParityError
+    from protopush.runs.onnx_export import ParityError, require_extra
 
+    require_extra()  # before anything is opened
     try:
         done = _open(run, Images(), "cpu").export(**options)
     except ParityError as error:
