@@ -131,7 +131,7 @@ def run_training(name: str, arms: list[str], seed: int, options: argparse.Namesp
 
 def _end(job: Job, stage: Frozen, arm: Arm) -> None:
     """The last push, if there is one."""
-    job.config.push.unique = arm.unique  # type: ignore[assignment]
+    job.config.push = replace(job.config.push, unique=arm.unique)
     if arm.training == "live":
         embed_anchors(job)
     elif arm.momentum is not None and arm.exact:

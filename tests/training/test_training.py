@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def test_same_seed_same_run_other_seed_another(tmp_path, image_folder):
 
 def test_joint_training_moves_the_backbone_and_frozen_training_does_not(tmp_path, image_folder):
     config = small(image_folder, epochs=1, freeze_backbone=False, seed=3)
-    config.push.start_epoch = config.push.interval = 1
+    config.push = replace(config.push, start_epoch=1, interval=1)
     joint = train(config, tmp_path / "joint")
     frozen = train(small(image_folder, epochs=1, seed=3), tmp_path / "frozen")
     torch.manual_seed(3)
@@ -160,7 +161,7 @@ def test_a_model_that_matches_the_pooled_feature_is_pushed_onto_pooled_features(
 
 def test_mixed_precision_trains_and_still_ends_on_exact_anchors(tmp_path, image_folder):
     config = small(image_folder, epochs=1, freeze_backbone=False, precision="bf16-mixed")
-    config.push.start_epoch = config.push.interval = 1
+    config.push = replace(config.push, start_epoch=1, interval=1)
     run = train(config, tmp_path / "run")
     manager = run.head.proto_manager
     checks = verify_anchors(run.model, manager, run.transform, run.root, run.class_names, tolerance=1e-5)
@@ -317,9 +318,8 @@ def test_classification_metrics_against_slow_versions(seed):
 def test_a_run_grows_and_prunes_and_opens_again(tmp_path):
     config = small(make_images(tmp_path / "images", ["bird", "cat", "dog"], 10))
     config.model.max_prototypes = 4
-    config.push.grow, config.push.grow_below = True, 1.0
-    config.push.prune, config.push.prune_cosine = True, 0.9
-    config.push.final_decay = 0.0  # also after the last epoch
+    resizing = {"grow": True, "grow_below": 1.0, "prune": True, "prune_cosine": 0.9}
+    config.push = replace(config.push, final_decay=0.0, **resizing)  # also after the last epoch
     run = train(config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     pushes = [row for row in rows if "growth" in row]
