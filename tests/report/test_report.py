@@ -23,6 +23,7 @@ from PIL import Image
 from helpers import made_once, make_images, train_small
 from protopush import InputError
 from protopush.cli import main
+from protopush.cli.parser import read_options
 from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
 from protopush.data.audit import Audit, Pair, audit, audit_findings, audit_verdict
 from protopush.data.dataset import ImageDataset
@@ -670,3 +671,12 @@ def test_rows_of_a_contribution_are_those_of_the_explanation(parts):
     (case, *_) = section("cases", parts)["cases"]
     assert [row["number"] for row in case["rows"]] == list(range(1, len(case["rows"]) + 1))
     assert max(row["share"] for row in case["rows"]) == 1.0
+
+
+@pytest.mark.parametrize("data", [{"path": "images", "split_seed": 3}, {"source": "elpv", "split_seed": 1}])
+def test_the_commands_that_it_prints_are_commands(parts, data):
+    shown = section("reproduce", parts, run=replace(parts["run"], data=data))["commands"]
+    assert {words[0] for _, words in shown} >= {"data", "evaluate", "verify", "report"}
+    for _, words in shown:
+        name = "data audit" if words[0] == "data" else words[0]
+        read_options(name, words[len(name.split()) :])

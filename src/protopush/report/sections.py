@@ -195,8 +195,8 @@ def data_words(run: Run) -> list[str]:
     """How the run's data are named on the command line."""
     path, source, seed = (run.data.get(key) for key in ("path", "source", "split_seed"))
     words = [path] if path else []
-    words += ["--source", source] if source and source != "auto" else []
-    return [*words, "--split_seed", str(seed)] if seed else words
+    words += ["--data.source", source] if source and source != "auto" else []
+    return [*words, "--data.split_seed", str(seed)] if seed else words
 
 
 def _seed(config: str) -> str:
