@@ -105,7 +105,8 @@ def parser_of(name: str) -> ArgumentParser:
             how |= {"required": True} if one.default is Parameter.empty else {"default": one.default}
         parser.add_argument(one.name if bare else f"--{one.name}", **how)
     for action in parser._actions:
-        action.nargs = "?" if _is_flag(action) else action.nargs
+        if _is_flag(action) and "_ARGCOMPLETE" not in os.environ:  # there the word may be completed
+            action.nargs = "?"
     return parser
 
 

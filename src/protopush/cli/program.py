@@ -114,12 +114,13 @@ def run(argv: Sequence[str] | None = None) -> int:
             import warnings
 
             warnings.simplefilter("ignore")
-        code = main(argv)
+        try:
+            code = main(argv)
+        except SystemExit as done:  # a command's --help
+            code = int(done.code or 0)
         for stream in streams:
             stream.flush()
         return code
-    except SystemExit as done:  # a command's --help
-        return int(done.code or 0)
     except BrokenPipeError:
         abandoned = [_drop_if_abandoned(stream) for stream in streams]
         if not any(abandoned):
