@@ -86,7 +86,7 @@ def workshop(home, tmp_path, monkeypatch) -> Path:
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
     with ExitStack() as stack:
-        for registry in (BUILDERS, SOURCES, RULES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS):
+        for registry in (BUILDERS, SOURCES, RULES, INTERPOLATIONS, TERMS["prototypes"], SECTIONS, COMMANDS):
             stack.enter_context(patch.dict(registry))
         yield
 
