@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 
 from helpers import CLASSES, ToyNet, contents, made_once, make_images, make_masked_images, train_small
 from protopush._compat import ensure_torchvision
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ensure_torchvision()  # also for the process that hands out the tests: it imports what a warning comes from
 
