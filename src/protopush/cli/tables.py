@@ -58,8 +58,8 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
         return f"{verdict}: each prototype is where its record says."
     table = Table("class", "prototype", "file", "recorded", "measured", "problem", box=None)
     for check in wrong:
-        told = (check.class_name, str(check.prototype), check.file)
-        table.add_row(*told, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
+        cells = (check.class_name, str(check.prototype), check.file)
+        table.add_row(*cells, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
     return f"{verdict}:\n{_text(table)}"
 
 
@@ -89,9 +89,9 @@ def audit_table(found: Audit) -> str:
         both = dict.fromkeys((*found.across, *found.contradictions))
         parts.append("Duplicates across splits, or with different labels:\n" + _pairs_table(list(both)))
     if found.alike_by_nature:
-        parts.append("So many near duplicates are hardly copies: look at some, and raise --threshold above them.")
+        parts.append("So many near duplicates are hardly copies: view some, and raise --threshold above them.")
     if found.closest:
-        parts.append(f"Nearest across splits below {found.threshold}, for a look:\n" + _pairs_table(found.closest))
+        parts.append(f"Nearest across splits below {found.threshold}, to be viewed:\n" + _pairs_table(found.closest))
     parts.append(f"{audit_verdict(found)[1]}.")
     return "\n\n".join(parts)
 
@@ -102,7 +102,7 @@ def _pairs_table(pairs: Sequence[Pair]) -> str:
         one, two = zip(pair.splits, pair.labels, strict=True)
         table.add_row(pair.first, *one, pair.second, *two, "identical" if pair.identical else _number(pair.similarity))
     rest = len(pairs) - SHOWN
-    return _text(table) + (f"\nand {rest} more; --json tells all" if rest > 0 else "")
+    return _text(table) + (f"\nand {rest} more; --json has all" if rest > 0 else "")
 
 
 def _number(value: float | int | None, digits: int = 3) -> str:
