@@ -327,7 +327,12 @@ class Run(stored_run.Run):
         )  # fmt: skip
 
     def export(self, out: str | Path | None = None, *, format: str = "onnx", tolerance: float = 1e-4) -> Exported:
-        """Write a file (by default ``model.onnx`` in the run's folder) that needs neither PyTorch nor protopush.
+        """Write a file that needs neither PyTorch nor protopush.
+
+        Args:
+            out: the file; by default ``model.onnx`` in the run's folder.
+            format: onnx.
+            tolerance: of the difference to PyTorch in logits and similarities.
 
         Raises:
             ParityError: it differs from PyTorch by more than the tolerance; nothing was written.

@@ -477,7 +477,7 @@ def test_a_full_disk_is_one_line_and_the_rest_goes_on_later(home, tmp_path, caps
     rows = part.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(ResumableCsv, "part", lambda self, process: Path("/dev/full"))
-        assert "No space left on device" in refused(capsys, "predict", *words, "--data.num_workers", "0")
+        assert "No space left on device" in refused(capsys, "predict", *words, "--data.num_workers", "0", logged=True)
     assert part.read_bytes() == rows
     assert told(capsys, *words)["resumed_from"] == 8
 

@@ -142,7 +142,7 @@ def test_the_wheel_is_whole(wheel):
     files = {name.removeprefix("src/protopush/") for name in kept.stdout.split()}
     inside = {name.removeprefix("protopush/") for name in wheel.namelist() if name.startswith("protopush/")}
     assert inside == files
-    assert {"py.typed", "recipes/elpv.yaml", "app/style.css", "report/templates/report.html.j2"} <= inside
+    assert {"py.typed", "recipes/elpv.yaml", "app/templates/app.css", "report/templates/report.html.j2"} <= inside
 
 
 def test_the_sdist_can_be_worked_with(packages):

@@ -633,11 +633,15 @@ def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path):
     measured = SimpleNamespace(
         probabilities=probabilities, labels=labels, dataset=SimpleNamespace(samples=samples), numbers=numbers
     )
-    monkeypatch.setattr(demo, "train", lambda *_, **__: None)
-    monkeypatch.setattr(demo, "write_report", lambda *_: (tmp_path / "report.html", measured))
-    monkeypatch.setattr(
-        demo, "explain_to", lambda _, image, out, name, device: drawn.append((name, image)) or {"panel": name}
+    run = SimpleNamespace(
+        folder=tmp_path,
+        report=lambda **_: (tmp_path / "report.html", measured),
+        explain=lambda images, out, names: [
+            drawn.append(pair) or {"panel": pair[0]} for pair in zip(names, images, strict=True)
+        ],
     )
+    monkeypatch.setattr(demo, "train", lambda *_, **__: run)
+    monkeypatch.setattr(demo, "open_run", lambda *_, **__: run)
     words = demo.run_demo(RunConfig(), tmp_path)
     first = {kind: some[0] for kind, some in select_cases(probabilities, labels).items()}
     assert dict(drawn) == {demo.NAMES[kind]: samples[i].image for kind, i in first.items()}

@@ -318,7 +318,7 @@ def test_two_processes_at_once_lose_nothing(run):
         opened = open_run(run)
         other = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert other.stderr is not None
-        assert "Somebody else is deciding about" in other.stderr.readline()
+        assert "Somebody else decides about" in other.stderr.readline()
         forbid_in(opened, Wish(prototype="cat:0", reason="first", who="this one"), opened.data, CPU)
     assert (other.communicate(timeout=120)[1], other.returncode)[1] == 0
     assert [(one.id, one.class_name) for one in load_decisions(run)] == [(1, "cat"), (2, "dog")]

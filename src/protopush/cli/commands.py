@@ -97,6 +97,9 @@ def push(
     Args:
         out: the run folder to write.
     """
+    from protopush.push import PushSettings, check_settings
+
+    check_settings(PushSettings(**{name: options[name] for name in PushSettings().settings()}))
     report = _open(run, data, device).push(out, split=data.split, **options)
     return _answer(json, report.to_dict(), str(report))
 
