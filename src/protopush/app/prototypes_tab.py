@@ -98,7 +98,7 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
         if place is None:
             return "", gr.Timer(active=False)
         run, (c, k) = store.run(), place
-        found = worker.of(run, c * run.head.proto_manager.max_prototypes + k)
+        found = worker.of(run, run.head.proto_manager.index(c, k))
         text = details(run, c, k, found, store.decisions(), store.root(run))
         return text, gr.Timer(active=found[2].startswith("Still"))
 

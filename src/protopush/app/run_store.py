@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Catalog
@@ -21,8 +20,8 @@ from protopush.errors import InputError, listing
 from protopush.explain.neighbours import Neighbours, find_neighbours
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
+from protopush.nn.outputs import iterate_outputs
 from protopush.nn.prototypes import Anchor
-from protopush.preserve_state import preserve_state
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
@@ -204,11 +203,11 @@ class UsageWorker:
 
     def of(self, run: Run, row: int) -> tuple[Neighbours | None, Use | None, str]:
         """Neighbours and use of a prototype; None, with the reason in words, where they aren't known (yet)."""
-        anchors, slots = run.head.proto_manager.anchors, run.head.proto_manager.max_prototypes
+        manager, anchors = run.head.proto_manager, run.head.proto_manager.anchors
         with self._lock:
             found, failed = self._found, self._failed
             if found is not None and found.anchors[row] == anchors[row]:
-                c, k = divmod(row, slots)
+                c, k = manager.slot(row)
                 return found.neighbours[c][k], found.uses[c][k] if found.uses else None, ""
             if failed is not None and failed[0] == anchors:
                 return None, None, failed[1]
@@ -240,18 +239,15 @@ class UsageWorker:
         return _Found(anchors, neighbours, self._uses(run, val) if val is not None else None)
 
     def _uses(self, run: Run, val: ImageDataset) -> list[list[Use]]:
-        device, manager = self.store.device, run.head.proto_manager
-        mask = manager.mask().cpu()
+        device, mask = self.store.device, run.head.proto_manager.mask().cpu()
         strongest = torch.zeros(mask.shape, dtype=torch.int64)
         loader: DataLoader[Any] = DataLoader(val, batch_size=inference_batch_size(device))
-        with preserve_state(run.model):
-            for images, *_ in loader:
-                features: Features = run.model.backbone(images.to(device))
-                output: HeadOutput = run.head(features)
+        output: HeadOutput
+        with iterate_outputs(run.model, loader, device, self._advance) as outputs:
+            for output, *_ in outputs:
                 said = output.logits.argmax(dim=1).cpu()
                 own = output.contributions.cpu()[torch.arange(len(said)), said].masked_fill(~mask[said], -torch.inf)
                 strongest.index_put_((said, own.argmax(dim=1)), torch.ones_like(said), accumulate=True)
-                self._advance(len(images))
         # The strongest is one of the predicted class, so that a row counts the images of that answer.
         return [[Use(count, sum(counts), len(val)) for count in counts] for counts in strongest.tolist()]
 

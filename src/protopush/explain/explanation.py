@@ -247,7 +247,7 @@ def explain_batch(
     logits, biases = output.logits.double().cpu(), head.bias.tolist()
     # (B, C, K) each, brought over from the device at once
     terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, output.maps)]
-    anchors, used = head.proto_manager.anchors, head.proto_manager.mask().tolist()
+    used = head.proto_manager.mask().tolist()
     explanations = []
     for i, (file, view) in enumerate(zip(files, views, strict=True)):
         if not logits[i].isfinite().all():
@@ -269,7 +269,7 @@ def explain_batch(
                     cell=cell,
                     grid=grid,
                     box=view.cell_box(cell, grid),
-                    anchor=anchors[c * head.proto_manager.max_prototypes + k],
+                    anchor=head.proto_manager.anchor(c, k),
                     map=tuple(tuple(values[start : start + grid[1]]) for start in range(0, len(values), grid[1])),
                 )
                 for k, (weight, similarity, contribution, cell, values) in enumerate(columns)

@@ -46,20 +46,19 @@ def certificate(manager: PrototypeManager, class_names: Sequence[str], weights_s
 
     ``margin`` is how much nearer than its runner-up an anchor was before the push; None where there was no other.
     """
-    slots = manager.max_prototypes
     return {
         "format": FORMAT,
         "weights_sha256": weights_sha256,
         "prototypes": [
             {
-                "class_index": row // slots,
-                "class": class_names[row // slots],
-                "prototype": row % slots,
+                "class_index": c,
+                "class": class_names[c],
+                "prototype": k,
                 "margin": _margin(anchor),
                 "anchor": anchor.to_dict() if anchor is not None else None,
             }
-            for row, anchor in enumerate(manager.anchors)
-            if manager.valid_mask[row]
+            for c, k in manager.used_slots()
+            for anchor in [manager.anchor(c, k)]
         ],
     }
 
@@ -95,8 +94,8 @@ def restore_anchors(manager: PrototypeManager, values: dict[str, Any]) -> None:
     refuse_newer(values, FORMAT, "prototypes.json")
     try:
         for entry in values["prototypes"]:
-            row = int(entry["class_index"]) * manager.max_prototypes + int(entry["prototype"])
-            manager.anchors[row] = Anchor.from_dict(entry["anchor"]) if entry["anchor"] is not None else None
+            anchor = Anchor.from_dict(entry["anchor"]) if entry["anchor"] is not None else None
+            manager.set_anchor(int(entry["class_index"]), int(entry["prototype"]), anchor)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
             f"prototypes.json does not fit the model ({error!r}); take it from a copy of the run"
@@ -181,7 +180,7 @@ def verify_anchors(
     embedded: dict[tuple[str, bool], _Embedded] = {}  # a file is embedded once, however many anchors it has
     checks = []
     for row in manager.valid_mask.nonzero().flatten().tolist():
-        anchor, (c, k) = manager.anchors[row], divmod(row, manager.max_prototypes)
+        anchor, (c, k) = manager.anchors[row], manager.slot(row)
         if anchor is None:
             checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
             continue

@@ -97,8 +97,7 @@ class Cards:
 
     def anchor(self, c: int, k: int) -> Anchor | None:
         """What a prototype stands for."""
-        manager = self.run.head.proto_manager
-        return manager.anchors[c * manager.max_prototypes + k]
+        return self.run.head.proto_manager.anchor(c, k)
 
     def pictures(self, c: int, k: int) -> tuple[Picture | None, Picture | None]:
         """The part that a prototype stands for and its training image; None where there is no picture."""
