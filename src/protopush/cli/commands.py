@@ -135,8 +135,12 @@ def explain(run: str, images: list[str], *, out: str, json: bool = False, device
         images: image files.
         out: folder for the panels (PNG) and their data (JSON).
     """
+    from protopush.explain.figure_style import percent
+
     found = _open(run, Images(), device).explain(images, out, **options)
-    lines = (f"{one['file']}: {one['predicted_name']} ({one['probability']:.1%}) -> {one['panel']}" for one in found)
+    lines = (
+        f"{one['file']}: {one['predicted_name']} ({percent(one['probability'])}) -> {one['panel']}" for one in found
+    )
     return _answer(json, found, "\n".join(lines))
 
 

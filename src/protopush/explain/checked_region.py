@@ -17,6 +17,7 @@ from torch import Tensor
 from protopush.data.transforms import Box, EvalTransform, View, to_tensor
 from protopush.errors import InputError
 from protopush.explain.explanation import Match
+from protopush.explain.figure_style import overlap
 from protopush.nn.head import HeadOutput
 from protopush.preserve_state import preserve_state
 
@@ -139,12 +140,12 @@ class _Hiding:
             order = alone[:, place[0], place[1]].argsort(stable=True).tolist()
             found, hidden = self._needed(order, place, before - drop * (before - after))
         boxes = [self.view.cell_box(block, (self.blocks, self.blocks)) for block in sorted(found)]
-        seen, area = self.view.cell_box(0, (1, 1)), sum(_common(box, box) for box in boxes)
+        seen, area = self.view.cell_box(0, (1, 1)), sum(overlap(box, box) for box in boxes)
         return Region(
             *place,
             boxes=boxes,
-            share=area / _common(seen, seen),
-            in_box=sum(_common(box, match.box) for box in boxes) / area if boxes else None,
+            share=area / overlap(seen, seen),
+            in_box=sum(overlap(box, match.box) for box in boxes) / area if boxes else None,
             similarity=before,
             hidden=hidden,
             blurred=after,
@@ -170,8 +171,3 @@ class _Hiding:
                 if fewer and float(found[place]) <= target:
                     blocks, hidden = fewer, float(found[place])
         return blocks, hidden
-
-
-def _common(a: Box, b: Box) -> int:
-    """The area that two boxes have in common, in pixels."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -134,13 +134,11 @@ def empty_tile(side: int, words: str, size: int) -> Image.Image:
 
 def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int) -> Image.Image:
     """A square tile: the box, framed, with half its size around it on every side where the picture has that."""
-    reach = 2 * max(box[2] - box[0], box[3] - box[1])
-    wide, high = min(reach, picture.width), min(reach, picture.height)
-    left = min(max((box[0] + box[2] - wide) / 2, 0), picture.width - wide)
-    top = min(max((box[1] + box[3] - high) / 2, 0), picture.height - high)
+    shown = left, top, right, bottom = style.surroundings(box, picture.size)
+    wide, high = right - left, bottom - top
     scale = side / max(wide, high)
     size = (max(1, round(wide * scale)), max(1, round(high * scale)))
-    crop = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + wide, top + high))
+    crop = picture.resize(size, Image.Resampling.BICUBIC, box=shown)
     draw_box(crop, style.scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), (wide, high), size), ink)
     return tile(crop, side)
 
@@ -253,7 +251,10 @@ def with_numbers(picture: Image.Image, boxes: Sequence[Rect], badge: int) -> Ima
         draw_box(shown, (x0 + inset, y0 + inset, x1 - inset, y1 - inset), style.colour(i), 2 if others else 3)
     for i, box in enumerate(boxes):
         places = _places(box, shown.size, badge)
-        costs = [9 * _common(place, placed) + _common(place, boxes) for place in places]
+        costs = [
+            9 * sum(style.overlap(place, other) for other in placed) + sum(style.overlap(place, box) for box in boxes)
+            for place in places
+        ]
         placed.append(places[costs.index(min(costs))])
         draw_badge(shown, placed[-1][:2], i, badge)
     return shown
@@ -269,10 +270,3 @@ def _places(box: Rect, size: tuple[int, int], badge: int) -> list[Rect]:
     found += [(x, y) for x in (x1 + 2, x0 - badge - 2) for y in down] + [(x, y) for y in down for x in along]
     inside = [(x, y) for x, y in found if 0 <= x <= size[0] - badge and 0 <= y <= size[1] - badge]
     return [(x, y, x + badge, y + badge) for x, y in inside or [(x0, y0)]]
-
-
-def _common(place: Rect, boxes: Sequence[Rect]) -> float:
-    """The area that boxes have in common with a place, in pixels."""
-    widths = [max(0.0, min(place[2], box[2]) - max(place[0], box[0])) for box in boxes]
-    heights = [max(0.0, min(place[3], box[3]) - max(place[1], box[1])) for box in boxes]
-    return sum(width * height for width, height in zip(widths, heights, strict=True))

@@ -251,6 +251,30 @@ def scaled(box: Rect, size: tuple[float, float], to: tuple[float, float]) -> Rec
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
+def overlap(a: Rect, b: Rect) -> float:
+    """The area that two boxes have in common.
+
+    Example:
+        >>> overlap((0, 0, 4, 4), (2, 1, 9, 3)), overlap((0, 0, 1, 1), (2, 2, 3, 3))
+        (4, 0)
+    """
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def surroundings(box: Rect, size: tuple[float, float]) -> Rect:
+    """The square that is shown of a box: half its size around it on every side, where a picture of ``size`` has that.
+
+    Example:
+        >>> surroundings((10, 0, 20, 10), (100, 15))
+        (5.0, 0, 25.0, 15)
+    """
+    reach = 2 * max(box[2] - box[0], box[3] - box[1])
+    wide, high = min(reach, size[0]), min(reach, size[1])
+    left = min(max((box[0] + box[2] - wide) / 2, 0), size[0] - wide)
+    top = min(max((box[1] + box[3] - high) / 2, 0), size[1] - high)
+    return left, top, left + wide, top + high
+
+
 class Sizes(NamedTuple):
     """The sizes of a page in pixels: text, tiles, the numbers of boxes, and whether things stack."""
 

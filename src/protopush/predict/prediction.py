@@ -21,6 +21,7 @@ from protopush.data.images import sha256_of
 from protopush.data.manifest import DataConfig
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
+from protopush.explain.figure_style import percent
 from protopush.models.model_folder import Run
 from protopush.predict.inputs import Inputs, list_inputs
 from protopush.predict.prediction_rows import DIGITS, Columns, Outputs, run_over
@@ -222,12 +223,12 @@ def _provenance(threshold: Threshold) -> str:
     if threshold.source == "given":
         return " (the threshold given)"
     set_on = (
-        f"; so set that at most {threshold.share:.1%} of {threshold.set_on} are flagged "
+        f"; so set that at most {percent(threshold.share or 0.0)} of {threshold.set_on} are flagged "
         f"({threshold.set_flagged} of {threshold.set_images})"
     )
     if threshold.false_alarms is None:
         return f"{set_on}; no other images to measure false alarms on"
     return (
-        f"; false alarms on {threshold.measured_on}, which it was not set on: {threshold.false_alarms:.1%} "
+        f"; false alarms on {threshold.measured_on}, which it was not set on: {percent(threshold.false_alarms)} "
         f"({threshold.measured_flagged} of {threshold.measured_images}){set_on}"
     )

@@ -15,7 +15,7 @@ from protopush.data.images import read_image
 from protopush.data.transforms import Box, View
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import colour_bar, with_map
-from protopush.explain.figure_style import Map, Rect, scaled
+from protopush.explain.figure_style import Map, Rect, scaled, surroundings
 from protopush.push.certificate import file_within
 
 QUALITY = 80
@@ -70,17 +70,10 @@ def embed(picture: Image.Image, width: int, height: int, alt: str, sharp: float 
 
 def part(picture: Image.Image, box: Rect, side: int, alt: str, colour: int = 0, sharp: float = SHARP) -> Picture:
     """The box, framed, with half its size around it on every side where the picture has that."""
-    reach = 2 * max(box[2] - box[0], box[3] - box[1])
-    x0, x1 = _around(box[0], box[2], reach, picture.width)
-    y0, y1 = _around(box[1], box[3], reach, picture.height)
+    x0, y0, x1, y1 = map(round, surroundings(box, picture.size))
+    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
     shown = embed(picture.crop((x0, y0, x1, y1)), side, side, alt, sharp)
     return framed(shown, [(box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)], (x1 - x0, y1 - y0), colours=[colour])
-
-
-def _around(low: float, high: float, reach: float, limit: int) -> tuple[int, int]:
-    span = min(reach, limit)
-    start = min(max((low + high - span) / 2, 0), limit - span)
-    return round(start), max(round(start + span), round(start) + 1)
 
 
 def framed(

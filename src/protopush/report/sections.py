@@ -15,7 +15,7 @@ from protopush.backbones.create import Backbone
 from protopush.data.audit import audit_findings, audit_verdict
 from protopush.data.files import read_json
 from protopush.explain.figure_style import decimal
-from protopush.metrics.glossary import named_numbers
+from protopush.metrics.glossary import HEADLINE, named_numbers
 from protopush.models.model_folder import Run
 from protopush.models.versions import recorded_versions
 from protopush.nn.prototypes import Anchor
@@ -26,7 +26,6 @@ from protopush.report.number_sections import ReportData, comparison, confusion, 
 from protopush.report.prototype_cards import ident
 from protopush.runs.decisions import load_decisions
 
-HEADLINE = ("balanced_accuracy", "auroc", "accuracy")
 EXACT = 1 - 1e-4  # a prototype this similar to its patch is that patch, up to rounding
 PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
 
