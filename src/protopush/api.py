@@ -247,7 +247,10 @@ class Run(stored_run.Run):
         from protopush.runs.run import append_metrics, clear_folder, fresh_folder
         from protopush.training.final_push import push_row
 
-        settings = PushSettings(momentum, max_patches_per_class, unique, interpolation, guard, guard_budget)
+        settings = PushSettings(
+            momentum=momentum, max_patches_per_class=max_patches_per_class, unique=unique, interpolation=interpolation,
+            guard=guard, guard_budget=guard_budget,
+        )  # fmt: skip
         check_settings(settings)
         out, model = Path(out), copy.deepcopy(self.model)
         if out.resolve() == self.folder.resolve():

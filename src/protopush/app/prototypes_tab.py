@@ -28,15 +28,10 @@ INTRO = (
 )
 
 
-def slots_of(run: Run, c: int) -> list[int]:
-    """The prototypes of a class that are in use."""
-    return [int(k) for k in run.head.proto_manager.mask()[c].nonzero().flatten().tolist()]
-
-
 def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
     """Each prototype of a class: its part beside its training image, and its name."""
     found, cards = [], Cards(run, run.root)
-    for k in slots_of(run, c):
+    for k in run.head.proto_manager.used_of(c):
         part, whole = part_and_whole(run.picture(c, k), cards.anchor(c, k), COLOURS[c % len(COLOURS)], TILE, 22)
         both = Image.new("RGB", (2 * TILE + 8, TILE), (255, 255, 255))
         both.paste(part, (0, 0))
@@ -103,7 +98,7 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
         return text, gr.Timer(active=found[2].startswith("Still"))
 
     def choose(c: int, event: gr.SelectData) -> list[Any]:
-        place = (c, slots_of(store.run(), c)[int(event.index)])
+        place = (c, store.run().head.proto_manager.used_of(c)[int(event.index)])
         return [place, *describe(place), gr.Column(visible=True), ""]
 
     def decide(place: tuple[int, int] | None, why: str, name: str, forbids: bool) -> Iterator[list[Any]]:

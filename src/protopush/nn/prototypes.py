@@ -190,6 +190,11 @@ class PrototypeManager(nn.Module):
         """(class, prototype) of each slot in use, in order."""
         return [self.slot(row) for row in self.valid_mask.nonzero().flatten().tolist()]
 
+    def used_of(self, c: int) -> list[int]:
+        """The prototypes of a class that are in use, in order."""
+        used: list[int] = self.mask()[c].nonzero().flatten().tolist()
+        return used
+
     def unit(self) -> Tensor:
         """The prototypes with unit norm, (num_classes, max_prototypes, D)."""
         return F.normalize(self.prototypes, dim=-1).view(self.num_classes, self.max_prototypes, -1)

@@ -15,8 +15,8 @@ from protopush.errors import InputError, first_line
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
+from protopush.nn.outputs import iterate_outputs
 from protopush.predict.inputs import Pictures, Strings
-from protopush.preserve_state import preserve_state
 
 DIGITS = 6  # of numbers in the table; what is compared is what is written
 
@@ -95,9 +95,9 @@ def run_over(
         Pictures(names, run.transform), batch_sampler=batches, num_workers=num_workers  # type: ignore[arg-type]
     )  # fmt: skip
     try:
-        with preserve_state(run.model):
-            for indices, (images, problems) in zip(batches, loader, strict=True):
-                take(indices, problems, run_model(run.model, images.to(device), top))
+        with iterate_outputs(run.model, loader, device, call=lambda images: run_model(run.model, images, top)) as found:
+            for indices, (outputs, problems) in zip(batches, found, strict=True):
+                take(indices, problems, outputs)
     except RuntimeError as error:  # from anywhere above: torch interrupts what is being done
         if "DataLoader worker" not in str(error):
             raise
@@ -121,8 +121,8 @@ class Columns:
 
     def __init__(self, run: Run, top: int, labelled: bool) -> None:
         manager = run.head.proto_manager
-        self.class_names, self.anchors, self.slots = run.class_names, manager.anchors, manager.max_prototypes
-        self.top, self.labelled = min(top, self.slots), labelled
+        self.class_names, self.anchor = run.class_names, manager.anchor
+        self.top, self.labelled = min(top, manager.max_prototypes), labelled
 
     @property
     def header(self) -> list[str]:
@@ -175,7 +175,7 @@ class Columns:
     def _prototype(self, label: int, slot: int, similarity: float) -> tuple[str, str, str, str]:
         if slot < 0:
             return "", "", "", ""
-        anchor = self.anchors[label * self.slots + slot]
+        anchor = self.anchor(label, slot)
         place = ("", "") if anchor is None else (shown(str(anchor.file or anchor.sample_id)), str(anchor.cell))
         return (f"{self.class_names[label]}:{slot}", _number(similarity), *place)
 

@@ -14,7 +14,7 @@ from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather, all_gather_objects, all_reduce_sum, raising_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
 from protopush.push.options import PushOptions
-from protopush.push.protocol import Pushable, Slots
+from protopush.push.protocol import Pushable, Slots, live_features_of
 from protopush.push.reader import DatasetReader, Reader, check_labels
 from protopush.push.top_candidates import NO_ID, Patches, Ranked, TopM, place_within
 
@@ -110,7 +110,7 @@ def nearest_patches(
         InputError: on every rank, whatever went wrong on one of them; non-finite features name their samples.
     """
     device, classes = slots.unit.device, len(slots.rows)
-    live = getattr(net.head.proto_manager, "anchor_features", None)  # live anchors keep features, not embeddings
+    live = live_features_of(net)  # live anchors keep features, not embeddings
     top = TopM(slots.unit, slots.used, depth, None if live is None else live.shape[1])
     bad, grid = NonFinite(device), None
     with raising_on_all_ranks():

@@ -65,6 +65,12 @@ def _missing(net: Any) -> list[str]:
     return parts + [f"head.{name}" for name in ("proj", "proto_manager") if not hasattr(head, name)]
 
 
+def live_features_of(net: Pushable) -> Tensor | None:
+    """The features (S, C) of live anchors, which the prototypes are computed from; None where they are parameters."""
+    found: Tensor | None = getattr(net.head.proto_manager, "anchor_features", None)
+    return found
+
+
 def class_names_of(net: Pushable, count: int) -> list[str]:
     """The model's own names of its classes, where it has as many."""
     names = [str(name) for name in getattr(net, "class_names", None) or []]

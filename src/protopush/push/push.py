@@ -20,7 +20,7 @@ from protopush.preserve_state import preserve_state
 from protopush.push.guard import Validation, guarded
 from protopush.push.nearest_patches import Candidates
 from protopush.push.options import GUARDS, PushKeywords, PushOptions, PushSettings, resolve
-from protopush.push.protocol import Slots, class_names_of, resolve_device, unwrap
+from protopush.push.protocol import Slots, class_names_of, live_features_of, resolve_device, unwrap
 from protopush.push.push_report import PushedPrototype, PushReport
 from protopush.push.reader import read_through
 from protopush.push.selection import RULES, choose
@@ -80,7 +80,7 @@ def push_prototypes(
     options = PushOptions(momentum, max_patches_per_class, use_local=use_local, **others)
     net = unwrap(model)
     manager = net.head.proto_manager
-    live = getattr(manager, "anchor_features", None) is not None
+    live = live_features_of(net) is not None
     check_settings(options, live)
     momentum = 0.0 if live and momentum < 1 else momentum
     val_loader = options.val_loader

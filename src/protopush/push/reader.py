@@ -93,6 +93,21 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader
     return DatasetReader(plain, items, order, not note, note, items.labels(), _numbered(items.groups()))
 
 
+def read_by_index(loader: Iterable[Any]) -> DatasetReader:
+    """The reader of a loader whose samples can be read again by their index, as those of live anchors are.
+
+    Raises:
+        InputError: the loader is a stream.
+    """
+    reader = read_through(loader)
+    if not isinstance(reader, DatasetReader):
+        raise InputError(
+            "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
+            "dataset with len() and []; nothing was changed"
+        )
+    return reader
+
+
 @dataclass(frozen=True)
 class DatasetReader(Reader):
     """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.

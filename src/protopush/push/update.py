@@ -15,8 +15,8 @@ from protopush.errors import InputError
 from protopush.preserve_state import preserve_state
 from protopush.push.nearest_patches import Candidates
 from protopush.push.options import OptimizerLike, PushOptions, resolve
-from protopush.push.protocol import Pushable, Slots, unwrap
-from protopush.push.reader import DatasetReader, Reader, read_through
+from protopush.push.protocol import Pushable, Slots, live_features_of, unwrap
+from protopush.push.reader import Reader, read_by_index
 
 POOLED = -1  # in place of a cell: the anchor is the pooled feature
 
@@ -70,17 +70,17 @@ def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor
     return torch.where(summed > 1e-6, moved, nearest if momentum < 1 else prototypes)
 
 
-def reset_moments(optimizer: OptimizerLike, prototypes: Tensor, rows: Tensor) -> None:
-    """Zero the optimiser's running moments of the pushed rows: they belong to where the prototypes were.
+def reset_moments(optimizer: OptimizerLike, parameter: Tensor, *index: Tensor) -> None:
+    """Zero the optimiser's running moments of what a push moved: they belong to where it was.
 
     Args:
         optimizer: any optimiser that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
-        prototypes: the parameter (S, D).
-        rows: int64, the rows that a push moved.
+        parameter: the prototypes (S, D), or what belongs to them.
+        index: int64, the rows that moved; with more of them, the entries.
     """
-    for value in optimizer.state.get(prototypes, {}).values():
-        if isinstance(value, Tensor) and value.shape == prototypes.shape:
-            value[rows.to(value.device)] = 0
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[tuple(places.to(value.device) for places in index)] = 0
 
 
 class Move:
@@ -99,7 +99,7 @@ class Move:
 
     def __init__(self, net: Pushable, slots: Slots, chosen: Candidates, options: PushOptions) -> None:
         manager: Any = net.head.proto_manager
-        features: Tensor | None = getattr(manager, "anchor_features", None)
+        features = live_features_of(net)
         vectors = chosen.taken_vectors()
         embeddings = vectors if features is None else net.head.proj(vectors.to(features.dtype))
         self.nearest = F.normalize(embeddings.to(slots.unit.dtype), dim=-1)
@@ -161,17 +161,12 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
     """
     net = unwrap(model)
     manager: Any = net.head.proto_manager
-    if getattr(manager, "anchor_features", None) is None:
+    if live_features_of(net) is None:
         raise InputError("the model's anchors are not live; expected a head with anchoring='live'")
     rows = (manager.anchor_ids >= 0).nonzero().flatten()
     ids = sorted(set(manager.anchor_ids[rows].tolist()))
     with preserve_state(model, dataloader):
-        reader = read_through(dataloader)
-        if not isinstance(reader, DatasetReader):
-            raise InputError(
-                "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
-                "dataset with len() and []"
-            )
+        reader = read_by_index(dataloader)
         features = features_at(net, reader, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
     manager.anchor_features[rows] = features[rows].to(manager.anchor_features.dtype)
     manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]

@@ -46,12 +46,12 @@ class Cards:
 
     def classes(self) -> list[dict[str, Any]]:
         """All classes in label order, with their cards; ``left_out`` more of a class are not shown."""
-        mask = self.run.head.proto_manager.mask()
-        limit = max(1, MOST // len(mask))
+        manager = self.run.head.proto_manager
+        limit = max(1, MOST // manager.num_classes)
         diversity, coverage = ((self.numbers.get(name) or {}).get("per_class") for name in ("diversity", "coverage"))
         found = []
         for c, name in enumerate(self.run.class_names):
-            slots = mask[c].nonzero().flatten().tolist()
+            slots = manager.used_of(c)
             share = coverage[c]["share"] if coverage and coverage[c] is not None else None
             facts = [("diversity", diversity[c] if diversity else None), ("coverage", share)]
             found.append(

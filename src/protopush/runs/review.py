@@ -35,7 +35,7 @@ def named_prototype(run: Run, words: str) -> dict[str, Any]:
         raise InputError(f"prototype {words!r}; expected CLASS:NUMBER, such as {run.class_names[0]}:0")
     manager = run.head.proto_manager
     c, k, names = _class_index(name, run.class_names), int(number), run.class_names
-    used = manager.mask()[c].nonzero().flatten().tolist()
+    used = manager.used_of(c)
     if k not in used:
         raise InputError(f"no prototype {names[c]}:{k}; expected one of: {listing([f'{names[c]}:{i}' for i in used])}")
     anchor = manager.anchor(c, k)

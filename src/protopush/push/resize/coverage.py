@@ -15,7 +15,7 @@ from protopush.distributed import all_gather_objects, raise_on_all_ranks
 from protopush.errors import InputError
 from protopush.push.guard import Score, Validation
 from protopush.push.nearest_patches import NonFinite, grid_of, log_shapes, refuse_non_finite
-from protopush.push.protocol import PrototypeOwner, Pushable, Slots, resolve_device, unwrap
+from protopush.push.protocol import PrototypeOwner, Pushable, Slots, live_features_of, resolve_device, unwrap
 from protopush.push.reader import Batch, Reader, check_labels
 from protopush.push.top_candidates import TIE
 
@@ -239,7 +239,7 @@ def slots_of(model: nn.Module, device: str | int | torch.device, purpose: str) -
     net = unwrap(model)
     resolve_device(net, device)
     slot_mask(net.head.proto_manager, purpose)
-    if getattr(net.head.proto_manager, "anchor_features", None) is not None:
+    if live_features_of(net) is not None:
         net.head.sync_prototypes()  # type: ignore[attr-defined]
     return net, Slots.of(net.head.proto_manager)
 

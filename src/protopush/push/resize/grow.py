@@ -16,8 +16,8 @@ from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.options import Allow
-from protopush.push.protocol import Pushable, Slots, class_names_of
-from protopush.push.reader import DatasetReader, Reader, read_through
+from protopush.push.protocol import Pushable, Slots, class_names_of, live_features_of
+from protopush.push.reader import Reader, read_by_index, read_through
 from protopush.push.resize.coverage import (
     ResizeReport,
     check_quantile,
@@ -147,14 +147,9 @@ def grow_prototypes(
     wish = Wish(per_class, quantile, min_coverage, max_samples, use_local, allow)
     _check(wish)
     net, slots = slots_of(model, device, "grow")
-    live = getattr(net.head.proto_manager, "anchor_features", None) is not None
+    live = live_features_of(net) is not None
     with preserve_state(model, dataloader, val_loader):
-        source = read_through(dataloader)
-        if live and not isinstance(source, DatasetReader):
-            raise InputError(
-                "live anchors are read again by their index, but the loader is a stream; expected a DataLoader over a "
-                "dataset with len() and []; nothing was changed"
-            )
+        source: Reader = read_by_index(dataloader) if live else read_through(dataloader)
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
         gains, why = find_gains(net, source, slots, before, wish)
         coverage, runner_ups = coverage_after(net, source, slots, before, gains, wish)
@@ -246,6 +241,4 @@ class _New:
         reset_moments(optimizer, self.manager.prototypes, self.rows)
         connections = connections_of(self.net, self.slots)
         if connections is not None:
-            for value in optimizer.state.get(connections, {}).values():
-                if isinstance(value, Tensor) and value.shape == connections.shape:
-                    value[self.classes.to(value.device), self.places.to(value.device)] = 0
+            reset_moments(optimizer, connections, self.classes, self.places)
