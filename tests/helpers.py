@@ -41,6 +41,26 @@ def make_images(root: Path, classes: list[str], per_class: int, size: tuple[int,
     return root
 
 
+# What undoes each EXIF orientation, so that the file's pixels lie as a camera writes them.
+TURNED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def save_turned(picture: Image.Image, file: Path, orientation: int) -> None:
+    """A picture as a camera of this EXIF orientation saves it."""
+    exif, undo = Image.Exif(), TURNED[orientation]
+    exif[0x0112] = orientation
+    (picture if undo is None else picture.transpose(undo)).save(file, exif=exif)
+
+
 def make_masked_images(root: Path) -> Path:
     """A manifest of 40x32 pictures, each but the first of a class with a mask: its left half."""
     make_images(root / "images", CLASSES, 10)

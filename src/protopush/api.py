@@ -8,12 +8,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, did_you_mean, listing
 from protopush.models import stored_run
 
 if TYPE_CHECKING:
@@ -343,8 +342,7 @@ class Run(stored_run.Run):
         from protopush.runs.onnx_export import export_onnx
 
         if format not in FORMATS:
-            near = get_close_matches(format, FORMATS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(FORMATS)}"
+            hint = did_you_mean(format, FORMATS, f"expected one of: {', '.join(FORMATS)}")
             raise InputError(f"unknown format {format!r}; {hint}")
         if not tolerance > 0:
             raise InputError(f"--tolerance {tolerance}; expected a number above 0")

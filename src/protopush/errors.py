@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import inf
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -34,6 +35,17 @@ def listing(items: Sequence[object], limit: int = 10) -> str:
     shown = ", ".join(str(item) for item in items[:limit])
     rest = len(items) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """The known word that is most like one that isn't known, as a question; ``otherwise`` where none is like it.
+
+    Example:
+        >>> did_you_mean("tran", ["train", "push"], "expected a command"), did_you_mean("x", ["push"], "expected push")
+        ("did you mean 'train'?", 'expected push')
+    """
+    near = get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def first_line(cause: BaseException) -> str:

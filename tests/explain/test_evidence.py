@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 from torch.nn import functional as F
 
+from helpers import save_turned
 from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import Sample
@@ -82,19 +83,7 @@ def test_the_peak_of_a_map_lies_in_the_box_of_a_wide_picture(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photo_has_the_map_of_the_upright_one(tmp_path, orientation):
     marked_picture().save(tmp_path / "upright.png")
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }.get(orientation)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = marked_picture() if undo is None else marked_picture().transpose(undo)
-    stored.save(tmp_path / "turned.png", exif=exif)
+    save_turned(marked_picture(), tmp_path / "turned.png", orientation)
     found, expected = (
         explain_image(brightness_model(), tmp_path / name, TRANSFORM, NAMES) for name in ("turned.png", "upright.png")
     )

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from protopush import __version__, api
 from protopush.api import Run
 from protopush.cli import commands
 from protopush.cli.commands import COMMANDS, is_first
-from protopush.errors import InputError
+from protopush.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -50,8 +49,7 @@ def dispatch(words: list[str]) -> int:
         return 0
     name = _command(words)
     if name is None:
-        near = get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(COMMANDS)}"
+        hint = did_you_mean(words[0], COMMANDS, f"expected one of: {', '.join(COMMANDS)}", cutoff=0.5)
         raise InputError(f"unknown command {words[0]!r}; {hint}")
     options = read_options(name, words[len(name.split()) :])
     from protopush.runs.progress import log_to_stderr
@@ -154,9 +152,8 @@ def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
     option = re.search(r"(?:[Uu]nrecognized arguments?: --|Key ')([\w.-]+)", message)
     wrong = f"{group[1]}.{group[2]}" if group else option[1] if option else ""
     if wrong:
-        near = get_close_matches(wrong, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; {parser.prog} --help lists the keys"
-        raise InputError(f"unknown key {wrong!r}{hint}")
+        hint = did_you_mean(wrong, known, f"{parser.prog} --help lists the keys", cutoff=0.4)
+        raise InputError(f"unknown key {wrong!r}; {hint}")
     word = re.search(r'key "([\w.]+)":\s+Expected a typing\.Literal\[(.+)\]\. Got value: (.*)', message)
     if word:
         raise InputError(f"{word[1]} is {word[3]!r}; expected one of: {word[2].replace(chr(39), '')}")

@@ -116,9 +116,8 @@ USE = """## How to use it
 import protopush
 from huggingface_hub import snapshot_download
 from protopush.explain import explain_image
-from protopush.runs.run import open_run
 
-run = open_run(snapshot_download("NAME/OF-THIS-REPOSITORY"))  # or the folder
+run = protopush.open_run(snapshot_download("NAME/OF-THIS-REPOSITORY"))  # or the folder
 found = explain_image(run.model, "photo.jpg", run.transform, run.class_names)
 print(found.predicted_name, found.probability)
 for match in found.classes[0].matches[:3]:

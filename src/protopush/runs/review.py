@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from protopush.data.dataset import check_masks
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
 from protopush.runs.allowed import Allowed
@@ -54,8 +53,7 @@ def _class_index(name: str, names: Sequence[str]) -> int:
         return names.index(name)
     if name.isdecimal() and int(name) < len(names):
         return int(name)
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {listing(names)}"
+    hint = did_you_mean(name, names, f"expected one of: {listing(names)}", cutoff=0.4)
     raise InputError(f"unknown class {name!r}; {hint}")
 
 
@@ -82,8 +80,7 @@ def named_image(run: Run, words: str, samples: Sequence[Sample], root: Path) -> 
     if not inside:
         raise InputError(f"{words} lies outside the data folder {root}; expected one of its images")
     if name is None:
-        near = get_close_matches(inside[0], classes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected a path below {root}"
+        hint = did_you_mean(inside[0], classes, f"expected a path below {root}")
         raise InputError(f"{words} is none of the {len(samples)} training images; {hint}")
     file = root / name
     digest = sha256_of(file) if file.is_file() else digests.get(name)

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ import numpy as np
 import yaml
 
 from protopush.data.images import read_image
-from protopush.errors import InputError, first_line
+from protopush.errors import InputError, did_you_mean, first_line
 
 logger = logging.getLogger("protopush.training")
 
@@ -232,8 +231,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def _kind(name: str) -> type[Tracker]:
     if name not in TRACKERS:
-        near = get_close_matches(name.lower(), TRACKERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {' or '.join(TRACKERS)}"
+        hint = did_you_mean(name.lower(), TRACKERS, f"expected {' or '.join(TRACKERS)}")
         raise InputError(f"unknown tracker {name!r}; {hint}")
     try:
         importlib.import_module(TRACKERS[name].package)
