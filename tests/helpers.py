@@ -20,7 +20,9 @@ from torch import Tensor, multiprocessing, nn
 
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
+from protopush.backbones.regions import Regions
 from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
+from protopush.data.transforms import View
 from protopush.nn.prototypes import PrototypeManager
 
 # Data.
@@ -138,12 +140,18 @@ class ToyNet(PushMixin, nn.Module):
         return patches.mean(1, keepdim=True), patches
 
 
+def cell_box(view: View, cell: int, grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A cell of a (rows, columns) grid over what the model sees, in pixels of the original."""
+    return view.original_box(Regions.grid(grid, (view.crop[1], view.crop[0])).boxes[cell])
+
+
 def assert_prototypes_are_patches(model: ProtoModel, images: Tensor, grid: tuple[int, int]) -> None:
     """Each prototype is the embedding of the very patch that its anchor names."""
     manager = model.head.proto_manager
     for row, anchor in enumerate(manager.anchors):
         assert anchor is not None
-        assert anchor.grid == grid
+        assert anchor.region == model.backbone.regions.boxes[anchor.cell]
+        assert model.backbone.regions.raster == grid
         patch = model.backbone(images[anchor.sample_id][None]).patches[0, anchor.cell]
         embedding = nn.functional.normalize(model.head.proj(patch), dim=-1)
         torch.testing.assert_close(manager.prototypes[row], embedding, atol=1e-5, rtol=1e-5)

@@ -65,7 +65,7 @@ def test_contract(family: Backbone) -> None:
     images = noise(family, 3)
     features = family(images)
     assert isinstance(features, Features)
-    assert (family.layout, family.channels, features.grid) == (layout, channels, grid)
+    assert (family.layout, family.channels, features.regions.raster) == (layout, channels, grid)
     assert family.tokens.prefix == prefix
     assert features.patches.shape == (3, grid[0] * grid[1], channels)
     assert features.pooled.shape == (3, 1, channels)
@@ -96,7 +96,7 @@ def test_a_change_in_the_image_shows_in_its_cell(family: Backbone) -> None:
     images = noise(family, 1) * 0.1
     height, width = family.preprocessing.size
     before = family(images)
-    rows, columns = before.grid
+    rows, columns = before.regions.raster
     for r, c in [(0, columns - 1), (rows // 2, 1), (rows - 1, 2)]:
         changed = images.clone()
         tall, wide = height // rows, width // columns
@@ -145,7 +145,7 @@ def test_every_trainable_parameter_gets_a_gradient(family: Backbone) -> None:
 def test_image_sizes(name: str, overrides: dict[str, object], size: tuple[int, int], grid: tuple[int, int]) -> None:
     backbone = create_backbone(name, pretrained=False, **overrides).eval()
     features = backbone(torch.zeros(1, 3, *size))
-    assert features.grid == grid
+    assert features.regions.raster == grid
     assert features.patches.shape == (1, grid[0] * grid[1], backbone.channels)
     assert backbone.preprocessing.size == overrides.get("size", backbone.preprocessing.size)
 
@@ -176,14 +176,14 @@ def test_home_made_modules() -> None:
     assert backbone.model is stem
     assert (backbone.name, backbone.channels, backbone.layout) == ("stem", 6, "NCHW")
     assert backbone.preprocessing == Preprocessing(mean=(0.5, 0.5, 0.5), size=(64, 96))
-    assert backbone(images).grid == (4, 6)
+    assert backbone(images).regions.raster == (4, 6)
 
     tokens = create_backbone(Tokenizer(2), prefix_tokens=2, size=(64, 96))
     tokens.model.stem = stem
     assert tokens.layout == "NLC"
-    assert tokens(images).grid == (4, 6)
+    assert tokens(images).regions.raster == (4, 6)
     assert torch.equal(tokens(images).patches, backbone(images).patches)
-    assert tokens(torch.zeros(1, 3, 128, 32)).grid == (8, 2)
+    assert tokens(torch.zeros(1, 3, 128, 32)).regions.raster == (8, 2)
 
     last = ChannelsLast(3, 6, 16, 16)
     last.load_state_dict(stem.state_dict())
@@ -208,7 +208,7 @@ def test_a_layout_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 16, 16), nn.Flatten(2))
     backbone = create_backbone(model, layout="NCL")
     assert backbone.channels == 6
-    assert backbone(torch.zeros(1, 3, 32, 48)).grid == (2, 3)
+    assert backbone(torch.zeros(1, 3, 32, 48)).regions.raster == (2, 3)
 
 
 def test_freezing_stops_gradients_statistics_and_dropout() -> None:
@@ -367,7 +367,7 @@ def test_a_recipe_builds_it_again(name: str, overrides: dict[str, object]) -> No
     again.load_state_dict(backbone.state_dict())
     images = noise(backbone, 1)
     assert torch.equal(again(images).patches, backbone(images).patches)
-    for attribute in ("name", "recipe", "preprocessing", "layout", "tokens", "grid"):
+    for attribute in ("name", "recipe", "preprocessing", "layout", "tokens", "regions"):
         assert getattr(again, attribute) == getattr(backbone, attribute)
 
 

@@ -52,9 +52,9 @@ def pixels_for(image: Tensor, backbone: Backbone) -> Tensor:
 def test_convnext_and_swin() -> None:
     flat = [{"depths": [1, 1, 1, 1]}] * 2  # as wide as they are, but quick
     backbone = create_backbone("fusion:convnext_tiny+swin_tiny_patch4_window7_224", pretrained=False, parts=flat).eval()
-    assert (backbone.channels, backbone.grid) == (768, (7, 7))
-    pooled, patches, grid = backbone(torch.randn(1, 3, 224, 224))
-    assert (pooled.shape, patches.shape, grid) == ((1, 1, 768), (1, 49, 768), (7, 7))
+    assert (backbone.channels, backbone.regions.raster) == (768, (7, 7))
+    pooled, patches, regions = backbone(torch.randn(1, 3, 224, 224))
+    assert (pooled.shape, patches.shape, regions.raster) == ((1, 1, 768), (1, 49, 768), (7, 7))
     torch.testing.assert_close(pooled, patches.mean(dim=1, keepdim=True))
     assert not any("projections" in name for name, _ in backbone.named_parameters())  # both have 768 channels
 
@@ -96,7 +96,7 @@ def test_gate(gate: str, values: int) -> None:
 @torch.no_grad()
 def test_a_change_in_the_image_shows_in_its_cell() -> None:
     backbone = trained(create_backbone("fusion:test_vit+test_vit3", pretrained=False, size=(96, 160)).eval())
-    assert backbone.grid == (6, 10)
+    assert backbone.regions.raster == (6, 10)
     images = torch.randn(1, 3, 96, 160) * 0.1
     before = backbone(images).patches
     for row, column in [(0, 9), (3, 1), (5, 4)]:

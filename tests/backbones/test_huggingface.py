@@ -93,8 +93,8 @@ def test_cells_are_the_models_own_in_row_major_order(family: tuple[str, Backbone
     kind, backbone, net = family
     _, prefix, channels, grid = FAMILIES[kind]
     images = torch.randn(2, 3, 96, 160)
-    pooled, patches, seen = backbone(images)
-    assert (seen, backbone.grid, backbone.channels) == (grid, grid, channels)
+    pooled, patches, regions = backbone(images)
+    assert (regions.raster, backbone.regions.raster, backbone.channels) == (grid, grid, channels)
     assert (pooled.shape, patches.shape) == ((2, 1, channels), (2, grid[0] * grid[1], channels))
     resized = {"ViTModel", "DeiTModel", "BeitModel", "SiglipVisionModel", "CLIPVisionModel"}
     output = net.eval()(images, **({"interpolate_pos_encoding": True} if kind in resized else {}))
@@ -107,7 +107,7 @@ def test_cells_are_the_models_own_in_row_major_order(family: tuple[str, Backbone
 @torch.no_grad()
 def test_a_change_in_the_image_shows_in_its_cell(family: tuple[str, Backbone, nn.Module]) -> None:
     kind, backbone, _ = family
-    rows, columns = backbone.grid
+    rows, columns = backbone.regions.raster
     step = 14 if kind.startswith("Dinov2") else 96 // rows
     images = torch.randn(1, 3, 96, 160) * 0.1
     before = backbone(images).patches
@@ -177,9 +177,9 @@ def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
 def test_a_stage_can_be_chosen(tmp_path: Path) -> None:
     save(tmp_path, "ConvNextModel", FAMILIES["ConvNextModel"][0])
     backbone = create_backbone(f"hf:{tmp_path}", out_features=["stage2"])
-    assert (backbone.channels, backbone.grid) == (8, (28, 28))
+    assert (backbone.channels, backbone.regions.raster) == (8, (28, 28))
     again = create_backbone(pretrained=False, **backbone.recipe)
-    assert (again.channels, again.grid) == (8, (28, 28))
+    assert (again.channels, again.regions.raster) == (8, (28, 28))
     # The norm of a stage is new, and does nothing yet but normalise.
     means = backbone(torch.randn(1, 3, 224, 224)).patches.mean(dim=-1)
     torch.testing.assert_close(means, torch.zeros(1, 784), atol=1e-4, rtol=0)
@@ -229,7 +229,7 @@ def test_nothing_is_unpickled(vit: Path, tmp_path: Path) -> None:
 
 def test_a_part_of_a_fusion(vit: Path, tmp_path: Path) -> None:
     backbone = create_backbone(f"fusion:test_vit+hf:{vit}", pretrained=False)
-    assert (backbone.grid, backbone.channels) == ((10, 10), 64)
+    assert (backbone.regions.raster, backbone.channels) == ((10, 10), 64)
     vit.rename(tmp_path / "elsewhere")
     again = create_backbone(pretrained=False, **backbone.recipe, **backbone.preprocessing.to_dict())
     again.load_state_dict(backbone.state_dict())
@@ -275,7 +275,7 @@ def test_preprocessing_is_read_and_can_be_overridden(vit: Path) -> None:
     (vit / "preprocessor_config.json").write_text(json.dumps({**HALF, "size": {"shortest_edge": 96}}))
     backbone = create_backbone(f"hf:{vit}", mean=(0.4, 0.4, 0.4))
     assert backbone.preprocessing == Preprocessing((0.4,) * 3, (0.5,) * 3, (96, 96))
-    assert backbone.grid == (6, 6)
+    assert backbone.regions.raster == (6, 6)
     (vit / "preprocessor_config.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*preprocessor_config\.json"):
         create_backbone(f"hf:{vit}")
@@ -391,5 +391,5 @@ def test_a_recipe_names_no_kernel_of_the_hub(key):
     """transformers would fetch and run it where the package kernels is installed."""
     config = {"model_type": "vit", **VIT, key: "somebody/kernel"}
     backbone = create_backbone("hf:vit", pretrained=False, config=config, size=(64, 64))
-    assert backbone(torch.zeros(1, 3, 64, 64)).grid == (4, 4)
+    assert backbone(torch.zeros(1, 3, 64, 64)).regions.raster == (4, 4)
     assert "kernel" not in json.dumps(backbone.recipe)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import make_images
+from helpers import cell_box, make_images
 from protopush import InputError
 from protopush.data.dataset import ImageDataset
 from protopush.data.images import check_images, image_size, read_image
@@ -84,7 +84,7 @@ def test_boxes_come_back_at_the_marked_pixels(tmp_path, size, crop_pct, grid):
     transform = EvalTransform(Preprocessing(interpolation="bilinear"), crop_pct)
     view = transform.view(size)
     for cell in (0, grid[1] + 2, grid[0] * grid[1] - 1):
-        x0, y0, x1, y1 = view.cell_box(cell, grid)
+        x0, y0, x1, y1 = cell_box(view, cell, grid)
         assert 0 <= x0 < x1 <= size[0]
         assert 0 <= y0 < y1 <= size[1]
         pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
@@ -101,10 +101,10 @@ def test_boxes_come_back_at_the_marked_pixels(tmp_path, size, crop_pct, grid):
 def test_the_300_by_100_case_by_hand():
     view = View.of((300, 100), (224, 224))
     # 100 -> 224 pixels high; the middle 224 of 672 pixels in width are original pixels 100 to 200
-    assert view.cell_box(0, (7, 7)) == (100, 0, 114, 14)
-    assert view.cell_box(24, (7, 7)) == (143, 43, 157, 57)
-    assert view.cell_box(48, (7, 7)) == (186, 86, 200, 100)
-    assert view.cell_box(0, (1, 1)) == (100, 0, 200, 100)
+    assert cell_box(view, 0, (7, 7)) == (100, 0, 114, 14)
+    assert cell_box(view, 24, (7, 7)) == (143, 43, 157, 57)
+    assert cell_box(view, 48, (7, 7)) == (186, 86, 200, 100)
+    assert cell_box(view, 0, (1, 1)) == (100, 0, 200, 100)
 
 
 def test_transforms_normalise_and_only_training_varies(tmp_path):

@@ -49,7 +49,7 @@ def test_one_look_sees_what_each_image_shows(opened):
         torch.testing.assert_close(seen.probabilities[i], output.logits[0].softmax(dim=0), atol=1e-5, rtol=1e-4)
         assert int(seen.labels[i]) == dataset.samples[i].label
         prototypes = output.prototypes[predicted]
-        maps = (prototypes @ cells.T).view(len(prototypes), *features.grid)
+        maps = (prototypes @ cells.T).view(len(prototypes), *features.regions.raster)
         drawn = maps - maps.amin(dim=(1, 2), keepdim=True)
         torch.testing.assert_close(seen.maps[i], drawn[int(seen.strongest[i])], atol=1e-5, rtol=1e-4)
         assert float(terms[int(seen.strongest[i])]) == pytest.approx(float(terms.max()), abs=1e-5)
@@ -61,7 +61,7 @@ def test_localisation_is_that_of_a_slow_look(opened):
     run, dataset, known = opened
     numbers = measure(run, dataset, "test", known, resamples=0, faithfulness=0).numbers
     found, seen = numbers["localization"], observe(run, dataset)
-    shares, hits, areas = [], [], []
+    shares, hits, areas, peaks = [], [], [], []
     for i, sample in enumerate(dataset.samples):
         mask = np.asarray(run.transform.visible(Image.open(sample.mask).convert("RGB")))[..., 0] > 127
         values = seen.maps[i].double().numpy()
@@ -71,10 +71,13 @@ def test_localisation_is_that_of_a_slow_look(opened):
         row, column = np.unravel_index(values.argmax(), values.shape)
         y, x = (2 * row + 1) * height // (2 * values.shape[0]), (2 * column + 1) * width // (2 * values.shape[1])
         hits.append(mask[y, x])
+        high, wide = height // values.shape[0], width // values.shape[1]
+        peaks.append(mask[row * high : (row + 1) * high, column * wide : (column + 1) * wide].mean())
         areas.append(mask.mean())
     assert found["images"] == len(dataset)
     assert found["activation_on_mask"] == pytest.approx(np.nanmean(shares), abs=1e-6)
     assert found["pointing_game"] == pytest.approx(np.mean(hits))
+    assert found["peaks_on_mask"] == pytest.approx(np.mean(peaks))
     assert found["mask_area"] == pytest.approx(np.mean(areas))
     on = []
     for anchor in run.head.proto_manager.anchors:

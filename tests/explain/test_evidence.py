@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import save_turned
+from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import Sample
@@ -279,7 +279,7 @@ def test_neighbours_are_those_of_a_full_search(tmp_path, count):
                 for neighbour, (similarity, i, cell) in zip(names, expected, strict=True):
                     assert neighbour.similarity == pytest.approx(-similarity, abs=1e-5)
                     assert (neighbour.name, neighbour.class_index) == (f"{i:02d}.png", i % 2)
-                    assert neighbour.box == TRANSFORM.view((40, 30)).cell_box(cell, GRID)
+                    assert neighbour.box == cell_box(TRANSFORM.view((40, 30)), cell, GRID)
 
 
 def test_maps_of_the_head_are_what_its_similarities_are_made_of():

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import save_turned
+from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
 from protopush.data.transforms import EvalTransform, Preprocessing, View
 from protopush.errors import InputError
@@ -89,13 +89,13 @@ def test_every_logit_is_the_sum_of_what_is_shown(marked_file, match):
 
 
 def test_view_brings_a_cell_back_to_the_original_pixels():
-    assert View.of((300, 100), (200, 200)).cell_box(9, GRID) == MARKED
+    assert cell_box(View.of((300, 100), (200, 200)), 9, GRID) == MARKED
 
 
 def test_the_box_is_the_marked_place_of_the_file(marked_file):
     explanation = explain_image(brightness_model(), marked_file, TRANSFORM, NAMES)
     found = bright_match(explanation)
-    assert (found.cell, found.grid, found.box) == (9, GRID, MARKED)
+    assert (found.cell, len(found.map), len(found.map[0]), found.box) == (9, *GRID, MARKED)
     assert explanation.image_size == (300, 100)
 
 
@@ -109,7 +109,7 @@ def test_the_box_of_a_turned_photo_is_in_upright_pixels(tmp_path, orientation):
 
 def test_a_global_match_is_the_whole_view(marked_file):
     found = bright_match(explain_image(brightness_model("global"), marked_file, TRANSFORM, NAMES))
-    assert (found.cell, found.grid, found.box) == (0, (1, 1), (100, 0, 200, 100))
+    assert (found.cell, found.map, found.box) == (0, ((found.similarity,),), (100, 0, 200, 100))
 
 
 def test_json_round_trip(marked_file):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from helpers import TURNED, save_turned
+from helpers import TURNED, cell_box, save_turned
 from protopush.data.images import read_image
 from protopush.data.transforms import View
 from protopush.errors import InputError
@@ -50,7 +50,7 @@ def an_explanation(matches, name="mel", size=(300, 100), file="folder/picture.pn
 
 
 def a_match(k=0, box=(100, 25, 125, 50), anchor=None, contribution=1.0, **changes):
-    values = {"grid": GRID, "map": np.linspace(-0.1, 0.6, 16).reshape(4, 4).tolist(), **changes}
+    values = {"sees": (100, 0, 200, 100), "map": np.linspace(-0.1, 0.6, 16).reshape(4, 4).tolist(), **changes}
     return Match(0, k, contribution / 2, 2.0, contribution, 5, box=box, anchor=anchor, **values)
 
 
@@ -186,7 +186,7 @@ def test_one_way_to_write_a_percentage():
 @pytest.mark.parametrize("crop_pct", [1.0, 0.8])
 def test_the_map_peaks_in_its_box_and_only_what_was_seen_has_colour(size, crop_pct):
     view = View.of(size, (200, 200), crop_pct)
-    seen = view.cell_box(0, (1, 1))
+    seen = cell_box(view, 0, (1, 1))
     for cell in range(16):
         values = np.zeros(16)
         values[cell] = 0.7
@@ -197,7 +197,7 @@ def test_the_map_peaks_in_its_box_and_only_what_was_seen_has_colour(size, crop_p
         assert not coloured[~grown(inside)].any()  # a pixel on the edge may be seen by a half
         assert coloured[~grown(~inside)].all()
         rows, columns = np.nonzero(shown.sum(axis=-1) == shown[inside].sum(axis=-1).max())
-        x0, y0, x1, y1 = view.cell_box(cell, GRID)
+        x0, y0, x1, y1 = cell_box(view, cell, GRID)
         assert x0 - 0.5 <= columns.mean() + 0.5 <= x1 + 0.5
         assert y0 - 0.5 <= rows.mean() + 0.5 <= y1 + 0.5
 
@@ -245,7 +245,7 @@ def test_the_outline_of_any_union_of_blocks(line):
     random = np.random.default_rng(line)
     view = View.of((40, 30), (30, 30))
     for share in (0.1, 0.4, 0.8, 1.0):
-        boxes = [view.cell_box(cell, (6, 6)) for cell in np.flatnonzero(random.random(36) < share)]
+        boxes = [cell_box(view, cell, (6, 6)) for cell in np.flatnonzero(random.random(36) < share)]
         found = np.asarray(with_outline(Image.new("RGB", (80, 60), GREY), boxes, (40, 30), line))
         inside = {(x, y) for x0, y0, x1, y1 in boxes for x in range(2 * x0, 2 * x1) for y in range(2 * y0, 2 * y1)}
         for y in range(60):
@@ -351,7 +351,7 @@ def test_panels_of_any_shape_of_picture(tmp_path, size, match):
 
 
 def test_a_match_of_whole_pictures_says_so(written):
-    whole = a_match(grid=(1, 1), map=((0.5,),), box=(100, 0, 200, 100))
+    whole = a_match(map=((0.5,),), box=(100, 0, 200, 100))
     draw_panel(an_explanation([whole]), Image.new("RGB", (300, 100), GREY), no_picture)
     texts = [text for text, _ in written]
     assert "the whole picture" in texts

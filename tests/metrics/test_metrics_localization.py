@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from protopush.backbones.regions import Regions
 from protopush.errors import InputError
 from protopush.metrics.localization import (
     activation_share,
-    anchor_share,
+    box_share,
     cell_shares,
     consistency,
     outside_inside_ratio,
@@ -29,6 +30,12 @@ def slow_shares(mask, grid):
     return fine.reshape(grid[0], height, grid[1], width).mean(axis=(1, 3))
 
 
+def peaks(maps, masks):
+    """The box of the largest cell of each map, in pixels of the masks."""
+    boxes = torch.tensor(Regions.grid(tuple(maps.shape[1:]), tuple(masks.shape[1:])).boxes)
+    return boxes[maps.flatten(1).argmax(dim=1)]
+
+
 def random_case(seed):
     random = np.random.default_rng(seed)
     grid, size = random.integers(1, 6, 2), random.integers(1, 13, 2)
@@ -41,8 +48,9 @@ def test_localisation_is_that_of_loops(seed):
     maps, masks = random_case(seed)
     found = {
         function.__name__: function(torch.tensor(maps), torch.tensor(masks)).numpy()
-        for function in (activation_share, pointing_game, outside_inside_ratio)
+        for function in (activation_share, outside_inside_ratio)
     }
+    hits = pointing_game(peaks(torch.tensor(maps), masks), torch.tensor(masks))
     every = cell_shares(torch.tensor(masks), maps.shape[1:])
     for i, (values, mask) in enumerate(zip(maps, masks, strict=True)):
         shares = slow_shares(mask, values.shape)
@@ -64,7 +72,7 @@ def test_localisation_is_that_of_loops(seed):
         with np.errstate(all="ignore"):
             expected = np.float64(on) / (on + off)
             ratio = (np.float64(off) / weight_off) / (np.float64(on) / weight_on)
-        assert found["pointing_game"][i] == mask[y, x]
+        assert hits[i] == mask[y, x]
         np.testing.assert_allclose(found["activation_share"][i], expected, atol=1e-9)
         if weight_on > 1e-9 and weight_off > 1e-9:
             np.testing.assert_allclose(found["outside_inside_ratio"][i], ratio, atol=1e-9)
@@ -78,7 +86,7 @@ def test_what_is_undefined_is_nan():
     assert outside_inside_ratio(some, empty).isnan().all()
     assert outside_inside_ratio(some, torch.ones(1, 4, 4)).isnan().all()
     assert outside_inside_ratio(zero, half).isnan().all()
-    assert pointing_game(some * torch.nan, half).isnan().all()
+    assert pointing_game(torch.full((1, 4), torch.nan), half).isnan().all()
     below = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
     assert outside_inside_ratio(below, half).isinf().all()
 
@@ -86,13 +94,13 @@ def test_what_is_undefined_is_nan():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(InputError, match="2 maps and 1 masks; expected one mask for each"):
         activation_share(torch.ones(2, 2, 2), torch.ones(1, 4, 4))
-    with pytest.raises(InputError, match="1 maps and 3 masks"):
-        pointing_game(torch.ones(1, 2, 2), torch.ones(3, 4, 4))
+    with pytest.raises(InputError, match="for 3 masks; expected a box for each"):
+        pointing_game(torch.ones(1, 4), torch.ones(3, 4, 4))
     with pytest.raises(InputError, match=r"expected \(N, h, w\)"):
         outside_inside_ratio(torch.ones(2, 2), torch.ones(2, 4, 4))
     for box in ([0, 0, 0, 4], [0, 0, 5, 4], [-1, 0, 2, 2]):
         with pytest.raises(InputError, match="expected a box within the image"):
-            anchor_share(torch.tensor([box]), [torch.ones(4, 4)])
+            box_share(torch.tensor([box]), [torch.ones(4, 4)])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -153,13 +161,14 @@ def test_maps_at_their_best_worst_and_by_chance(drawn):
     assert (activation_share(whole, masks) == 1).all()
     assert (activation_share(beside, masks) == 0).all()
     torch.testing.assert_close(activation_share(torch.ones(60, *GRID), masks), area)
-    assert (pointing_game(whole, masks) == 1).all()
-    assert (pointing_game(beside, masks) == 0).all()
+    assert (pointing_game(peaks(whole, masks), masks) == 1).all()
+    assert (pointing_game(peaks(beside, masks), masks) == 0).all()
     assert (outside_inside_ratio(whole, masks) == 0).all()
     assert outside_inside_ratio(beside, masks).isinf().all()
     torch.testing.assert_close(outside_inside_ratio(torch.ones(60, *GRID), masks), torch.ones(60).double())
     generator = torch.Generator().manual_seed(0)
-    at_random = torch.stack([pointing_game(torch.rand(60, *GRID, generator=generator), masks) for _ in range(200)])
+    drawn_maps = [torch.rand(60, *GRID, generator=generator) for _ in range(200)]
+    at_random = torch.stack([pointing_game(peaks(maps, masks), masks) for maps in drawn_maps])
     # a random peak is one of the 64 cells' middles
     assert float(at_random.mean()) == pytest.approx(float(area.mean()), abs=0.02)
 
@@ -169,11 +178,11 @@ def test_anchors_at_their_best_worst_and_by_chance(drawn):
     first = visible.double().argmax(dim=1)
     middle = points[torch.arange(60), first].round().long()
     on = torch.cat([middle - 2, middle + 2], dim=1)
-    assert (anchor_share(on, list(masks)) == 1).all()
+    assert (box_share(on, list(masks)) == 1).all()
     corner = torch.tensor([[60, 60, 64, 64]]).expand(60, 4)
-    assert (anchor_share(corner, list(masks)) == 0).all()
+    assert (box_share(corner, list(masks)) == 0).all()
     whole = torch.tensor([[0, 0, 64, 64]]).expand(60, 4)
-    torch.testing.assert_close(anchor_share(whole, list(masks)), masks.double().mean(dim=(1, 2)))
+    torch.testing.assert_close(box_share(whole, list(masks)), masks.double().mean(dim=(1, 2)))
 
 
 def test_parts_at_their_best_worst_and_by_chance(drawn):

@@ -101,10 +101,14 @@ def test_head_and_manager_refuse_nonsense():
 def test_anchor_survives_json():
     import json
 
-    anchor = Anchor("a/1.png", 3, (7, 7), 0.5, 0.75, "a/1.png", "ab", "g", (1, 2, 3, 4), (300, 100))
+    anchor = Anchor(
+        "a/1.png", 3, (96.0, 0.0, 128.0, 32.0), 0.5, 0.75, "a/1.png", "ab", "g", (1, 2, 3, 4), (0, 0, 9, 9), (300, 100)
+    )
     assert Anchor.from_dict(json.loads(json.dumps(anchor.to_dict()))) == anchor
-    bare = Anchor(5, 0, (1, 1), 0.5, 0.5)
+    bare = Anchor(5, 0, (0.0, 0.0, 8.0, 8.0), 0.5, 0.5, pooled=True)
     assert Anchor.from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
+    with pytest.raises(InputError, match="before patches had regions; expected a newer run; push again"):
+        Anchor.from_dict({**bare.to_dict(), "grid": [7, 7]})
 
 
 @pytest.mark.parametrize("seed", range(5))

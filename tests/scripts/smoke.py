@@ -166,7 +166,7 @@ def hf() -> None:
         "config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, "
         "intermediate_size=64, image_size=64, patch_size=16)\n"
         "transformers.ViTModel(config).save_pretrained('vit')\n"
-        "assert create_backbone('hf:vit', size=(64, 64))(torch.zeros(1, 3, 64, 64)).grid == (4, 4)\n",
+        "assert create_backbone('hf:vit', size=(64, 64))(torch.zeros(1, 3, 64, 64)).regions.raster == (4, 4)\n",
     )
 
 

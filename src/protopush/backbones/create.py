@@ -1,14 +1,16 @@
-"""Backbones: any model or module becomes images -> one feature vector per cell of the last feature map.
+"""Backbones: any model or module becomes images -> one feature vector per patch, and the patch's region.
 
 What a model returns differs from family to family (maps, channels-last maps, tokens with class and register tokens in
 front). Which of these it is gets decided once, when the backbone is built; ``LAYOUTS``, in ``layouts.py``, turns each
-into cells in row-major order. Where models come from is listed in ``BUILDERS``, at the end of this file.
+into cells in row-major order. With windows, a patch is a crop that the model sees alone. Where models come from is
+listed in ``BUILDERS``, at the end of this file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 from protopush.backbones.fusion import fused_model
 from protopush.backbones.hugging_face import hugging_face_model
 from protopush.backbones.layouts import LAYOUTS, dry_run, features_of, layout_of, stop_unused
+from protopush.backbones.receptive_field import receptive_fields
+from protopush.backbones.regions import Region, Regions
 from protopush.backbones.timm_models import BuiltModel, preprocessing_of, timm_model
 from protopush.backbones.weights import load_weights
+from protopush.backbones.windows import WindowedModel, Windows
 from protopush.data.transforms import Preprocessing
 from protopush.errors import InputError, first_line, listing
 
@@ -29,14 +34,14 @@ class Features(NamedTuple):
     """What a backbone sees in a batch of images.
 
     Attributes:
-        pooled: (B, 1, C), always the mean of ``patches`` over the cells.
-        patches: (B, L, C), L = h * w cells in row-major order: cell r * w + c is row r, column c of the image.
-        grid: (h, w).
+        pooled: (B, 1, C), always the mean of ``patches``.
+        patches: (B, L, C); cells of a feature map, and windows of one size, in row-major order.
+        regions: where the L patches lie, and what each can depend on.
     """
 
     pooled: Tensor
     patches: Tensor
-    grid: tuple[int, int]
+    regions: Regions
 
 
 class Backbone(nn.Module):
@@ -56,10 +61,11 @@ class Backbone(nn.Module):
             dropped head), which DistributedDataParallel would wait for in vain.
         recipe: what builds the same architecture again, without a network and with random weights:
             ``create_backbone(pretrained=False, **recipe, **preprocessing)``. None: nothing but the module itself does.
+        sees: what each cell of an image of ``preprocessing.size`` can depend on, as :meth:`measure` found it.
 
     Attributes:
         channels: C of the features.
-        grid: (h, w) for images of ``preprocessing.size``.
+        regions: of images of ``preprocessing.size``.
         layout: the key of ``LAYOUTS`` in use.
         frozen: whether :meth:`freeze` is in force.
 
@@ -68,9 +74,9 @@ class Backbone(nn.Module):
 
     Example:
         >>> backbone = Backbone(nn.Conv2d(3, 8, kernel_size=32, stride=32), "stem", Preprocessing())
-        >>> pooled, patches, grid = backbone(torch.zeros(2, 3, 224, 160))
-        >>> pooled.shape, patches.shape, grid
-        (torch.Size([2, 1, 8]), torch.Size([2, 35, 8]), (7, 5))
+        >>> pooled, patches, regions = backbone(torch.zeros(2, 3, 224, 160))
+        >>> pooled.shape, patches.shape, regions.boxes[1]
+        (torch.Size([2, 1, 8]), torch.Size([2, 35, 8]), (32.0, 0.0, 64.0, 32.0))
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Backbone(nn.Module):
         prefix_tokens: int | None = None,
         only_used: bool = False,
         recipe: Mapping[str, Any] | None = None,
+        sees: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -93,7 +100,10 @@ class Backbone(nn.Module):
         self.recipe = _as_json(recipe)
         output = dry_run(model, preprocessing.size, name, with_graph=only_used)
         self.layout, self.tokens = layout_of(model, output, preprocessing.size, name, layout, prefix_tokens)
-        patches, self.grid = self._read(output, preprocessing.size)
+        self._sees: tuple[Region, ...] | None = None
+        patches, self.regions = self._read(output, preprocessing.size)
+        if sees is not None:
+            self._set_sees([(x0, y0, x1, y1) for x0, y0, x1, y1 in sees])
         self.channels = patches.shape[-1]
         if only_used:
             stop_unused(model, output)
@@ -109,8 +119,32 @@ class Backbone(nn.Module):
                 f"images have shape {tuple(images.shape)}; expected (B, 3, H, W); give batches of RGB images"
             )
         images = images.contiguous(memory_format=torch.channels_last)  # convolutions: about a third faster on CPUs
-        patches, grid = self._read(self._extract(images), (images.shape[2], images.shape[3]))
-        return Features(patches.mean(dim=1, keepdim=True), patches, grid)
+        patches, regions = self._read(self._extract(images), (images.shape[2], images.shape[3]))
+        return Features(patches.mean(dim=1, keepdim=True), patches, regions)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each patch sees its box alone: nothing outside the box can change its feature."""
+        return self.regions.is_local
+
+    def measure(self) -> Backbone:
+        """Measure the receptive field of each cell, which then stands in ``regions.sees`` and in the recipe.
+
+        Windows know theirs; other models count as seeing the whole image until they are measured.
+        """
+        if not isinstance(self.model, WindowedModel):
+            self._set_sees(receptive_fields(self, self.preprocessing.size))
+        return self
+
+    def _set_sees(self, sees: Sequence[Region]) -> None:
+        if len(sees) != len(self.regions):
+            raise InputError(
+                f"sees has {len(sees)} regions; {self.name} has {len(self.regions)} patches; measure again"
+            )
+        self._sees = tuple(sees)
+        self.regions = replace(self.regions, sees=self._sees)
+        if self.recipe is not None:
+            self.recipe["sees"] = [list(region) for region in sees]
 
     def freeze(self) -> Backbone:
         """Stop gradients and stay in eval mode (norm statistics, dropout) whatever a parent's ``train()`` says.
@@ -156,8 +190,10 @@ class Backbone(nn.Module):
                 f"size=({height}, {width}) or, for a ViT, dynamic_img_size=True"
             ) from cause
 
-    def _read(self, output: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """The model's output for images of ``size`` (height, width) as patches (B, L, C) and grid (h, w)."""
+    def _read(self, output: Tensor, size: tuple[int, int]) -> tuple[Tensor, Regions]:
+        """The model's output for images of ``size`` (height, width) as patches (B, L, C) and their regions."""
+        if isinstance(self.model, WindowedModel):
+            return output, self.model.regions(size)
         patches, grid = LAYOUTS[self.layout](output, size, self.tokens)
         if patches.ndim != 3 or patches.shape[1] != grid[0] * grid[1]:
             raise InputError(
@@ -165,11 +201,16 @@ class Backbone(nn.Module):
                 f"fill a grid as {self.layout} with {self.tokens.prefix} tokens dropped in front; expected h * w "
                 "cells; give layout= or prefix_tokens= (1 for a class token), or another image size"
             )
-        return patches, grid
+        return patches, Regions.grid(grid, size, self._sees if size == self.preprocessing.size else None)
 
 
 def create_backbone(
-    name_or_module: str | nn.Module, pretrained: bool | str | Path = True, **overrides: Any
+    name_or_module: str | nn.Module,
+    pretrained: bool | str | Path = True,
+    *,
+    windows: Any = None,
+    window_input: int | None = None,
+    **overrides: Any,
 ) -> Backbone:
     """A backbone from a name or from a module.
 
@@ -186,37 +227,51 @@ def create_backbone(
             ones (downloaded or cached). False: random weights. A path: a state dict, ``.safetensors``, ``.pt`` or
             ``.pth`` (tensors only: nothing is ever unpickled); a classifier in it is ignored. For a module, only a path
             counts.
+        windows: cut the image into windows that the model sees one by one, alone: a size, several, or
+            ``{"size": 64, "stride": 32}`` (:class:`protopush.backbones.windows.Windows`).
+        window_input: the side that windows are enlarged to before the model.
         overrides: ``mean``, ``std``, ``size`` (height, width), ``interpolation`` of the preprocessing (default: the
             model's own, else ImageNet's at 224x224, bicubic; models with a fixed image size are built for ``size``);
-            ``layout``, ``prefix_tokens`` and ``name`` of the :class:`Backbone`; all others go to ``timm.create_model``,
-            or to the function of ``BUILDERS`` that the name's prefix stands for.
+            ``layout``, ``prefix_tokens``, ``name`` and ``sees`` of the :class:`Backbone`; ``stage`` of a timm model, an
+            earlier level to stop at (:func:`protopush.backbones.timm_models.up_to_stage`); all others go to
+            ``timm.create_model``, or to the function of ``BUILDERS`` that the name's prefix stands for.
 
     Raises:
         InputError: an unknown name or override, weights that cannot be had or do not fit, a model without a map.
 
     Example:
         >>> backbone = create_backbone("resnet18", pretrained=False)
-        >>> backbone.channels, backbone(torch.zeros(1, 3, 224, 224)).grid
-        (512, (7, 7))
+        >>> backbone.channels, backbone(torch.zeros(1, 3, 224, 224)).patches.shape
+        (512, torch.Size([1, 49, 512]))
+        >>> local = create_backbone("resnet18", pretrained=False, windows={"size": 56, "stride": 28})
+        >>> local(torch.zeros(1, 3, 224, 224)).patches.shape, local.is_local
+        (torch.Size([1, 49, 512]), True)
         >>> create_backbone(nn.Conv2d(3, 8, 16, 16), size=(32, 64)).name
         'Conv2d'
         >>> create_backbone("fusion:resnet18+convnext_atto", pretrained=False).channels
         512
     """
+    cut = None if windows is None else Windows.of(windows, window_input)
+    if cut is None and window_input is not None:
+        raise InputError(
+            f"window_input is {window_input} without windows; expected windows; give them, or leave it out"
+        )
     given = _take(overrides, "mean", "std", "size", "interpolation")
-    reading = _take(overrides, "layout", "prefix_tokens")
+    reading = _take(overrides, "layout", "prefix_tokens", "sees")
     name = overrides.pop("name", None)
     if isinstance(name_or_module, nn.Module):
         if overrides:
             raise InputError(
-                f"a module takes no {listing(list(overrides))}; expected only preprocessing, layout, prefix_tokens and "
-                "name; set these in the module"
+                f"a module takes no {listing(list(overrides))}; expected only preprocessing, windows, layout, "
+                "prefix_tokens and name; set these in the module"
             )
         model, own, recipe = name_or_module, preprocessing_of(name_or_module), {"name": type(name_or_module).__name__}
     else:
         prefix, _, rest = name_or_module.partition(":")
         if prefix in BUILDERS:
-            model, own, recipe = BUILDERS[prefix](rest, pretrained is True, overrides, given)
+            asked = given if cut is None else {**given, "size": cut.largest(given.get("size", Preprocessing.size))}
+            model, own, recipe = BUILDERS[prefix](rest, pretrained is True, overrides, asked)
+            own = own if cut is None else replace(own, size=Preprocessing.size)
         else:
             model, own, recipe = timm_model(name_or_module, pretrained is True, overrides)
         recipe = {"name": name_or_module, **recipe}
@@ -224,11 +279,16 @@ def create_backbone(
     if not isinstance(pretrained, bool):
         load_weights(model, Path(pretrained), recipe["name"])
     preprocessing = Preprocessing.from_dict({**own.to_dict(), **given})
+    seen = preprocessing if cut is None else replace(preprocessing, size=cut.largest(preprocessing.size))
     set_input_size: Any = getattr(model, "set_input_size", None)
-    if "size" in given and set_input_size is not None:
-        set_input_size(preprocessing.size)  # timm's ViTs and Swins are built for one size of images
+    if seen.size != own.size and set_input_size is not None:
+        set_input_size(seen.size)  # timm's ViTs and Swins are built for one size of images
     only_used = model is not name_or_module
-    return Backbone(model, recipe["name"], preprocessing, only_used=only_used, recipe=recipe, **reading)
+    backbone = Backbone(model, recipe["name"], seen, only_used=only_used, recipe=recipe, **reading)
+    if cut is None:
+        return backbone
+    windowed = {**recipe, "windows": {"size": cut.size, "stride": cut.stride}, "window_input": cut.input}
+    return Backbone(WindowedModel(backbone, cut), backbone.name, preprocessing, recipe=windowed)
 
 
 def _take(overrides: dict[str, Any], *keys: str) -> dict[str, Any]:

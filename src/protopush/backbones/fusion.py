@@ -53,7 +53,7 @@ class FusedModel(nn.Module):
             raise InputError(f"unknown gate {gate!r}; expected one of {', '.join(GATES)}; choose one")
         if width is not None and (not isinstance(width, int) or width < 1):
             raise InputError(f"fused_dim is {width!r}; expected a number of channels above 0; correct it")
-        _check_grids([(part.name, part.grid) for part in parts], parts[0].preprocessing.size)
+        _check_grids([(part.name, part.regions.raster) for part in parts], parts[0].preprocessing.size)
         width = width or parts[0].channels
         count = len(parts)
         self.parts = nn.ModuleList(parts)
@@ -75,7 +75,7 @@ class FusedModel(nn.Module):
         """
         scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
         features = [part(images * scale[i] + shift[i] if i else images) for i, part in enumerate(self.parts)]
-        grids = [(str(part.name), seen.grid) for part, seen in zip(self.parts, features, strict=True)]
+        grids = [(str(part.name), seen.regions.raster) for part, seen in zip(self.parts, features, strict=True)]
         _check_grids(grids, (images.shape[2], images.shape[3]))
         aligned = [
             norm(project(seen.patches))
@@ -84,7 +84,7 @@ class FusedModel(nn.Module):
         parts = torch.stack(aligned, dim=2)  # (B, L, parts, width)
         gate = self.gate(parts.flatten(2)).unflatten(2, (len(aligned), -1)).softmax(dim=2)
         fused: Tensor = (gate * parts).sum(dim=2)
-        return fused.reshape(fused.shape[0], *features[0].grid, -1)  # len() would fix the size of batches in an export
+        return fused.reshape(fused.shape[0], *grids[0][1], -1)  # len() would fix the size of batches in an export
 
 
 def fused_model(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from protopush._compat import ensure_torchvision
 from protopush.backbones.weights import PRETRAINED_SOURCES, load_in_order
@@ -23,7 +24,7 @@ def timm_model(name: str, pretrained: bool, options: Mapping[str, Any]) -> Built
     Args:
         name: any that ``timm.create_model`` takes, also ``hf-hub:...`` and ``local-dir:...``.
         pretrained: load weights: those of ``PRETRAINED_SOURCES`` where their package is installed, else timm's.
-        options: go to ``timm.create_model``.
+        options: ``stage``, where to stop (:func:`up_to_stage`); all others go to ``timm.create_model``.
 
     Raises:
         InputError: an unknown name, weights or options, or no network.
@@ -36,6 +37,8 @@ def timm_model(name: str, pretrained: bool, options: Mapping[str, Any]) -> Built
     ensure_torchvision()
     import timm
 
+    options = dict(options)
+    stage = options.pop("stage", None)
     source = PRETRAINED_SOURCES.get(name) if pretrained else None
     file = source.find() if source else None
     _check_name(name, pretrained and file is None)
@@ -58,7 +61,87 @@ def timm_model(name: str, pretrained: bool, options: Mapping[str, Any]) -> Built
     if source and file:
         load_in_order(model, torch.load(file, map_location="cpu", weights_only=True), file)
         own = Preprocessing(source.mean, source.std, own.size, own.interpolation)
-    return model, own, _recipe(model, name, options)
+    recipe = _recipe(model, name, options)
+    if stage is None:
+        return model, own, recipe
+    return up_to_stage(model, stage, name), own, recipe | {"stage": stage}
+
+
+class StageModel(nn.Module):
+    """A timm model up to one level of its feature extraction: images to a map (B, C, h, w). Later layers are gone."""
+
+    def __init__(self, model: nn.Module, stage: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        model.prune_intermediate_layers([stage], prune_norm=True)  # type: ignore[operator]
+        self.stage = stage
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the map of the level."""
+        (found,) = self.model.forward_intermediates(
+            images, indices=[self.stage], norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        kept: Tensor = found
+        return kept
+
+    def set_input_size(self, size: tuple[int, int]) -> None:
+        """For models that are built for one size of images."""
+        if hasattr(self.model, "set_input_size"):
+            self.model.set_input_size(size)
+
+
+def up_to_stage(model: nn.Module, stage: int | str, name: str) -> nn.Module:
+    """A timm model cut off behind a level or a layer.
+
+    Args:
+        model: with its weights; it is taken apart.
+        stage: a level, from 0 (or from the end, -1), of timm's feature extraction: ``model.feature_info`` lists them;
+            or a layer by its name, ``"blocks.3"`` (:func:`timm.models.create_feature_extractor`).
+        name: of the model, for messages.
+
+    Raises:
+        InputError: the model has no such level or layer, or cannot be cut there.
+    """
+    if isinstance(stage, str):
+        return _up_to_layer(model, stage, name)
+    levels = [str(level["module"]) for level in getattr(model, "feature_info", [])]
+    if not hasattr(model, "prune_intermediate_layers") or not -len(levels) <= stage < len(levels):
+        raise InputError(
+            f"{name} has no stage {stage}; expected 0 to {len(levels) - 1} ({listing(levels)}), or the name of a layer"
+        )
+    return StageModel(model, stage)
+
+
+def _up_to_layer(model: nn.Module, layer: str, name: str) -> nn.Module:
+    from timm.models import create_feature_extractor
+
+    names = [known for known, _ in model.named_modules() if known]
+    if layer not in names:
+        near = get_close_matches(layer, names, n=3, cutoff=0.5) or names[:3]
+        raise InputError(f"{name} has no layer {layer!r} to stop at; did you mean {', '.join(near)}?")
+    try:
+        with warnings.catch_warnings():  # the layers of training and evaluation differ where there is dropout: as meant
+            warnings.simplefilter("ignore")
+            traced = create_feature_extractor(model, {layer: "map"})
+    except Exception as cause:
+        raise InputError(
+            f"{name} cannot be cut off at {layer} ({first_line(cause)}); expected a convolutional model; give the "
+            "number of a stage"
+        ) from cause
+    return LayerModel(traced)
+
+
+class LayerModel(nn.Module):
+    """A traced model up to one layer: images to its output."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.model = traced
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the output of the layer."""
+        found: Tensor = self.model(images)["map"]
+        return found
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:

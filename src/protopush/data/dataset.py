@@ -29,7 +29,7 @@ class Provenance:
         sha256: of the file's bytes.
         group: lesion, patient, module, ...
         view: where its cells lie in the file (None: unknown, then an anchor has no box); also any object that has
-            ``original``, (width, height), and ``cell_box(cell, grid)``.
+            ``original``, (width, height), and ``original_box(region)``.
     """
 
     sample_id: int | str

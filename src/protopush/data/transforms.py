@@ -116,22 +116,25 @@ class View:
         offset = ((resized[0] - crop_width) // 2, (resized[1] - crop_height) // 2)
         return cls(original, resized, offset, (crop_width, crop_height))
 
-    def cell_box(self, cell: int, grid: tuple[int, int]) -> Box:
-        """The pixels (x0, y0, x1, y1) of the original picture under a cell of a (rows, columns) grid.
+    def original_box(self, region: Sequence[float]) -> Box:
+        """The pixels of the original picture under a region of the model's input, both (x0, y0, x1, y1).
 
-        x1 and y1 are exclusive, as in ``PIL.Image.crop``.
+        x1 and y1 are exclusive, as in ``PIL.Image.crop``; at least one pixel.
 
         Example:
-            >>> View.of((448, 448), (224, 224)).cell_box(8, (7, 7))
+            >>> View.of((448, 448), (224, 224)).original_box((32, 32, 64, 64))
             (64, 64, 128, 128)
         """
-        row, column = divmod(cell, grid[1])
-        x0, x1 = (self._back(column + step, grid[1], axis=0) for step in (0, 1))
-        y0, y1 = (self._back(row + step, grid[0], axis=1) for step in (0, 1))
+        x0, y0, x1, y1 = (self._back(edge, axis=i % 2) for i, edge in enumerate(region))
         return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
-    def _back(self, edge: int, cells: int, axis: int) -> int:
-        resized = edge * self.crop[axis] / cells + self.offset[axis]
+    @property
+    def seen(self) -> Box:
+        """The part of the original picture that the model sees."""
+        return self.original_box((0, 0, *self.crop))
+
+    def _back(self, edge: float, axis: int) -> int:
+        resized = edge + self.offset[axis]
         return min(max(round(resized * self.original[axis] / self.resized[axis]), 0), self.original[axis])
 
 

@@ -16,7 +16,7 @@ from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Sample
 from protopush.metrics.classification import classification_metrics
 from protopush.metrics.faithfulness import area_under, blur, deletion_curve, location_misalignment, relevance_ordering
-from protopush.metrics.localization import activation_share, anchor_share, outside_inside_ratio, pointing_game
+from protopush.metrics.localization import activation_share, box_share, outside_inside_ratio, pointing_game
 from protopush.metrics.prototype_quality import prototype_metrics
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
@@ -78,12 +78,12 @@ class _Target:
         output: HeadOutput = self.run.model(images)
         return output.logits.float().softmax(dim=1)[torch.arange(len(images)), self.predicted[places]]
 
-    def maps(self, images: Tensor, places: Tensor) -> Tensor:
-        """(B, h, w): the similarity of every cell to the strongest prototype."""
+    def patches(self, images: Tensor, places: Tensor) -> Tensor:
+        """(B, L): the similarity of every patch to the strongest prototype."""
         features: Features = self.run.model.backbone(images)
         prototypes = self.run.head.prototypes()[self.predicted[places], self.strongest[places]]
-        cells = self.run.head.embed(features.patches) @ prototypes.unsqueeze(-1)
-        return cells.view(-1, *features.grid)
+        similarities: Tensor = (self.run.head.embed(features.patches) @ prototypes.unsqueeze(-1)).squeeze(-1)
+        return similarities
 
 
 def _of_batch(target: _Target, images: Tensor, evidence: Tensor, seed: int) -> Tensor:
@@ -91,22 +91,13 @@ def _of_batch(target: _Target, images: Tensor, evidence: Tensor, seed: int) -> T
     hidden = blur(images)
     ordering, chance = relevance_ordering(target.probability, images, evidence, STEPS, RANDOM_ORDERS, seed, hidden)
     deletion = area_under(deletion_curve(target.probability, images, evidence, STEPS, hidden))
-    maps = target.maps(images, torch.arange(len(images)))
+    peaks = target.patches(images, torch.arange(len(images))).argmax(dim=1)
     preprocessing = target.run.transform.preprocessing
     change = CHANGE / max(preprocessing.std)
-    moved = location_misalignment(target.maps, images, _peak_boxes(maps, images.shape[2:]), change)
+    boxes = _whole_pixels(torch.tensor(target.run.model.backbone.regions.boxes)[peaks.cpu()])
+    moved = location_misalignment(target.patches, images, boxes, change)
     numbers = (ordering + chance, deletion, chance, ordering, moved["location_change"], moved["activation_change"])
     return torch.stack([values.double() for values in numbers])
-
-
-def _peak_boxes(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The cells of the peaks, in pixels, outward where a cell ends within a pixel: int (B, 4)."""
-    rows, columns = maps.shape[1:]
-    peak = maps.flatten(1).argmax(dim=1)
-    y, x = peak // columns, peak % columns
-    low = (x * size[1] // columns, y * size[0] // rows)
-    high = (-(-(x + 1) * size[1] // columns), -(-(y + 1) * size[0] // rows))
-    return torch.stack([*low, *high], dim=1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +129,7 @@ class Observed(NamedTuple):
         contributions: (N, C, K).
         labels: (N,).
         strongest: (N,), the predicted class's prototype with the largest contribution.
+        peaks: (N, 4), the box of its best patch, in pixels of the model's input.
         maps: (N, h, w), its map as a picture draws it: from its lowest value up.
         evidence: (N, h, w), the maps of all prototypes of the predicted class, weighted as in its logit.
     """
@@ -147,6 +139,7 @@ class Observed(NamedTuple):
     contributions: Tensor
     labels: Tensor
     strongest: Tensor
+    peaks: Tensor
     maps: Tensor
     evidence: Tensor
 
@@ -215,30 +208,32 @@ def observe(run: Run, dataset: ImageDataset, device: torch.device | str = "cpu",
         for features, labels, _ in outputs:
             output: HeadOutput = run.head(features)
             of_class, every = output.logits.argmax(dim=1), torch.arange(len(labels))
-            maps = drawn_maps(run, features, output, of_class)
+            values, draw = drawn_values(run, features, output, of_class), features.regions.map
             strongest = output.contributions[every, of_class].argmax(dim=1)
+            boxes = torch.tensor(features.regions.boxes, device=values.device)
             observed = Observed(
                 probabilities=output.logits.float().softmax(dim=1),
                 similarities=output.similarities.float(),
                 contributions=output.contributions.float(),
                 labels=labels,
                 strongest=strongest,
-                maps=maps[every, strongest],
-                evidence=(maps * weights[of_class].view(*maps.shape[:2], 1, 1)).sum(dim=1),
+                peaks=boxes[values[every, strongest].argmax(dim=1)],
+                maps=draw(values[every, strongest]),
+                evidence=draw((values * weights[of_class].unsqueeze(-1)).sum(dim=1)),
             )
             batches.append([values.cpu() for values in observed])
     return Observed(*map(torch.cat, zip(*batches, strict=True)))
 
 
-def drawn_maps(run: Run, features: Features, output: HeadOutput, of_class: Tensor) -> Tensor:
-    """The maps (B, K, h, w) of one class's prototypes for each image, each from its lowest value up.
+def drawn_values(run: Run, features: Features, output: HeadOutput, of_class: Tensor) -> Tensor:
+    """The values (B, K, L) of the maps of one class's prototypes for each image, each from its lowest value up.
 
-    A model that compares prototypes with the pooled feature has no map. The cosine of its prototypes and every cell is
+    A model that compares prototypes with the pooled feature has no map. The cosine of its prototypes and every patch is
     what people draw in that place; whether it is right is for the measures of faithfulness to say.
     """
     every = output._replace(embeddings=run.head.embed(features.patches)).maps
-    maps = every[torch.arange(len(every)), of_class]
-    return (maps - maps.amin(dim=2, keepdim=True)).view(*maps.shape[:2], *features.grid)
+    values = every[torch.arange(len(every)), of_class]
+    return values - values.amin(dim=2, keepdim=True)
 
 
 def _localization(
@@ -252,13 +247,16 @@ def _localization(
     for i in masked:
         mask = seen_mask(dataset.samples[i], run.transform).unsqueeze(0)
         maps = seen.maps[i : i + 1]
-        found = (activation_share(maps, mask), pointing_game(maps, mask), outside_inside_ratio(maps, mask))
+        peak = seen.peaks[i : i + 1]
+        on_mask = box_share(_whole_pixels(peak), mask)
+        found = (activation_share(maps, mask), pointing_game(peak, mask), on_mask, outside_inside_ratio(maps, mask))
         rows.append([*(float(value) for value in found), float(mask.double().mean())])
-    shares, hits, ratios, areas = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
+    shares, hits, peaks, ratios, areas = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
     return {
         "images": len(masked),
         "activation_on_mask": _defined(shares).mean().item(),
         "pointing_game": _defined(hits).mean().item(),
+        "peaks_on_mask": peaks.mean().item(),
         "outside_inside_ratio": _defined(ratios).median().item(),
         "mask_area": areas.mean().item(),
     } | _anchors_on_mask(run, known)
@@ -270,13 +268,18 @@ def _anchors_on_mask(run: Run, known: Mapping[str, Sample]) -> dict[str, Any]:
     if not with_mask:
         return {"anchors": 0, "anchors_on_mask": None, "anchors_mask_area": None}
     masks = [torch.from_numpy(read_mask(sample)) for _, sample in with_mask]
-    shares = anchor_share(torch.tensor([anchor.box for anchor, _ in with_mask]), masks)
+    shares = box_share(torch.tensor([anchor.box for anchor, _ in with_mask]), masks)
     areas = [float(seen_mask(sample, run.transform).double().mean()) for _, sample in with_mask]
     return {
         "anchors": len(with_mask),
         "anchors_on_mask": float(shares.mean()),
         "anchors_mask_area": sum(areas) / len(areas),
     }
+
+
+def _whole_pixels(boxes: Tensor) -> Tensor:
+    """Boxes (N, 4) outward to whole pixels."""
+    return torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).long()
 
 
 def _defined(values: Tensor) -> Tensor:

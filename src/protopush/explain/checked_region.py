@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from protopush.backbones.regions import Regions
 from protopush.data.transforms import Box, EvalTransform, View, to_tensor
 from protopush.errors import InputError
 from protopush.explain.explanation import Match
@@ -139,8 +140,9 @@ class _Hiding:
         if after < before:
             order = alone[:, place[0], place[1]].argsort(stable=True).tolist()
             found, hidden = self._needed(order, place, before - drop * (before - after))
-        boxes = [self.view.cell_box(block, (self.blocks, self.blocks)) for block in sorted(found)]
-        seen, area = self.view.cell_box(0, (1, 1)), sum(overlap(box, box) for box in boxes)
+        cells = Regions.grid((self.blocks, self.blocks), (self.sharp.shape[1], self.sharp.shape[2])).boxes
+        boxes = [self.view.original_box(cells[block]) for block in sorted(found)]
+        seen, area = self.view.seen, sum(overlap(box, box) for box in boxes)
         return Region(
             *place,
             boxes=boxes,

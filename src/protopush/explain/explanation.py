@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from protopush.backbones.create import Features
+from protopush.backbones.regions import Regions
 from protopush.data.images import read_image
 from protopush.data.transforms import Box, EvalTransform, View
 from protopush.errors import InputError, listing
@@ -26,19 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Match:
-    """One prototype of a class and the cell of the picture that it likes best.
+    """One prototype of a class and the patch of the picture that is most similar to it.
 
     Attributes:
         class_index: the class that owns the prototype.
         prototype: its slot within the class, from 0.
-        similarity: cosine of the prototype and the cell, [-1, 1].
+        similarity: cosine of the prototype and the patch, [-1, 1].
         weight: what a similarity of 1 would add to the logit.
         contribution: what it does add: ``similarity * weight``.
-        cell: row by row from 0 in ``grid`` (rows, columns).
-        grid: of the model's last feature map; (1, 1) for a model that matches the pooled feature.
-        box: the cell, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
+        cell: the patch's number, from 0.
+        box: the patch, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
+        sees: likewise, all that the similarity can depend on; no more than the box where the model is local.
         anchor: the training patch that the prototype stands for; None before the first push.
-        map: cosine of the prototype and every cell, ``grid`` rows of columns; its largest is ``similarity``.
+        map: cosine of the prototype and every patch, rows of columns over the part that the model saw: each square has
+            the largest of the patches that cover it. One value for a model that matches the pooled feature.
     """
 
     class_index: int
@@ -47,8 +49,8 @@ class Match:
     weight: float
     contribution: float
     cell: int
-    grid: tuple[int, int]
     box: Box
+    sees: Box
     anchor: Anchor | None
     map: tuple[tuple[float, ...], ...] = ()
 
@@ -142,7 +144,7 @@ class Explanation:
     @property
     def seen(self) -> Box:
         """The part of the original picture that the model saw."""
-        return self.view.cell_box(0, (1, 1))
+        return self.view.seen
 
     def of(self, class_name: str) -> ClassEvidence:
         """The evidence for a class.
@@ -243,10 +245,11 @@ def explain_batch(
         features: Features = model.backbone(images)
         output: HeadOutput = head(features)
         weights = head.weights().tolist()
-    grid = features.grid if head.match == "local" else (1, 1)
+    regions = features.regions if head.match == "local" else Regions.whole(features.regions.size)
     logits, biases = output.logits.double().cpu(), head.bias.tolist()
     # (B, C, K) each, brought over from the device at once
-    terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, output.maps)]
+    maps = regions.map(output.maps)
+    terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, maps)]
     used = head.proto_manager.mask().tolist()
     explanations = []
     for i, (file, view) in enumerate(zip(files, views, strict=True)):
@@ -267,12 +270,12 @@ def explain_batch(
                     weight=weight,
                     contribution=contribution,
                     cell=cell,
-                    grid=grid,
-                    box=view.cell_box(cell, grid),
+                    box=view.original_box(regions.boxes[cell]),
+                    sees=view.original_box(regions.sees[cell]),
                     anchor=head.proto_manager.anchor(c, k),
-                    map=tuple(tuple(values[start : start + grid[1]]) for start in range(0, len(values), grid[1])),
+                    map=tuple(map(tuple, rows)),
                 )
-                for k, (weight, similarity, contribution, cell, values) in enumerate(columns)
+                for k, (weight, similarity, contribution, cell, rows) in enumerate(columns)
                 if used[c][k]
             ]
             matches.sort(key=lambda match: -match.contribution)  # stable: the lower slot first among equals

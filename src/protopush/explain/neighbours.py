@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from protopush.backbones.create import Features
+from protopush.backbones.regions import Regions
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
@@ -31,9 +32,8 @@ class Neighbour:
         name: its file, relative to the data's root.
         class_index: its label.
         similarity: cosine of the prototype and the patch.
-        cell: row by row from 0 in ``grid``.
-        grid: (rows, columns).
-        box: the cell, in pixels of the upright original picture.
+        cell: the patch's number, from 0.
+        box: the patch, in pixels of the upright original picture.
     """
 
     sample: int
@@ -41,7 +41,6 @@ class Neighbour:
     class_index: int
     similarity: float
     cell: int
-    grid: tuple[int, int]
     box: Box
 
 
@@ -90,13 +89,13 @@ def find_neighbours(
     anchored = [place.get(str(anchor.sample_id), -1) if anchor is not None else -1 for anchor in manager.anchors]
     anchor_of, class_of = torch.tensor(anchored).view(shape), torch.arange(shape[0]).unsqueeze(1)
     best = _Best(shape, own), _Best(shape, others)
-    grid = (1, 1)
+    regions: Regions | None = None
     loader: DataLoader[Any] = DataLoader(view, batch_size=inference_batch_size(device), num_workers=num_workers)
     features: Features
     with iterate_outputs(model, loader, device, advance, call=model.backbone) as outputs:
         for features, labels, ids in outputs:
             output: HeadOutput = head(features)
-            grid = features.grid if head.match == "local" else (1, 1)
+            regions = features.regions if head.match == "local" else Regions.whole(features.regions.size)
             found, cells = output.similarities.float().cpu(), output.cells.cpu()
             of_class = labels.view(-1, 1, 1) == class_of
             best[0].add(found.masked_fill(~of_class | (ids.view(-1, 1, 1) == anchor_of), -torch.inf), cells, ids)
@@ -104,7 +103,7 @@ def find_neighbours(
     used = manager.mask().tolist()
     return [
         [
-            Neighbours(*(some.neighbours(view, c, k, grid) for some in best)) if used[c][k] else None
+            Neighbours(*(some.neighbours(view, c, k, regions) for some in best)) if used[c][k] and regions is not None else None
             for k in range(shape[1])
         ]
         for c in range(shape[0])
@@ -128,13 +127,13 @@ class _Best:
         self.cells = torch.cat([self.cells, cells]).gather(0, order)
         self.ids = torch.cat([self.ids, ids.view(-1, 1, 1).expand_as(cells)]).gather(0, order)
 
-    def neighbours(self, view: ImageDataset, c: int, k: int, grid: tuple[int, int]) -> list[Neighbour]:
+    def neighbours(self, view: ImageDataset, c: int, k: int, regions: Regions) -> list[Neighbour]:
         """Those of one prototype, with their boxes."""
         columns = (some[:, c, k].tolist() for some in (self.similarities, self.cells, self.ids))
         found = []
         for similarity, cell, i in zip(*columns, strict=True):
             if similarity > -torch.inf:
                 sample = view.samples[i]
-                box = view.eval_transform.view(image_size(sample.image)).cell_box(cell, grid)
-                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, grid, box))
+                box = view.eval_transform.view(image_size(sample.image)).original_box(regions.boxes[cell])
+                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, box))
         return found

@@ -116,7 +116,7 @@ class _Evidence(canvas.Page):
         self.small = canvas.resized(self.image, self.sizes.side, self.sizes.side)
         matches = [match for some in classes for match in some.matches]
         self.longest = max((abs(match.contribution) for match in matches), default=0.0) or 1.0  # fills a bar's width
-        self.whole = any(match.grid == (1, 1) for match in matches)  # the model compares whole pictures
+        self.whole = any(_compares_whole(match) for match in matches)  # the model compares whole pictures
         shown = {(match.class_index, match.prototype) for some in classes for match in some.matches[:most]}
         places = {(region.class_index, region.prototype): region for region in regions}
         self.regions = {place: region for place, region in places.items() if place in shown}
@@ -183,7 +183,7 @@ class _Evidence(canvas.Page):
     def map(self, x: int, y: int, match: Match) -> int:
         """The whole picture, small: how similar each place of it is, and the region that was checked."""
         sizes, side, view = self.sizes, self.sizes.side, self.explanation.view
-        mapped, region = match.grid != (1, 1) and bool(match.map), self.region_of(match)
+        mapped, region = bool(match.map) and not _compares_whole(match), self.region_of(match)
         shown = canvas.with_map(self.small, match.map, view) if mapped else canvas.with_unseen(self.small, view)
         if region is not None:
             shown = canvas.with_outline(shown, region.boxes, self.explanation.image_size, 3 if sizes.narrow else 2)
@@ -280,6 +280,10 @@ class _Evidence(canvas.Page):
         below = self.text(x, below, f"So {said} is {times} times as probable as {other}.", sizes.head, width, most=4)
         note = f"exp({style.decimal(why.difference)}) = {times}; all numbers are rounded"
         return max(y, self.note(x, below, note, width))
+
+
+def _compares_whole(match: Match) -> bool:
+    return len(match.map) == len(match.map[0]) == 1 if match.map else False
 
 
 def _times(difference: float) -> str:

@@ -129,7 +129,8 @@ def location_misalignment(
     box around the highest activations.
 
     Args:
-        maps_of: images (B, 3, H, W) and their places to similarity maps (B, h, w), differentiable.
+        maps_of: images (B, 3, H, W) and their places to the similarities of all patches (B, L) or (B, h, w),
+            differentiable.
         images: (N, 3, H, W).
         boxes: int (N, 4), x0, y0, x1, y1 in pixels of the images: the boxes that the explanation shows.
         epsilon: the largest change of a pixel, in the images' units.

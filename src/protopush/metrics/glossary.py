@@ -118,6 +118,11 @@ TERMS: dict[str, dict[str, Term]] = {
             "How often the most similar part lies on the marked region.",
             chance="mask_area",
         ),
+        "peaks_on_mask": Term(
+            "box of the strongest part on the region",
+            "The share of the most similar part's box that lies on the marked region; mean over images.",
+            chance="mask_area",
+        ),
         "outside_inside_ratio": Term(
             "outside to inside",
             "Mean similarity outside the marked region, divided by that inside; median over images.",

@@ -1,8 +1,8 @@
 """Localization of maps, anchors and prototypes: on the object (a mask), or on one and the same part of it (points).
 
-Maps are (N, h, w) on the model's grid, of any h and w; negative values count as 0. Masks are (N, H, W), bool or in
-[0, 1], of the same view of the images: what the model saw, resized and cropped alike. A mask is brought onto the grid
-exactly, as the share of each cell that it covers. Results are float64 (N,), NaN where a number is undefined.
+Maps are (N, h, w), an even grid over the image, of any h and w; negative values count as 0. Masks are (N, H, W), bool
+or in [0, 1], of the same view of the images: what the model saw, resized and cropped alike. A mask is brought onto the
+grid exactly, as the share of each cell that it covers. Results are float64 (N,), NaN where a number is undefined.
 
 Parts, with P prototypes and K parts: points (N, K, 2) are x and y in pixels, visible (N, K) says which parts an image
 shows, boxes (N, P, 4) are x0, y0, x1, y1 in pixels, inside (N, P, K) says whether a visible part's point lies in the
@@ -37,26 +37,31 @@ def activation_share(maps: Tensor, masks: Tensor) -> Tensor:
     return (values * shares).sum(dim=(1, 2)) / values.sum(dim=(1, 2))
 
 
-def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 where the peak of maps (N, h, w) lies on masks (N, H, W), 0 where it lies beside; higher is better.
+def pointing_game(boxes: Tensor, masks: Tensor) -> Tensor:
+    """1 where the middle of the best patch's box lies on its image's mask, 0 where it lies beside; higher is better.
 
-    The peak is the middle of the largest cell (the first of equals), and lies on the mask if the pixel there does:
-    where four pixels meet, the lower right one. A peak put anywhere by chance hits with the mask's share of the area.
-    NaN where the map is not finite. Source: Zhang et al., 2018.
+    Where four pixels meet in the middle, the lower right one counts. A box put anywhere by chance hits with the mask's
+    share of the area. Source: Zhang et al., 2018.
+
+    Args:
+        boxes: (N, 4), x0, y0, x1, y1 in pixels of the masks; NaN gives NaN.
+        masks: (N, H, W).
 
     Example:
         >>> mask = torch.zeros(1, 4, 4)
         >>> mask[:, :2] = 1.0
-        >>> pointing_game(torch.tensor([[[3.0, 0.0], [1.0, 0.0]]]), mask)
+        >>> pointing_game(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), mask)
         tensor([1.], dtype=torch.float64)
     """
-    _check(maps, masks)
-    (rows, columns), (height, width) = maps.shape[1:], masks.shape[1:]
-    peak = maps.flatten(1).argmax(dim=1)
-    y = (peak // columns * 2 + 1) * height // (2 * rows)
-    x = (peak % columns * 2 + 1) * width // (2 * columns)
+    if boxes.shape != (len(masks), 4):
+        raise InputError(f"boxes of shape {tuple(boxes.shape)} for {len(masks)} masks; expected a box for each mask")
+    known, middle = boxes.isfinite().all(dim=1), (boxes.double()[:, :2] + boxes.double()[:, 2:]) / 2
+    x, y = (
+        (values.nan_to_num() + 1e-6).floor().long().clamp(0, side - 1)
+        for values, side in zip(middle.unbind(dim=1), (masks.shape[2], masks.shape[1]), strict=True)
+    )
     hit = (masks[torch.arange(len(masks)), y, x].double() > 0.5).double()
-    return hit.masked_fill(~maps.flatten(1).isfinite().all(dim=1), torch.nan)
+    return hit.masked_fill(~known, torch.nan)
 
 
 def outside_inside_ratio(maps: Tensor, masks: Tensor) -> Tensor:
@@ -79,13 +84,13 @@ def outside_inside_ratio(maps: Tensor, masks: Tensor) -> Tensor:
     return mean_outside / mean_inside
 
 
-def anchor_share(boxes: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The share (P,) of each anchor's box that lies on its image's mask, [0, 1], higher is better.
+def box_share(boxes: Tensor, masks: Sequence[Tensor] | Tensor) -> Tensor:
+    """The share (P,) of each box that lies on its image's mask, [0, 1], higher is better: of anchors, of peaks.
 
     A box put anywhere by chance has the mask's share of the area.
 
     Args:
-        boxes: int (P, 4), x0, y0, x1, y1 in pixels, x1 and y1 exclusive.
+        boxes: (P, 4), x0, y0, x1, y1 in whole pixels, x1 and y1 exclusive.
         masks: P masks (H, W), each of its own size.
 
     Raises:
@@ -94,11 +99,11 @@ def anchor_share(boxes: Tensor, masks: Sequence[Tensor]) -> Tensor:
     Example:
         >>> mask = torch.zeros(4, 6)
         >>> mask[:, :3] = 1
-        >>> anchor_share(torch.tensor([[2, 0, 4, 4], [0, 0, 2, 2]]), [mask, mask])
+        >>> box_share(torch.tensor([[2, 0, 4, 4], [0, 0, 2, 2]]), [mask, mask])
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
     shares = []
-    for (x0, y0, x1, y1), mask in zip(boxes.tolist(), masks, strict=True):
+    for (x0, y0, x1, y1), mask in zip(boxes.long().tolist(), masks, strict=True):
         height, width = mask.shape
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise InputError(f"box {(x0, y0, x1, y1)} in an image of {width}x{height}; expected a box within the image")

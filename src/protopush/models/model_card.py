@@ -58,12 +58,12 @@ def escaped(text: object) -> str:
 
 def _what_it_is(model: ProtoModel) -> str:
     height, width = model.backbone.preprocessing.size
-    rows, columns = model.backbone.grid
-    parts = f"each of {rows} x {columns} parts of a picture" if model.head.match == "local" else "a picture as a whole"
-    count = len(model.head.proto_manager.used_slots())
+    count = len(model.backbone.regions)
+    parts = f"each of {count} parts of a picture" if model.head.match == "local" else "a picture as a whole"
+    prototypes = len(model.head.proto_manager.used_slots())
     return (
         f"An image classifier made with protopush {__version__}. It compares {parts} ({width} x {height} pixels) with "
-        f"{count} prototypes; each prototype belongs to one class, and the logit of a class is exactly "
+        f"{prototypes} prototypes; each prototype belongs to one class, and the logit of a class is exactly "
         "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
         "of a real training image, listed below.\n\n**A research model, not a medical device.**"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from protopush.data.dataset import Provenance
 from protopush.errors import InputError
 
+if TYPE_CHECKING:
+    from protopush.backbones.regions import Region, Regions
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -20,13 +23,16 @@ class Anchor:
 
     Attributes:
         sample_id: what the dataset calls the sample (its index where it has no name).
-        cell: the patch, row by row from 0 in ``grid`` (rows, columns); (1, 1) for a pooled feature.
+        cell: the patch's number in its image, from 0.
         similarity: cosine of the prototype and the patch before the push moved the prototype.
         similarity_after: the same after the push; 1 after a hard push.
         file: the image file, relative to the data's root.
         sha256: of the file's bytes.
         group: lesion, patient, module, ...
-        box: (x0, y0, x1, y1) in pixels of the upright original picture.
+        box: the patch, (x0, y0, x1, y1) in pixels of the upright original picture.
+        sees: likewise, all that its feature can depend on.
+        region: the box in pixels of the model's input: with the file, what tells a patch from all others.
+        pooled: whether it is the image's pooled feature and no patch.
         image_size: (width, height) of that picture.
         verified: False where the dataset could not say which file or view the patch came from.
         runner_up: similarity, before the push, of the best candidate elsewhere: in another image, or in another unit
@@ -35,14 +41,16 @@ class Anchor:
 
     sample_id: int | str
     cell: int
-    grid: tuple[int, int]
+    region: Region
     similarity: float
     similarity_after: float
     file: str | None = None
     sha256: str | None = None
     group: str | None = None
     box: tuple[int, int, int, int] | None = None
+    sees: tuple[int, int, int, int] | None = None
     image_size: tuple[int, int] | None = None
+    pooled: bool = False
     verified: bool = True
     runner_up: float | None = None
 
@@ -51,9 +59,10 @@ class Anchor:
         cls,
         origin: Provenance,
         cell: int,
-        grid: tuple[int, int],
+        regions: Regions,
         similarity: float = 1.0,
         similarity_after: float = 1.0,
+        pooled: bool = False,
         verified: bool = True,
         runner_up: float | None = None,
     ) -> Anchor:
@@ -61,14 +70,16 @@ class Anchor:
         return cls(
             sample_id=origin.sample_id,
             cell=cell,
-            grid=grid,
+            region=regions.boxes[cell],
             similarity=similarity,
             similarity_after=similarity_after,
             file=origin.file,
             sha256=origin.sha256,
             group=origin.group,
-            box=origin.view.cell_box(cell, grid) if origin.view is not None else None,
+            box=origin.view.original_box(regions.boxes[cell]) if origin.view is not None else None,
+            sees=origin.view.original_box(regions.sees[cell]) if origin.view is not None else None,
             image_size=origin.view.original if origin.view is not None else None,
+            pooled=pooled,
             verified=verified,
             runner_up=runner_up,
         )
@@ -81,7 +92,9 @@ class Anchor:
     def from_dict(cls, values: Mapping[str, Any]) -> Anchor:
         """The inverse of :meth:`to_dict`, also after a trip through JSON (which has no tuples)."""
         plain = dict(values)
-        for name in ("grid", "box", "image_size"):
+        if "grid" in plain:
+            raise InputError("its anchors were written before patches had regions; expected a newer run; push again")
+        for name in ("region", "box", "sees", "image_size"):
             plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
         return cls(**plain)
 
