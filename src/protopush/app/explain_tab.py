@@ -95,7 +95,7 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         return [
             image,
             render("prediction", explanation, upload.note),
-            gr.Image(value=draw_panel(some, image.copy, run.picture, narrow=_is_narrow(pixels)), visible=True),
+            gr.Image(value=draw_panel(some, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW), visible=True),
             contributions(explanation.classes[0]),
             gr.Column(visible=bool(others)),
             gr.Dropdown(choices=others, value=None),
@@ -110,7 +110,7 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         try:
             run = store.run()
             found = image.explain(store, run, (name,))
-            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=_is_narrow(pixels))
+            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
         except InputError as error:  # since somebody changed the run, it may be the predicted class
             return [hidden, message(str(error), "bad")]
         return [gr.Image(value=drawn, visible=True), ""]
@@ -118,7 +118,3 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
     file.upload(explain, [file, width], shown, js=WITH_WIDTH, **PRIVATE)
     file.clear(lambda: nothing(), None, shown, **PRIVATE)
     other.input(why_not, [kept, other, width], [beside, answer], js=WITH_WIDTH_2, **PRIVATE)
-
-
-def _is_narrow(pixels: float | None) -> bool:
-    return pixels is not None and pixels < NARROW

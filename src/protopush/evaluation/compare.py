@@ -45,33 +45,30 @@ def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
     Args:
         runs: each with what was measured of it; the numbers mean something side by side where the images are the same.
     """
-    rows = [_row(group, words, better, path, [measured for _, measured in runs]) for group, words, better, path in ROWS]
+    measured = [one.numbers for _, one in runs]
+    rows = []
+    for group, words, better, path in ROWS:
+        values = [_at(numbers, path) for numbers in measured]
+        intervals = [_at(numbers, (*path[:-1], "intervals", path[-1])) for numbers in measured]
+        if any(value is not None for value in values):
+            row = {"group": group, "metric": words, "better": better, "values": values}
+            rows.append(row | {"intervals": intervals})
     return {
         "split": runs[0][1].split,
-        "images": [len(measured.dataset) for _, measured in runs],
+        "images": [len(one.dataset) for _, one in runs],
         "runs": [_names(run) for run, _ in runs],
-        "rows": [row for row in rows if any(value is not None for value in row["values"])],
+        "rows": rows,
     }
 
 
 def _names(run: Run) -> dict[str, Any]:
-    head = run.head
+    backbone, head = run.model.backbone, run.head
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
-        "backbone": getattr(run.model.backbone, "name", type(run.model.backbone).__name__),
+        "backbone": getattr(backbone, "name", type(backbone).__name__),
         "match": head.match,
         "anchoring": head.anchoring,
-    }
-
-
-def _row(group: str, words: str, better: str, path: tuple[str, ...], measured: Sequence[Measured]) -> dict[str, Any]:
-    return {
-        "group": group,
-        "metric": words,
-        "better": better,
-        "values": [_at(some.numbers, path) for some in measured],
-        "intervals": [_interval(some.numbers, path) for some in measured],
     }
 
 
@@ -80,8 +77,3 @@ def _at(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
     for key in path:
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
-
-
-def _interval(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
-    *parents, name = path
-    return _at(numbers, (*parents, "intervals", name))
