@@ -27,6 +27,7 @@ from protopush.cli.parser import read_options
 from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
 from protopush.data.audit import Audit, Pair, audit, audit_findings, audit_verdict
 from protopush.data.dataset import ImageDataset
+from protopush.data.files import read_rows
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import View
 from protopush.evaluation.compare import ROWS
@@ -45,7 +46,6 @@ from protopush.report.number_sections import (
     confusion_matrix,
     drawn_groups,
     pushes_of,
-    read_rows,
     reliability,
 )
 from protopush.report.prototype_cards import embed, framed, heat, part

@@ -91,17 +91,11 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         except InputError as error:
             return nothing(message(str(error), "bad"))
         some = replace(explanation, classes=explanation.classes[:PANEL])
+        drawn = draw_panel(some, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
         others = [name for name in run.class_names if name != explanation.predicted_name]
-        return [
-            image,
-            render("prediction", explanation, upload.note),
-            gr.Image(value=draw_panel(some, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW), visible=True),
-            contributions(explanation.classes[0]),
-            gr.Column(visible=bool(others)),
-            gr.Dropdown(choices=others, value=None),
-            gr.Image(value=None, visible=False),
-            "",
-        ]
+        first = [image, render("prediction", explanation, upload.note), gr.Image(value=drawn, visible=True)]
+        asked = [gr.Column(visible=bool(others)), gr.Dropdown(choices=others, value=None)]
+        return [*first, contributions(explanation.classes[0]), *asked, gr.Image(value=None, visible=False), ""]
 
     def why_not(image: Shown | None, name: str | None, pixels: float | None) -> list[Any]:
         hidden = gr.Image(value=None, visible=False)

@@ -156,17 +156,11 @@ class RunStore:
 
 @dataclass(frozen=True)
 class Use:
-    """How often a prototype counts, on validation images.
+    """How often a prototype counts, on validation images."""
 
-    Attributes:
-        strongest: images of which it is the strongest evidence for what the model says.
-        predicted: images that the model says its class of.
-        images: all.
-    """
-
-    strongest: int
-    predicted: int
-    images: int
+    strongest: int  # images of which it is the strongest evidence for what the model says
+    predicted: int  # images that the model says its class of
+    images: int  # all
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ POLICY = (
 class Guard:
     """Refuses what the page doesn't need: other routes of the framework, proxies, remote files, calls of other sites.
 
-    Args:
-        app: what answers the rest.
-        hosts: names that the server is known by; empty where it may be any.
+    The server is known by the names ``hosts``; without, by any.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
@@ -101,12 +99,10 @@ SETTINGS = {
 
 
 def serve(store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Show a run until somebody presses Ctrl-C.
+    """Show a run until somebody presses Ctrl-C; the page has no passwords.
 
     Args:
-        store: the run.
-        limits: of uploads.
-        host: the address to listen on; the page has no passwords.
+        host: the address to listen on.
         port: 0 for any that is free.
 
     Raises:

@@ -18,12 +18,7 @@ KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
 
 @dataclass(frozen=True)
 class Limits:
-    """What an upload may be at most.
-
-    Attributes:
-        megabytes: of the file, in units of 1,000,000 bytes.
-        megapixels: of the picture, in units of 1,000,000; it is refused before it is decoded.
-    """
+    """What an upload may be at most, in units of 1,000,000 bytes and pixels; larger ones are never decoded."""
 
     megabytes: float = 20.0
     megapixels: float = 50.0
@@ -31,13 +26,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture to be explained.
-
-    Attributes:
-        name: of the file, without folders.
-        image: upright, RGB.
-        note: what the person should know about how it was read; empty where there is nothing to say.
-    """
+    """A picture (upright, RGB), its file's name, and what the person should know about how it was read, if anything."""
 
     name: str
     image: Image.Image

@@ -74,6 +74,26 @@ def read_json(path: Path) -> Any:
         raise InputError(f"damaged file: {path} ({error}); take it from a copy of the run") from error
 
 
+def read_rows(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, a JSON object each; none where there is no such file.
+
+    Raises:
+        InputError: a line is damaged, mostly cut off, and it isn't to be skipped.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = [_row(line) for line in lines]
+    if None in rows and not skip_damaged:
+        raise InputError(f"damaged file: {path}, line {rows.index(None) + 1}; take it from a copy of the run")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
 READY = ".change"  # new files, all written: they take their places now, or when the folder is next opened
 UNFINISHED = ".change-"  # new files, still being written: if that is cut off, they are nothing
 OLD = 3600  # seconds after which nobody is still writing them

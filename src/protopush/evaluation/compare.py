@@ -40,10 +40,9 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 
 def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
-    """The numbers of runs side by side, as plain values for JSON; rows that no run has are left out.
+    """The numbers of runs, each with what was measured of it on the same images, side by side as plain values for JSON.
 
-    Args:
-        runs: each with what was measured of it; the numbers mean something side by side where the images are the same.
+    Rows that no run has are left out.
     """
     measured = [one.numbers for _, one in runs]
     rows = []

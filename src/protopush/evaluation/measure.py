@@ -36,9 +36,7 @@ def measure_faithfulness(
     """Insertion, deletion, relevance ordering and misalignment, each the mean over ``count`` images.
 
     Args:
-        run: its model is on ``device``.
-        dataset: N images.
-        seen: what was observed on them: the evidence and the box of the strongest prototype are tested.
+        seen: what was observed on the N images: the evidence and the box of the strongest prototype are tested.
         count: how many of the images, drawn once for all runs of a seed; 0: None is returned.
         seed: of the choice and of the random orders.
     """

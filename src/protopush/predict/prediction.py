@@ -147,13 +147,7 @@ def _progress(total: int, rank: int) -> Iterator[Callable[[int], None]]:
 
 
 class Columns:
-    """How the table of a run is laid out.
-
-    Args:
-        run: names classes and prototypes.
-        top: prototypes named for each image; where a class has room for fewer, all of them.
-        labelled: whether there is a column of labels.
-    """
+    """How the table of a run is laid out, with ``top`` prototypes for each image, or as many as a class can have."""
 
     def __init__(self, run: Run, top: int, labelled: bool) -> None:
         manager = run.head.proto_manager
@@ -172,13 +166,9 @@ class Columns:
         self, outputs: Outputs, names: Sequence[str], labels: Sequence[str] | None, problems: Sequence[str],
         threshold: float | None,
     ) -> Iterator[list[str]]:  # fmt: skip
-        """The rows of a batch of B images.
+        """The rows of a batch of B images; no problem is "".
 
-        Args:
-            outputs: what the model says of them.
-            names, problems: B of them; no problem is "".
-            labels: B, where there is a column of labels.
-            threshold: an image none of whose similarities reaches it has ``nothing_similar`` 1, else 0; None: empty.
+        An image none of whose similarities reaches the threshold has ``nothing_similar`` 1, else 0; None: empty.
         """
         empty = [""] * (len(self.header) - (3 if self.labelled else 2))
         for i, name in enumerate(names):

@@ -78,11 +78,7 @@ class Threshold:
 
 
 def largest_threshold(similarities: Sequence[float], share: float) -> float:
-    """The largest threshold with at most ``share`` of the similarities below it: one of them, or a tie of several.
-
-    Args:
-        similarities: N best similarities, at least one.
-        share: in [0, 1).
+    """The largest threshold with at most ``share`` (in [0, 1)) of the similarities below it: one of them.
 
     Example:
         >>> largest_threshold([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], share=0.2)  # 0.1 and 0.2 are below
@@ -131,13 +127,10 @@ def _drawn(run: Run, data: DataConfig) -> list[tuple[str, list[str]]] | str:
         val = catalog.split("val")
     except (InputError, OSError) as error:
         return first_line(error)
-    test = [sample for sample in catalog.samples if sample.split == "test"]
-    sets = {"the validation images": val, "the test images": test}
-    if not test:
-        first, second = halved(val)
+    test, (first, second) = [sample for sample in catalog.samples if sample.split == "test"], halved(val)
+    sets = {"the validation images": val, "the test images" if test else "": test}
+    if second and not test:
         sets = {"half of the validation images": first, "the other half of the validation images": second}
-        if not second:
-            sets = {"the validation images": first, "": second}
     drawn = {name: some if len(some) <= MOST else Random(0).sample(some, MOST) for name, some in sets.items()}
     return [(name, [str(sample.image) for sample in samples]) for name, samples in drawn.items()]
 

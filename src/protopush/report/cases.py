@@ -25,12 +25,8 @@ TITLES = {"right": "Right, and sure of it", "wrong": "Wrong, and sure of it", "u
 def select_cases(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str, list[int]]:
     """The surest right images, the surest wrong ones, the least sure ones; of different classes where that goes.
 
-    No image is named twice: one that is right or wrong for sure isn't among the least sure.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        each: how many of a kind.
+    No image is named twice: one that is right or wrong for sure isn't among the least sure. Of probabilities (N, C) and
+    labels (N,), ``each`` of a kind are selected.
 
     Example:
         >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.3, 0.7]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from protopush.data.audit import Audit
-from protopush.errors import InputError
+from protopush.data.files import read_rows
 from protopush.evaluation.compare import ROWS
 from protopush.evaluation.measure import Measured
 from protopush.explain.neighbours import Neighbours
@@ -103,9 +102,8 @@ def confusion(data: ReportData) -> dict[str, Any]:
 def confusion_matrix(counts: Sequence[Sequence[int]] | None, names: Sequence[str]) -> dict[str, Any] | None:
     """The confusion matrix; of very many classes the most frequent mistakes alone.
 
-    Returns:
-        ``names`` and ``rows`` (true class by predicted class), both empty where there are too many classes for a
-        table; ``common``: (true, predicted, images, share of the true class) of the most frequent mistakes.
+    ``names`` and ``rows`` (true class by predicted class) are empty where there are too many classes for a table;
+    ``common`` has (true, predicted, images, share of the true class) of the most frequent mistakes.
 
     Example:
         >>> confusion_matrix([[3, 1], [0, 2]], ["a", "b"])["common"]
@@ -125,15 +123,10 @@ def confusion_matrix(counts: Sequence[Sequence[int]] | None, names: Sequence[str
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """How often answers of like confidence are right; empty bins are left out (Niculescu-Mizil and Caruana, 2005).
+    """How often answers of like confidence are right (Niculescu-Mizil and Caruana, 2005).
 
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        bins: of equal width, closed above; the first holds 0 too.
-
-    Returns:
-        (mean confidence, accuracy, images) of each bin.
+    From probabilities (N, C) and labels (N,): (mean confidence, accuracy, images) of each bin that isn't empty. Bins
+    are of equal width, closed above; the first holds 0 too.
 
     Example:
         >>> reliability(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8]]), torch.tensor([0, 0, 0]), bins=2)
@@ -194,24 +187,6 @@ def pushes(data: ReportData) -> dict[str, Any]:
     """What the pushes did, as ``metrics.jsonl`` has it."""
     found = pushes_of(read_rows(data.run.folder / "metrics.jsonl"))
     return {"pushes": found, "chart": chart_of(found)}
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none where there is no such file.
-
-    Raises:
-        InputError: a line is damaged.
-    """
-    if not file.is_file():
-        return []
-    rows = list[dict[str, Any]]()
-    try:
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            rows.append(dict(json.loads(line)))
-    except (ValueError, TypeError) as error:
-        where = f"{file}, line {len(rows) + 1}"
-        raise InputError(f"damaged file: {where} ({error}); take it from a copy of the run") from error
-    return rows
 
 
 def pushes_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -45,14 +45,7 @@ class Frame(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An inline picture.
-
-    Attributes:
-        uri: ``data:image/jpeg;base64,...``.
-        width, height: as shown where there is room, in CSS pixels.
-        alt: what it shows, in words.
-        frames: boxes drawn over it.
-    """
+    """An inline picture (``data:image/jpeg;base64,...``), its size in CSS pixels where there is room, and its words."""
 
     uri: str
     width: int
@@ -115,10 +108,8 @@ class Cards:
     """Prototypes as a page shows them, each picture made once.
 
     Args:
-        run: whose prototypes.
         root: the folder of the training images now.
         neighbours: by (class, slot).
-        checks: of the anchors.
         numbers: of the prototypes, as :func:`protopush.metrics.prototype_quality.prototype_metrics` gives them.
         sides: CSS pixels of a part, of its image, and of a neighbour's part.
         sharp: pixels to a CSS pixel.
