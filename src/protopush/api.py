@@ -156,17 +156,16 @@ class Run(stored_run.Run):
             faithfulness: images that faithfulness is measured on (slow); 0: none.
         """
         from protopush.data.dataset import ImageDataset
-        from protopush.evaluation.compare import compare
+        from protopush.evaluation.compare import compare, measure_beside
         from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
         from protopush.runs.progress import bar
 
-        runs, page = [self, *self._of_same_classes(against)], Path(out) if out else self.folder / "report.html"
+        page, where = Path(out) if out else self.folder / "report.html", (self.device, self.num_workers)
         if page.is_dir():
             raise InputError(f"--out {page} is a folder; expected the HTML file to write")
-        found = [self._measure(run, split, resamples, faithfulness) for run in runs]
-        measured, catalog = found[0]
-        comparison = compare([(run, one) for run, (one, _) in zip(runs, found, strict=True)]) if against else None
+        found, catalog = measure_beside(self, against, split, *where, resamples, faithfulness)
+        measured, comparison = found[0][1], compare(found) if against else None
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
@@ -185,10 +184,10 @@ class Run(stored_run.Run):
             resamples: of the bootstrap behind the intervals; 0: none.
             faithfulness: images that faithfulness is measured on (slow); 0: none.
         """
-        from protopush.evaluation.compare import compare
+        from protopush.evaluation.compare import compare, measure_beside
 
-        runs = [self, *self._of_same_classes(others)]
-        return compare([(run, self._measure(run, split, resamples, faithfulness)[0]) for run in runs])
+        where = self.device, self.num_workers
+        return compare(measure_beside(self, others, split, *where, resamples, faithfulness)[0])
 
     def verify(self, root: str | Path | None = None) -> list[AnchorCheck]:
         """Embed every anchor's file again, and see whether it still holds.
@@ -330,11 +329,10 @@ class Run(stored_run.Run):
         on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
         return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
 
-    def _images(self, split: str, run: stored_run.Run | None = None) -> tuple[ImageDataset, Catalog]:
-        """A split of this run's data, as this or another run reads it."""
+    def _images(self, split: str) -> tuple[ImageDataset, Catalog]:
         from protopush.runs.splits import open_split
 
-        return open_split(DataConfig(**self.data), split, self.class_names, (run or self).transform)
+        return open_split(DataConfig(**self.data), split, self.class_names, self.transform)
 
     def _loader(self, dataset: ImageDataset) -> DataLoader[Any]:
         from torch.utils.data import DataLoader
@@ -342,25 +340,6 @@ class Run(stored_run.Run):
         from protopush.data.features import inference_batch_size
 
         return DataLoader(dataset, batch_size=inference_batch_size(self.device), num_workers=self.num_workers)
-
-    def _measure(self, run: stored_run.Run, split: str, resamples: int, faithfulness: int) -> tuple[Measured, Catalog]:
-        """A run's numbers on this run's data, and the data that they are of."""
-        from protopush.evaluation.measure import measure
-
-        if resamples < 0 or faithfulness < 0:
-            raise InputError(f"--resamples {resamples}, --faithfulness {faithfulness}; expected 0 or more")
-        dataset, catalog = self._images(split, run)
-        run.model.to(self.device)
-        known, asked = {sample.name: sample for sample in catalog.samples}, (self.num_workers, resamples, faithfulness)
-        return measure(run, dataset, split, known, self.device, *asked), catalog
-
-    def _of_same_classes(self, folders: Sequence[str | Path]) -> list[stored_run.Run]:
-        from protopush.runs.run import open_run as read
-
-        runs = [read(folder) for folder in folders]
-        if wrong := [run.folder for run in runs if run.class_names != self.class_names]:
-            raise InputError(f"{wrong[0]} has other classes than {self.folder}; expected the same ones")
-        return runs
 
     def _check_anchors(self, root: Path) -> list[AnchorCheck]:
         from protopush.push.certificate import verify_anchors

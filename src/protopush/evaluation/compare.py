@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from protopush.evaluation.measure import Measured
+import torch
+
+from protopush.data.manifest import Catalog, DataConfig
+from protopush.errors import InputError
+from protopush.evaluation.measure import Measured, measure
 from protopush.models.model_folder import Run
+from protopush.runs.run import open_run
+from protopush.runs.splits import open_split
 
 # What is compared: group, words, which way is better, and where the number stands.
 ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
@@ -37,6 +44,26 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("faithfulness", "peak leaves its cell", "lower", ("faithfulness", "location_change")),
     ("faithfulness", "similarity lost by changes elsewhere", "lower", ("faithfulness", "activation_change")),
 )
+
+
+def measure_beside(
+    run: Run, others: Sequence[str | Path], split: str, device: torch.device, num_workers: int, resamples: int,
+    faithfulness: int,
+) -> tuple[list[tuple[Run, Measured]], Catalog]:  # fmt: skip
+    """A run and others of the same classes (folders), each measured on the data of the first; and these data."""
+    if resamples < 0 or faithfulness < 0:
+        raise InputError(f"--resamples {resamples}, --faithfulness {faithfulness}; expected 0 or more")
+    runs = [run, *map(open_run, others)]
+    if wrong := [one.folder for one in runs if one.class_names != run.class_names]:
+        raise InputError(f"{wrong[0]} has other classes than {run.folder}; expected the same ones")
+    found = []
+    for one in runs:
+        dataset, catalog = open_split(DataConfig(**run.data), split, run.class_names, one.transform)
+        known = {sample.name: sample for sample in catalog.samples}
+        one.model.to(device)
+        measured = measure(one, dataset, split, known, device, num_workers, resamples, faithfulness)
+        found.append((one, measured))
+    return found, catalog
 
 
 def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
