@@ -58,7 +58,7 @@ def open_run(
         0.924
     """
     from protopush.distributed import raise_on_all_ranks, rank_and_size
-    from protopush.runs.fabric import make_fabric, quiet
+    from protopush.runs.run import make_fabric, quiet
     from protopush.runs.run import open_run as read
 
     fabric = make_fabric(device)
@@ -241,10 +241,10 @@ class Run(stored_run.Run):
         """
         from protopush.models.model_folder import save_run
         from protopush.push import PushSettings, check_settings
-        from protopush.runs.allowed import allow_of
         from protopush.runs.decisions import FILE, load_decisions
-        from protopush.runs.run import append_metrics, clear_folder, fresh_folder
+        from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
+        from protopush.training.run_writer import append_metrics, clear_folder, fresh_folder
 
         settings = PushSettings(
             momentum=momentum, max_patches_per_class=max_patches_per_class, unique=unique, interpolation=interpolation,
@@ -351,7 +351,7 @@ class Run(stored_run.Run):
 
     def _images(self, split: str, run: stored_run.Run | None = None) -> tuple[ImageDataset, Catalog]:
         """A split of this run's data, as this or another run reads it."""
-        from protopush.runs.splits import open_split
+        from protopush.runs.run import open_split
 
         return open_split(DataConfig(**self.data), split, self.class_names, (run or self).transform)
 
