@@ -56,7 +56,7 @@ def open_run(
         0.924
     """
     from protopush.distributed import raise_on_all_ranks, rank_and_size
-    from protopush.runs.fabric import make_fabric, quiet
+    from protopush.runs.run import make_fabric, quiet
     from protopush.runs.run import open_run as read
 
     fabric = make_fabric(device)
@@ -229,10 +229,10 @@ class Run(stored_run.Run):
             overwrite: replace the run in ``out``.
         """
         from protopush.models.model_folder import save_run
-        from protopush.runs.allowed import allow_of
         from protopush.runs.decisions import FILE, load_decisions
-        from protopush.runs.run import append_metrics, clear_folder, fresh_folder
+        from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
+        from protopush.training.run_writer import append_metrics, clear_folder, fresh_folder
 
         out, model = Path(out), copy.deepcopy(self.model)
         if out.resolve() == self.folder.resolve():
@@ -330,7 +330,7 @@ class Run(stored_run.Run):
         return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
 
     def _images(self, split: str) -> tuple[ImageDataset, Catalog]:
-        from protopush.runs.splits import open_split
+        from protopush.runs.run import open_split
 
         return open_split(DataConfig(**self.data), split, self.class_names, self.transform)
 

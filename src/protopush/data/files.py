@@ -61,11 +61,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The values of a JSON file.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """The values of a JSON file of a run; an InputError says if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -110,7 +106,9 @@ def changing(folder: Path) -> Iterator[Path]:
         InputError: the folder can't be written; it is as it was.
     """
     finish_change(folder)
-    _remove_leftovers(folder)
+    for left in folder.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > OLD:
+            shutil.rmtree(left, ignore_errors=True)
     stage = None
     try:
         stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -161,9 +159,3 @@ def _to_disk(stage: Path) -> None:
     for file in (path for path in stage.rglob("*") if path.is_file()):
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for left in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - left.stat().st_mtime > OLD:
-            shutil.rmtree(left, ignore_errors=True)
