@@ -206,10 +206,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if unknown := [name for name in options if name not in known or name in OWN]:
         expected = ", ".join(name for name in known if name not in OWN)
         raise InputError(f"PushCallback takes no {listing(unknown)}; expected options of a push: {expected}")
-    made = PushOptions(**options)
-    check_settings(made)
-    if made.guard not in (None, "off") and made.val_loader is None:
-        raise InputError(f"guard {made.guard!r} needs a val_loader; give validation images, or guard 'off'")
+    check_settings(PushOptions(**options))
 
 
 def _holds(optimizer: Any, parameter: nn.Parameter) -> bool:

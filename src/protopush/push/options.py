@@ -57,7 +57,7 @@ class PushSettings:
     guard_budget: float = 0.01
 
     def settings(self) -> dict[str, Any]:
-        """The fields of :class:`PushSettings` alone, as keyword arguments of a push."""
+        """These fields alone, as keyword arguments of a push."""
         return {one.name: getattr(self, one.name) for one in fields(PushSettings)}
 
 
@@ -100,11 +100,7 @@ class PushKeywords(TypedDict, total=False):
 
 
 def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:
-    """What a registry has under a name; anything but a name is the thing itself.
-
-    Raises:
-        InputError: there is nothing of this name.
-    """
+    """What a registry has under a name (an :class:`InputError` if nothing); anything but a name is the thing itself."""
     if not isinstance(value, str):
         return value
     if value not in registry:
@@ -206,13 +202,12 @@ class PushSchedule:
             share = self._share(_groups(optimizer))
         elif lr is not None:
             share = self._share([{"lr": lr}]) if peak_lr is None else _share([_rate(lr)], [_rate(peak_lr)])
-        if self._falls_on(epoch) and share < self.final_decay:
-            logger.info(
-                "No push after epoch %d: the learning rate is at %.2g of its peak, below final_decay %g",
-                epoch + 1, share, self.final_decay,
-            )  # fmt: skip
+        if not self._falls_on(epoch):
             return False
-        return self._falls_on(epoch)
+        if share < self.final_decay:
+            why = f"the learning rate is at {share:.2g} of its peak, below final_decay {self.final_decay:g}"
+            logger.info("No push after epoch %d: %s", epoch + 1, why)
+        return share >= self.final_decay
 
     def planned(self, total_epochs: int | None = None) -> list[int]:
         """The epochs, counted from 1, that a push follows whatever the learning rate does."""
@@ -222,7 +217,7 @@ class PushSchedule:
         return [epoch + 1 for epoch in range(total) if self._falls_on(epoch)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The peak learning rates, to go on with in another process."""
+        """The peak learning rates, for another process."""
         return {"peaks": list(self.peaks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

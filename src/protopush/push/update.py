@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from protopush.distributed import all_reduce_sum
 from protopush.errors import InputError
 from protopush.preserve_state import preserve_state
-from protopush.push.nearest_patches import Candidates
 from protopush.push.options import OptimizerLike, PushOptions, resolve
-from protopush.push.protocol import Pushable, Slots, live_features_of, unwrap
+from protopush.push.protocol import Pushable, Slots, live_features_of, resolve_device, unwrap
 from protopush.push.reader import Reader, read_by_index
+from protopush.push.selection import Candidates
 
 POOLED = -1  # in place of a cell: the anchor is the pooled feature
 
@@ -48,9 +48,7 @@ def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor
     :func:`momentum_update` goes along the chord: nearly the same for near patches, less far in angle for distant ones.
 
     Args:
-        prototypes: (..., D), unit norm.
-        nearest: (..., D), unit norm: the patch of each prototype.
-        momentum: 0 puts the prototype onto the patch, 1 leaves it where it is.
+        prototypes, nearest, momentum: as of :func:`momentum_update`.
 
     Where prototype and patch are opposite, no great circle is the shortest, and the patch is taken.
 
@@ -87,8 +85,7 @@ class Move:
     """Writes prototypes; until it is kept, :meth:`undo` brings back every bit.
 
     Args:
-        net: the model whose prototypes move.
-        slots: where they were.
+        net, slots: the model, and where its prototypes were.
         chosen: the patches that they take; prototypes without one stay.
         options: ``interpolation`` and ``use_local`` are read.
 
@@ -160,30 +157,29 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
         InputError: the model's anchors aren't live, or the loader can't be read by index.
     """
     net = unwrap(model)
+    resolve_device(net, device)
     manager: Any = net.head.proto_manager
     if live_features_of(net) is None:
         raise InputError("the model's anchors are not live; expected a head with anchoring='live'")
     rows = (manager.anchor_ids >= 0).nonzero().flatten()
-    ids = sorted(set(manager.anchor_ids[rows].tolist()))
     with preserve_state(model, dataloader):
-        reader = read_by_index(dataloader)
-        features = features_at(net, reader, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
-    manager.anchor_features[rows] = features[rows].to(manager.anchor_features.dtype)
+        features = features_at(net, read_by_index(dataloader), rows)
+    manager.anchor_features[rows] = features.to(manager.anchor_features.dtype)
     manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]
     net.head.sync_prototypes()  # type: ignore[attr-defined]
-    return len(ids)
+    return len(manager.anchor_ids[rows].unique())
 
 
-def features_at(
-    net: Pushable, reader: Reader, ids: list[int], anchor_ids: Tensor, anchor_cells: Tensor, device: torch.device
-) -> Tensor:
-    """The features (S, C) at the anchors; 0 in slots without one."""
-    found = torch.zeros(len(anchor_ids), net.head.proto_manager.anchor_features.shape[1], device=device)  # type: ignore[attr-defined]
-    for images, _, numbers in reader.subset(ids).batches():
-        pooled, patches = net.extract_features(images.to(device))
+def features_at(net: Pushable, reader: Reader, rows: Tensor) -> Tensor:
+    """The backbone's features (R, C) at the live anchors of some prototypes (R,), the same on every rank."""
+    manager: Any = net.head.proto_manager
+    ids, cells = manager.anchor_ids[rows].cpu(), manager.anchor_cells[rows]
+    found = torch.zeros(len(rows), manager.anchor_features.shape[1], device=rows.device)
+    for images, _, numbers in reader.subset(sorted(set(ids.tolist()))).batches():
+        pooled, patches = net.extract_features(images.to(rows.device))
         every = torch.cat([patches, pooled], dim=1)  # so that the last, -1, is the pooled one
-        row, image = (anchor_ids.cpu().unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
-        found[row] = every[image, anchor_cells[row.to(anchor_cells.device)]].float()
+        row, image = (ids.unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
+        found[row] = every[image, cells[row.to(cells.device)]].float()
     return all_reduce_sum(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,72 +13,12 @@ from torch import Tensor, nn
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.protocol import Pushable, Slots, class_names_of
+from protopush.push.embedding import OwnSimilarity, check_quantile, class_coverage, in_order, own_similarity
+from protopush.push.guard import scored_change
+from protopush.push.protocol import Pushable, Slots, class_names_of, resizable
+from protopush.push.push_report import PrunedPrototype, PruningReport
 from protopush.push.reader import read_through
-from protopush.push.resize.coverage import (
-    OwnSimilarity,
-    ResizeReport,
-    check_quantile,
-    class_coverage,
-    in_order,
-    own_similarity,
-    scored_change,
-    slot_mask,
-    slots_of,
-)
 from protopush.push.top_candidates import TIE
-
-
-@dataclass(frozen=True)
-class PrunedPrototype:
-    """One prototype that was removed.
-
-    Attributes:
-        class_index, prototype: class and slot.
-        reason: ``duplicate``, or ``unused``: it gave the largest contribution to no sample of its class.
-        twin: the slot that it doubled.
-        cosine: to the twin.
-        same_patch: whether both stood for one patch.
-        anchor: the patch that it stood for.
-    """
-
-    class_index: int
-    prototype: int
-    reason: str
-    twin: int | None = None
-    cosine: float | None = None
-    same_patch: bool = False
-    anchor: Anchor | None = None
-
-    def __str__(self) -> str:
-        if self.reason != "duplicate" or self.cosine is None:
-            return f"slot {self.prototype}: never gives the largest contribution"
-        patch = ", same patch" if self.same_patch else ""
-        return f"slot {self.prototype}: duplicate of slot {self.twin} (cosine {self.cosine:.4f}{patch})"
-
-
-@dataclass(frozen=True)
-class PruningReport(ResizeReport):
-    """What pruning did.
-
-    Attributes:
-        use_local, max_cosine, unused, keep_at_least, quantile: as asked.
-        classes: the coverage of each class, before and after.
-        removed: the prototypes that are gone.
-        notes: what is worth a warning.
-        val_before, val_after: balanced_accuracy, auroc and ece on the validation images; None without a val_loader.
-        seconds: time taken.
-        class_names: of the model, where it has them.
-    """
-
-    max_cosine: float
-    unused: bool
-    keep_at_least: int
-    removed: list[PrunedPrototype]
-
-    def __str__(self) -> str:
-        title = f"pruning: {len(self.removed)} prototypes removed in {self.seconds:.1f} s"
-        return self._table(title, [(gone.class_index, str(gone)) for gone in self.removed])
 
 
 def prune_prototypes(
@@ -141,7 +81,7 @@ def prune_prototypes(
     if keep_at_least < 1:
         raise InputError(f"keep_at_least is {keep_at_least}; expected at least 1: a class needs a prototype")
     check_quantile(quantile)
-    net, slots = slots_of(model, device, "be removed")
+    net, slots = resizable(model, device, "be removed")
     with preserve_state(model, dataloader, val_loader):
         source = read_through(dataloader)
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
@@ -153,9 +93,8 @@ def prune_prototypes(
                 if unused and len(members.contributions):
                     gone += _unused(members, gone)[: room - len(gone)]
                 removed += gone
-        val_before, val_after = scored_change(
-            model, net, slots, val_loader, (lambda: _move_out(net, slots, removed)) if removed else None
-        )
+        change = partial(_move_out, net, slots, removed) if removed else None
+        val_before, val_after = scored_change(model, net, slots, val_loader, change)
     left = Slots.of(net.head.proto_manager)
     after = before._replace(best=before.best.masked_fill(~left.used.cpu()[before.labels], -torch.inf))
     coverage = (before.coverage(), after.coverage())
@@ -243,7 +182,7 @@ def _move_out(net: Pushable, slots: Slots, removed: list[PrunedPrototype]) -> No
     """Free the slots of some prototypes; a vector stays where it is, and counts for nothing."""
     manager: Any = net.head.proto_manager
     rows = torch.stack([slots.rows[gone.class_index, gone.prototype] for gone in removed])
-    slot_mask(manager, "be removed")[rows] = False
+    manager.valid_mask.view(-1)[rows] = False
     if getattr(manager, "anchor_ids", None) is not None:
         manager.anchor_ids[rows] = -1
     if getattr(manager, "anchors", None) is not None:

@@ -4,7 +4,7 @@ The sum over a class's samples of their best cosine to any prototype is a submod
 a patch adds less the more prototypes there are. So taking, again and again, the patch that adds most comes within a
 factor 1 - 1/e of the best set (Nemhauser, Wolsey and Fisher, 1978). Every patch of the worst covered samples is a
 candidate, and its cosines to all of these samples are computed once; after each choice the coverage of a sample is the
-larger of what it was and its cosine to the chosen patch, which is all that the next choice depends on.
+larger of what it was and its cosine to the chosen patch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather_objects
 from protopush.errors import InputError, listing
+from protopush.push.embedding import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots
 from protopush.push.reader import DatasetReader, Reader
-from protopush.push.resize.coverage import Embedded, OwnSimilarity, in_order, own_similarity, quantile_of, read_embedded
 from protopush.push.top_candidates import TIE
 
 CLASSES_AT_ONCE = 16  # whose patches are in memory
@@ -29,7 +29,7 @@ BLOCK = 2**22  # cosines computed at a time
 
 
 class Wish(NamedTuple):
-    """What growth is asked for; see :func:`protopush.push.resize.grow.grow_prototypes`."""
+    """What growth is asked for; see :func:`protopush.grow_prototypes`."""
 
     per_class: int
     quantile: float
@@ -144,18 +144,16 @@ def _read_again(
     """
     label_of = dict(zip(before.ids[rows].tolist(), before.labels[rows].tolist(), strict=True))
     here: dict[int, _Sample] = {}
-
-    def keep(batch: Embedded) -> None:
-        allowed = batch.valid
-        if wish.allow is not None:
-            allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
-        for row, number in enumerate(batch.ids.tolist()):
-            if number in label_of:
-                # Copies: a view would keep its whole batch in memory.
-                unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
-                here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
-
-    read_embedded(net, source, source.subset(sorted(label_of)).batches(), wish.use_local, keep)
+    with embedded(net, source.subset(sorted(label_of)), wish.use_local) as batches:
+        for batch in batches:
+            allowed = batch.valid
+            if wish.allow is not None:
+                allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
+            tensors = batch.unit(), batch.valid, allowed
+            for row, number in enumerate(batch.ids.tolist()):
+                if number in label_of:  # copies: a view would keep its whole batch in memory
+                    unit, valid, may = (part[row].to("cpu", copy=True) for part in tensors)
+                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
     of_all = {number: sample for of_rank in reversed(all_gather_objects(here)) for number, sample in of_rank.items()}
     other = [i for i, label in sorted(label_of.items()) if i not in of_all or of_all[i].label != label]
     if other:

@@ -4,82 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
+from protopush.push.embedding import check_quantile, class_coverage, own_similarity
+from protopush.push.facility_location import Gain, Wish, coverage_after, find_gains
+from protopush.push.guard import scored_change
 from protopush.push.options import Allow
-from protopush.push.protocol import Pushable, Slots, class_names_of, live_features_of
+from protopush.push.protocol import Pushable, Slots, class_names_of, connections_of, live_features_of, resizable
+from protopush.push.push_report import GrownPrototype, GrowthReport
 from protopush.push.reader import Reader, read_by_index, read_through
-from protopush.push.resize.coverage import (
-    ResizeReport,
-    check_quantile,
-    class_coverage,
-    connections_of,
-    own_similarity,
-    scored_change,
-    slot_mask,
-    slots_of,
-)
-from protopush.push.resize.facility_location import Gain, Wish, coverage_after, find_gains
 from protopush.push.update import POOLED, features_at, reset_moments
-
-
-@dataclass(frozen=True)
-class GrownPrototype:
-    """One new prototype.
-
-    Attributes:
-        class_index, prototype: class and slot.
-        gain: the sum over the worst covered samples of what it adds to their coverage (cosines).
-        anchor: the patch that it is.
-    """
-
-    class_index: int
-    prototype: int
-    gain: float
-    anchor: Anchor
-
-    def __str__(self) -> str:
-        patch = f"{self.anchor.file or self.anchor.sample_id} cell {self.anchor.cell}"
-        return f"slot {self.prototype}: {patch}, gain {self.gain:.4f}"
-
-
-@dataclass(frozen=True)
-class GrowthReport(ResizeReport):
-    """What growth did.
-
-    Attributes:
-        use_local, quantile, min_coverage, per_class, max_samples: as asked.
-        classes: the coverage of each class, before and after.
-        added: the new prototypes.
-        verified: whether anchors are known to name the very patches.
-        notes: why not, and what else is worth a warning.
-        val_before, val_after: balanced_accuracy, auroc and ece on the validation images; None without a val_loader.
-        seconds: time taken.
-        class_names: of the model, where it has them.
-    """
-
-    min_coverage: float
-    per_class: int
-    max_samples: int
-    added: list[GrownPrototype]
-    verified: bool
-
-    def __str__(self) -> str:
-        title = (
-            f"growth, coverage at quantile {self.quantile:g} below {self.min_coverage:g}: "
-            f"{len(self.added)} prototypes added in {self.seconds:.1f} s"
-        )
-        title += "" if self.verified else " (anchors unverified)"
-        return self._table(title, [(new.class_index, str(new)) for new in self.added])
 
 
 def grow_prototypes(
@@ -145,10 +87,15 @@ def grow_prototypes(
     """
     started = time.perf_counter()
     wish = Wish(per_class, quantile, min_coverage, max_samples, use_local, allow)
-    _check(wish)
-    net, slots = slots_of(model, device, "grow")
-    live = live_features_of(net) is not None
+    for name, value in (("per_class", per_class), ("max_samples", max_samples)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; expected at least 1")
+    check_quantile(quantile)
+    if not -1.0 <= min_coverage <= 1.0:
+        raise InputError(f"min_coverage is {min_coverage}; expected a cosine, -1 to 1, such as 0.7")
+    net, slots = resizable(model, device, "grow")
     with preserve_state(model, dataloader, val_loader):
+        live = live_features_of(net) is not None
         source: Reader = read_by_index(dataloader) if live else read_through(dataloader)
         before = own_similarity(net, source, slots.unit, slots.used, use_local)
         gains, why = find_gains(net, source, slots, before, wish)
@@ -157,13 +104,14 @@ def grow_prototypes(
             Anchor.at(gain.origin, gain.cell, gain.grid, verified=source.verified, runner_up=runner_up)
             for gain, runner_up in zip(gains, runner_ups, strict=True)
         ]
-        new = _New(net, slots, gains, anchors, use_local)
-        features = new.features(source) if live and gains else None
-        val_before, val_after = scored_change(
-            model, net, slots, val_loader, (lambda: new.move_in(features)) if gains else None
-        )
+        change = partial(_move_in, net, source, slots, gains, anchors, use_local) if gains else None
+        val_before, val_after = scored_change(model, net, slots, val_loader, change)
     if optimizer is not None and gains:
-        new.reset_moments(optimizer)
+        places = torch.tensor([gain.class_index for gain in gains]), torch.tensor([gain.slot for gain in gains])
+        reset_moments(optimizer, net.head.proto_manager.prototypes, slots.rows[places])
+        connections = connections_of(net, slots)
+        if connections is not None:
+            reset_moments(optimizer, connections, *places)
     notes = [source.note] if source.note else []
     if why and not bool(((slots.rows >= 0) & ~slots.used).any()):
         notes.append("no class has a free slot: make the head with max_prototypes above num_prototypes")
@@ -187,58 +135,29 @@ def grow_prototypes(
     return report
 
 
-def _check(wish: Wish) -> None:
-    for name in ("per_class", "max_samples"):
-        if getattr(wish, name) < 1:
-            raise InputError(f"{name} is {getattr(wish, name)}; expected at least 1")
-    check_quantile(wish.quantile)
-    if not -1.0 <= wish.min_coverage <= 1.0:
-        raise InputError(f"min_coverage is {wish.min_coverage}; expected a cosine, -1 to 1, such as 0.7")
-
-
-class _New:
-    """New prototypes, and what belongs to each: vector, mask, anchor, stored features, connection, moments."""
-
-    def __init__(self, net: Pushable, slots: Slots, gains: list[Gain], anchors: list[Anchor], use_local: bool) -> None:
-        self.net, self.slots, self.gains, self.anchors = net, slots, gains, anchors
-        self.manager: Any = net.head.proto_manager
-        index = partial(torch.tensor, dtype=torch.int64, device=slots.rows.device)
-        self.classes, self.places = index([g.class_index for g in gains]), index([g.slot for g in gains])
-        self.rows = slots.rows[self.classes, self.places]
-        self.ids = index([g.sample for g in gains])
-        self.cells = index([g.cell if use_local else POOLED for g in gains])
-
-    def features(self, source: Reader) -> Tensor:
-        """The backbone's features at the new live anchors, (G, C), the same on every rank."""
-        every_id = torch.full_like(self.manager.anchor_ids, -1)
-        every_cell = torch.zeros_like(self.manager.anchor_cells)
-        every_id[self.rows], every_cell[self.rows] = self.ids, self.cells
-        samples = sorted(set(self.ids.tolist()))
-        return features_at(self.net, source, samples, every_id, every_cell, self.rows.device)[self.rows]
-
-    def move_in(self, features: Tensor | None) -> None:
-        """Put them into their slots; a connection starts as the mean of its class's."""
-        manager, rows = self.manager, self.rows
-        vectors = torch.stack([gain.unit for gain in self.gains]).to(rows.device)
-        if features is not None:
-            manager.anchor_features[rows] = features.to(manager.anchor_features.dtype)
-            manager.anchor_ids[rows], manager.anchor_cells[rows] = self.ids, self.cells
-            vectors = self.net.head.proj(manager.anchor_features[rows])
-        unit = F.normalize(vectors.to(self.slots.unit.dtype), dim=-1)
-        manager.prototypes.data[rows] = unit.to(manager.prototypes.dtype)
-        slot_mask(manager, "grow")[rows] = True
-        if getattr(manager, "anchors", None) is not None:
-            for row, anchor in zip(rows.tolist(), self.anchors, strict=True):
-                manager.anchors[row] = anchor
-        connections = connections_of(self.net, self.slots)
-        if connections is not None:
-            for c, k in zip(self.classes.tolist(), self.places.tolist(), strict=True):
-                if self.slots.used[c].any():
-                    connections.data[c, k] = connections.data[c][self.slots.used[c]].mean()
-
-    def reset_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero the optimiser's moments of the new prototypes and of their connections."""
-        reset_moments(optimizer, self.manager.prototypes, self.rows)
-        connections = connections_of(self.net, self.slots)
-        if connections is not None:
-            reset_moments(optimizer, connections, self.classes, self.places)
+def _move_in(
+    net: Pushable, source: Reader, slots: Slots, gains: list[Gain], anchors: list[Anchor], use_local: bool
+) -> None:
+    """Put new prototypes, and what belongs to each, into their slots; a connection starts as its class's mean."""
+    manager: Any = net.head.proto_manager
+    index = partial(torch.tensor, dtype=torch.int64, device=slots.rows.device)
+    classes, places = index([gain.class_index for gain in gains]), index([gain.slot for gain in gains])
+    rows = slots.rows[classes, places]
+    vectors = torch.stack([gain.unit for gain in gains]).to(rows.device)
+    if live_features_of(net) is not None:
+        manager.anchor_ids[rows] = index([gain.sample for gain in gains])
+        manager.anchor_cells[rows] = index([gain.cell if use_local else POOLED for gain in gains])
+        manager.anchor_features[rows] = features_at(net, source, rows).to(manager.anchor_features.dtype)
+        vectors = net.head.proj(manager.anchor_features[rows])
+    unit = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
+    manager.prototypes.data[rows] = unit.to(manager.prototypes.dtype)
+    manager.valid_mask.view(-1)[rows] = True
+    if getattr(manager, "anchors", None) is not None:
+        for row, anchor in zip(rows.tolist(), anchors, strict=True):
+            manager.anchors[row] = anchor
+    connections = connections_of(net, slots)
+    if connections is not None:
+        for gain in gains:
+            if slots.used[gain.class_index].any():
+                of_class = connections.data[gain.class_index]
+                of_class[gain.slot] = of_class[slots.used[gain.class_index]].mean()
