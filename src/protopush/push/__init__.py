@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from protopush.push.grow import grow_prototypes
     from protopush.push.guard import GuardDecision
     from protopush.push.options import PushOptions, PushSchedule, PushSettings
-    from protopush.push.prune import prune_prototypes
     from protopush.push.push import PushMixin, check_settings, push_prototypes
     from protopush.push.push_report import GrowthReport, PruningReport, PushedPrototype, PushReport
+    from protopush.push.resize import grow_prototypes, prune_prototypes
     from protopush.push.update import refresh_anchors
 
 __all__ = [
@@ -37,7 +36,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the first file that has the name when it is first asked for (PEP 562); the first needs no torch."""
-    for home in ("options", "push", "push_report", "guard", "update", "grow", "prune") if name in __all__ else ():
+    for home in ("options", "push", "push_report", "guard", "update", "resize") if name in __all__ else ():
         module = import_module(f"{__name__}.{home}")
         if hasattr(module, name):
             return getattr(module, name)

@@ -146,12 +146,11 @@ def verify_anchors(
     """Embed the file of every anchor again and compare.
 
     Args:
-        model: with ``extract_features``, ``head.proj``.
+        model, device: with ``extract_features`` and ``head.proj``, and where it is.
         manager: its prototypes and anchors.
         transform: as in training without augmentation.
         root: the folder that the anchors' files are relative to.
         class_names: for the table.
-        device: where the model is.
         tolerance: of the cosine between prototype and patch.
         same_weights: whether the model's weights are those that the anchors were recorded with.
     """

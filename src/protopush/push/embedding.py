@@ -80,10 +80,7 @@ def embedded(net: Pushable, reader: Reader, use_local: bool) -> Iterator[Iterato
 class NonFinite:
     """Remembers, without waiting for the device, the smallest ids of samples with NaN or infinite features.
 
-    Args:
-        device: where the features are.
-        keep: ids to remember at most.
-        first_batch_only: later batches don't count, because in training they are bad for the first one's sake.
+    With ``first_batch_only``, later batches don't count: in training they are bad for the first one's sake.
     """
 
     def __init__(self, device: torch.device, keep: int = 20, first_batch_only: bool = False) -> None:
@@ -158,11 +155,7 @@ class OwnSimilarity(NamedTuple):
 def own_similarity(net: Pushable, source: Reader, unit: Tensor, used: Tensor, use_local: bool) -> OwnSimilarity:
     """One pass over the samples; what is kept is 4 * K + 16 bytes a sample, the same on every rank.
 
-    Args:
-        net, source: model and data.
-        unit: (C, K, D), prototypes of unit norm.
-        used: bool (C, K), those that count.
-        use_local: patches, or the pooled feature.
+    The prototypes are ``unit`` (C, K, D), of unit norm; those count that are ``used``, bool (C, K).
 
     Raises:
         InputError: as :func:`embedded`, or there is no batch.
@@ -211,17 +204,14 @@ def in_order(values: Tensor, numbers: Tensor, tie: float = TIE) -> Tensor:
 
 
 def class_coverage(
-    slots: tuple[Slots, Slots],
-    labels: Tensor,
-    coverage: tuple[Tensor, Tensor],
-    quantile: float,
-    notes: Mapping[int, str],
+    net: Pushable, slots: Slots, before: OwnSimilarity, coverage: Tensor, quantile: float, why: Mapping[int, str]
 ) -> list[ClassCoverage]:
-    """One entry a class; ``slots`` and ``coverage`` (N,) are those before and after."""
-    found = []
-    for c, rows in enumerate(slots[0].rows):
-        own, (used, used_after) = labels == c, (int(state.used[c].sum()) for state in slots)
-        before, after = (quantile_of(values[own], quantile) for values in coverage)
-        room, samples = int((rows >= 0).sum()), int(own.sum())
-        found.append(ClassCoverage(c, samples, used, used_after, room, before, after, notes.get(c, "")))
+    """How well each class was covered, with ``slots``, and is now, with ``coverage`` (N,); ``why`` has the notes."""
+    now, found = Slots.of(net.head.proto_manager).used, []
+    states = before.coverage(), coverage
+    for c, rows in enumerate(slots.rows):
+        own = before.labels == c
+        counts = int(own.sum()), int(slots.used[c].sum()), int(now[c].sum()), int((rows >= 0).sum())
+        old, new = (quantile_of(values[own], quantile) for values in states)
+        found.append(ClassCoverage(c, *counts, old, new, why.get(c, "")))
     return found

@@ -39,7 +39,7 @@ class Wish(NamedTuple):
     allow: Allow | None
 
     def badly_covered(self, coverage: Tensor) -> bool:
-        """Whether a class is badly covered, from the coverage of its samples (n,)."""
+        """From the coverage of a class's samples (n,)."""
         level = quantile_of(coverage, self.quantile)
         return level is not None and level < self.min_coverage - TIE
 
@@ -49,11 +49,10 @@ class Gain(NamedTuple):
 
     Attributes:
         class_index, slot: where to.
-        sample, cell, grid: the patch.
+        sample, cell, grid, origin: the patch.
         gain: what it adds to the sum of the coverage of ``ids``.
         unit: (D,), its embedding.
         ids, reach: (n,), the worst covered samples, ascending, and their best cosines to it.
-        origin: of its sample.
     """
 
     class_index: int
@@ -76,10 +75,6 @@ class _Sample(NamedTuple):
     allowed: Tensor
     label: int
     grid: tuple[int, int]
-
-
-# A chosen patch: the row and the cell of its sample; gain and reach as in Gain.
-_Choice = tuple[int, int, float, Tensor]
 
 
 def find_gains(
@@ -114,34 +109,27 @@ def _gains_of(
     """The gains of some classes."""
     samples, read_here = _read_again(net, source, before, torch.cat(list(worst.values())), wish)
     device, coverage = net.head.proto_manager.prototypes.device, before.coverage()
-    choices: dict[int, list[_Choice]] = {}
+    gains: list[Gain] = []
     for c, rows in worst.items():
-        own = (before.labels == c).nonzero().flatten()
-        patches = [samples[i] for i in before.ids[rows].tolist()]
-        limit = min(wish.per_class, int(free[c].sum()))
-        choices[c] = _best_patches(patches, coverage[own], torch.isin(own, rows), limit, wish, device)
-    choices = all_gather_objects(choices)[0]  # other hardware may round otherwise: all take those of one rank
-    new = [
-        (c, slot, int(before.ids[worst[c][choice[0]]]), choice)
-        for c, of_class in choices.items()
-        for slot, choice in zip(free[c].nonzero().flatten().tolist(), of_class, strict=False)
-    ]
-    described = all_gather_objects({i: source.describe(i) for _, _, i, _ in new if i in read_here})
+        own, ids = (before.labels == c).nonzero().flatten(), before.ids[rows]
+        patches = [samples[i] for i in ids.tolist()]
+        slots = free[c].nonzero().flatten().tolist()[: wish.per_class]
+        best = _best_patches(patches, coverage[own], torch.isin(own, rows), len(slots), wish, device)
+        for slot, (row, cell, gain, reach) in zip(slots, best, strict=False):
+            one, i = patches[row], int(ids[row])
+            gains.append(Gain(c, slot, i, cell, one.grid, gain, one.unit[cell].clone(), ids, reach, Provenance(i)))
+    gains = all_gather_objects(gains)[0]  # other hardware may round otherwise: all take those of one rank
+    described = all_gather_objects(
+        {one.sample: source.describe(one.sample) for one in gains if one.sample in read_here}
+    )
     origins = {i: origin for of_rank in reversed(described) for i, origin in of_rank.items()}
-    return [
-        Gain(c, slot, i, cell, samples[i].grid, gain, samples[i].unit[cell], before.ids[worst[c]], reach, origins[i])
-        for c, slot, i, (_, cell, gain, reach) in new
-    ]
+    return [one._replace(origin=origins[one.sample]) for one in gains]
 
 
 def _read_again(
     net: Pushable, source: Reader, before: OwnSimilarity, rows: Tensor, wish: Wish
 ) -> tuple[dict[int, _Sample], set[int]]:
-    """The patches of some samples, on every rank, and the samples that this rank has read.
-
-    Raises:
-        InputError: the loader gives other samples than before.
-    """
+    """The patches of some samples, on every rank, and the samples that this rank has read."""
     label_of = dict(zip(before.ids[rows].tolist(), before.labels[rows].tolist(), strict=True))
     here: dict[int, _Sample] = {}
     with embedded(net, source.subset(sorted(label_of)), wish.use_local) as batches:
@@ -166,26 +154,22 @@ def _read_again(
 
 def _best_patches(
     samples: list[_Sample], coverage: Tensor, worst: Tensor, limit: int, wish: Wish, device: torch.device
-) -> list[_Choice]:
-    """The patches of one class that help most, each after the ones before it.
+) -> list[tuple[int, int, float, Tensor]]:
+    """The patches of one class that help most, each after the ones before it: (row, cell, gain, reach).
 
     Args:
         samples: the worst covered ones, n of them, by ascending id.
         coverage: (m,) of all samples of the class, by ascending id.
         worst: bool (m,), where the n are among them.
         limit: the most to find.
-        wish: as asked.
-        device: where to compute.
     """
-    tensors = list(zip(*samples, strict=True))[:3]
-    unit, valid, allowed = (
-        pad_sequence(list(part), batch_first=True) for part in tensors
-    )  # cells may differ in number
-    candidates = (allowed & valid).nonzero()  # (P, 2): sample and cell, in the order that settles ties
+    tensors = list(zip(*samples, strict=True))[:3]  # cells may differ in number
+    unit, valid, allowed = (pad_sequence(list(part), batch_first=True) for part in tensors)
+    candidates = allowed.nonzero()  # (P, 2): sample and cell, in the order that settles ties
     reach = _reach(unit.to(device), valid.to(device), candidates.to(device))
     coverage = coverage.clone()
     tie = TIE * len(samples)
-    found: list[_Choice] = []
+    found: list[tuple[int, int, float, Tensor]] = []
     while len(candidates) and len(found) < limit and wish.badly_covered(coverage):
         gains = (reach - coverage[worst]).clamp(min=0).sum(dim=1, dtype=torch.float64)
         first = int((gains >= gains.max() - tie).to(torch.uint8).argmax())

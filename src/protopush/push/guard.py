@@ -37,7 +37,7 @@ class GuardDecision:
 
     Attributes:
         guard, budget: as asked.
-        before, after: balanced_accuracy, auroc and ece on the validation images, before the push and as it was left.
+        before, after: the scores before the push and as it was left.
         cost: what the push asked for cost: the larger of the falls of balanced accuracy and AUROC.
         action: ``kept``, ``rolled back`` or ``momentum raised``.
         momentum: with which the push was left; 1 where it was rolled back.
@@ -73,9 +73,7 @@ def guarded(
     momentum within the budget, beside one that isn't.
 
     Args:
-        guard: ``report``, ``rollback`` or ``budget``.
-        budget: the fall that is allowed.
-        momentum: as asked.
+        guard, budget, momentum: as asked.
         place: writes the prototypes for a momentum.
         score: measures the model as it is.
     """
@@ -108,12 +106,8 @@ class Validation:
     """Scores a model on validation images, again and again while only its prototypes change.
 
     A head with ``embed_features(features)`` and ``classify(embeddings)`` (as :class:`protopush.HeadOptimal`) is scored
-    from embeddings computed once, kept on the CPU: N * L * D * 4 bytes. Any other model is run each time.
-
-    Args:
-        model: gives logits (B, C), or an object with ``logits``.
-        net: the module behind its wrappers.
-        loader: validation images; read as the push reads, each image once over all ranks.
+    from embeddings computed once, kept on the CPU: N * L * D * 4 bytes. Any other model is run each time; it gives
+    logits (B, C), or an object with ``logits``. The loader is read as the push reads, each image once over all ranks.
     """
 
     def __init__(self, model: nn.Module, net: Pushable, loader: Iterable[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, Protocol, TypedDict, TypeVar
 
@@ -108,6 +108,7 @@ def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:
     return registry[value]
 
 
+@dataclass(eq=False)
 class PushSchedule:
     """The epochs after which to push: ``(epoch + 1) >= start and (epoch + 1) % interval == 0``.
 
@@ -138,31 +139,28 @@ class PushSchedule:
         [3, 6, 9]
     """
 
-    def __init__(
-        self,
-        start: int = 10,
-        interval: int = 5,
-        end: int | None = None,
-        total_epochs: int | None = None,
-        final_decay: float = 0.1,
-    ) -> None:
-        _check_whole("start", start, 0)
-        _check_whole("interval", interval, 1)
-        for name, value in (("end", end), ("total_epochs", total_epochs)):
-            if value is not None:
-                _check_whole(name, value, 1)
-        if not 0 <= final_decay <= 1:
-            raise InputError(f"final_decay is {final_decay}; expected a share of the peak learning rate, 0 to 1")
-        if end is not None and end < start:
-            raise InputError(f"end is {end} but start is {start}; expected an end that isn't before the start")
-        self.start, self.interval, self.end = start, interval, end
-        self.total_epochs, self.final_decay = total_epochs, final_decay
-        self.peaks: list[float] = []
-        if total_epochs is not None and not self.planned(total_epochs):
-            last = "" if end is None else f" and end {end}"
+    start: int = 10
+    interval: int = 5
+    end: int | None = None
+    total_epochs: int | None = None
+    final_decay: float = 0.1
+    peaks: list[float] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", 0), ("interval", 1), ("end", 1), ("total_epochs", 1)):
+            if name in ("start", "interval") or getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least)
+        if not 0 <= self.final_decay <= 1:
+            raise InputError(f"final_decay is {self.final_decay}; expected a share of the peak learning rate, 0 to 1")
+        if self.end is not None and self.end < self.start:
             raise InputError(
-                f"no push would follow any of {total_epochs} epochs with start {start}, interval {interval}{last}; "
-                "expected at least one; lower start or interval"
+                f"end is {self.end} but start is {self.start}; expected an end that isn't before the start"
+            )
+        if self.total_epochs is not None and not self.planned():
+            last = "" if self.end is None else f" and end {self.end}"
+            raise InputError(
+                f"no push would follow any of {self.total_epochs} epochs with start {self.start}, interval "
+                f"{self.interval}{last}; expected at least one; lower start or interval"
             )
 
     def due(
@@ -199,7 +197,10 @@ class PushSchedule:
             raise InputError("due() was given peak_lr without lr; expected both, or an optimizer")
         share = 1.0
         if optimizer is not None:
-            share = self._share(_groups(optimizer))
+            several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+            if not isinstance(several, Iterable):
+                raise InputError(f"{type(optimizer).__name__} has no param_groups; expected an optimizer, or several")
+            share = self._share([group for one in several for group in one.param_groups])
         elif lr is not None:
             share = self._share([{"lr": lr}]) if peak_lr is None else _share([_rate(lr)], [_rate(peak_lr)])
         if not self._falls_on(epoch):
@@ -224,10 +225,6 @@ class PushSchedule:
         """The inverse."""
         self.peaks = [float(peak) for peak in state["peaks"]]
 
-    def __repr__(self) -> str:
-        names = ("start", "interval", "end", "total_epochs", "final_decay")
-        return f"PushSchedule({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
-
     def _falls_on(self, epoch: int) -> bool:
         number = epoch + 1
         return number >= self.start and number % self.interval == 0 and (self.end is None or number <= self.end)
@@ -245,13 +242,6 @@ class PushSchedule:
 def _share(rates: list[float], peaks: list[float]) -> float:
     """Of the group whose share is the largest; 1 where nothing learns."""
     return max((rate / peak for rate, peak in zip(rates, peaks, strict=True) if peak > 0), default=1.0)
-
-
-def _groups(optimizer: OptimizerLike | Iterable[OptimizerLike]) -> list[dict[str, Any]]:
-    several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
-    if not isinstance(several, Iterable):
-        raise InputError(f"{type(optimizer).__name__} has no param_groups; expected an optimizer, or several")
-    return [group for one in several for group in one.param_groups]
 
 
 def _rate(value: Any) -> float:

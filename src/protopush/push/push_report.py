@@ -143,10 +143,8 @@ class ClassCoverage:
     """How well one class is covered; a sample's coverage is its best cosine to a prototype of its class, [-1, 1].
 
     Attributes:
-        class_index: from 0.
         samples: how many were read.
-        prototypes_before, prototypes_after: in use.
-        slots: of the class, in use or free.
+        prototypes_before, prototypes_after, slots: in use, and in use or free.
         before, after: the quantile of the samples' coverage; None without a sample.
         note: why nothing was done where something was called for.
     """
@@ -163,14 +161,13 @@ class ClassCoverage:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What growth or pruning did; its options are as asked.
+    """What growth or pruning did, beside the options as asked.
 
     Attributes:
-        classes: the coverage of each class, before and after.
+        classes: the coverage of each class.
         notes: what is worth a warning.
         val_before, val_after: the scores on validation images; None without a val_loader.
-        seconds: time taken.
-        class_names: of the model, where it has them.
+        seconds, class_names: as of :class:`PushReport`.
     """
 
     use_local: bool

@@ -27,25 +27,55 @@ class Batch(NamedTuple):
 
 @dataclass(kw_only=True)
 class Reader:
-    """Batches of :class:`Batch`, and where each id comes from. What is to be read is settled when it is made.
+    """Batches of :class:`Batch`, and where each id comes from: any iterable, read as it comes, by each rank its own.
+
+    Ids are the third element of what is read, or a number for it where it is a name. What is to be read is settled when
+    a reader is made; reading leaves a trace in a stream alone: the names, and that samples had to be counted.
 
     Attributes:
+        loader: what is read.
         verified: whether ids and view can be trusted to name the very patch that was seen.
         note: why not, or what else the log should say.
         labels: int64, the label of each id, where it is known without reading.
         groups: int64, a number for the group of each id, where the dataset has groups; a sample without has its own.
         divided: whether each rank reads a part of its own.
+        names: of the ids that stand for one.
     """
 
+    loader: Any
     verified: bool = True
     note: str = ""
     labels: Tensor | None = None
     groups: Tensor | None = None
     divided: bool = True
+    names: dict[int, int | str] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches."""
-        raise NotImplementedError
+        seen = 0
+        for item in self.loader:
+            images, labels, ids = _unpack(item)
+            if ids is None:
+                if rank_and_size()[1] > 1:
+                    raise InputError(
+                        "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, "
+                        "labels, ids) from each of several processes, or their samples would be mistaken for one "
+                        "another"
+                    )
+                self.verified = False
+                self.note = (
+                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
+                    "the order of reading and marked unverified; yield (images, labels, ids)"
+                )
+                ids = torch.arange(seen, seen + len(labels))
+            elif isinstance(ids, Tensor):
+                ids = ids.detach().cpu().long()
+            else:
+                numbers = [name if isinstance(name, int) else _order_free_number(name) for name in ids]
+                self.names.update(zip(numbers, ids, strict=True))
+                ids = torch.tensor(numbers, dtype=torch.int64)
+            seen += len(labels)
+            yield Batch(images, _as_labels(labels), ids)
 
     def subset(self, ids: Sequence[int]) -> Reader:
         """A reader of these samples alone, in this order; a stream can only be read as a whole."""
@@ -57,7 +87,7 @@ class Reader:
 
     def describe(self, sample_id: int) -> Provenance:
         """Where a sample that this rank has read comes from."""
-        return Provenance(sample_id)
+        return Provenance(self.names.get(sample_id, sample_id))
 
 
 def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader:
@@ -78,7 +108,7 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     indexed = indexed and not isinstance(dataset, IterableDataset)
     if not isinstance(plain, DataLoader) or not indexed or plain.batch_sampler is None:
-        return StreamReader(loader=loader)
+        return Reader(loader=loader)
     items = Items(dataset)
     if len(set(all_gather_objects(items.layout()))) > 1:
         raise InputError(
@@ -116,17 +146,15 @@ class DatasetReader(Reader):
     """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.
 
     Attributes:
-        loader: whose workers and collate_fn read the items.
-        items: the dataset behind it.
+        items: the dataset behind the loader, whose workers and collate_fn read it.
         ids: the indices to read, in order.
     """
 
-    loader: DataLoader[Any]
     items: Items
     ids: Sequence[int]
 
     def batches(self) -> Iterator[Batch]:
-        loader = self.loader
+        loader: DataLoader[Any] = self.loader
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         rank, ranks = rank_and_size() if self.divided else (0, 1)
         starts = range(0, len(self.ids), size)[rank::ranks]
@@ -168,46 +196,6 @@ class DatasetReader(Reader):
 
     def describe(self, sample_id: int) -> Provenance:
         return self.items.describe(sample_id)
-
-
-@dataclass(kw_only=True)
-class StreamReader(Reader):
-    """Any other iterable, read as it comes; ids are the third element of each batch. Each rank reads its own.
-
-    What has been read leaves a trace here alone: the names of the samples, and that they had to be counted.
-    """
-
-    loader: Iterable[Any]
-    names: dict[int, int | str] = field(default_factory=dict)
-
-    def batches(self) -> Iterator[Batch]:
-        seen = 0
-        for item in self.loader:
-            images, labels, ids = _unpack(item)
-            if ids is None:
-                if rank_and_size()[1] > 1:
-                    raise InputError(
-                        "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, "
-                        "labels, ids) from each of several processes, or their samples would be mistaken for one "
-                        "another"
-                    )
-                self.verified = False
-                self.note = (
-                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
-                    "the order of reading and marked unverified; yield (images, labels, ids)"
-                )
-                ids = torch.arange(seen, seen + len(labels))
-            elif isinstance(ids, Tensor):
-                ids = ids.detach().cpu().long()
-            else:
-                numbers = [name if isinstance(name, int) else _order_free_number(name) for name in ids]
-                self.names.update(zip(numbers, ids, strict=True))
-                ids = torch.tensor(numbers, dtype=torch.int64)
-            seen += len(labels)
-            yield Batch(images, _as_labels(labels), ids)
-
-    def describe(self, sample_id: int) -> Provenance:
-        return Provenance(self.names.get(sample_id, sample_id))
 
 
 def _order_free_number(name: str) -> int:

@@ -102,15 +102,11 @@ class Candidates:
 
         empty = self.ranked.similarity.clone()
         empty[classes] = -torch.inf
-        pairs = zip(self.ranked._replace(similarity=empty), other.ranked, strict=True)
-        return replace(
-            self,
-            ranked=Ranked(*(joined(mine, theirs) for mine, theirs in pairs)),
-            mine=joined(self.mine, other.mine),
-            vectors=joined(self.vectors, other.vectors),
-            taken=joined(self.taken, other.taken),
-            unique=tuple(other.unique[c] if c in classes else word for c, word in enumerate(self.unique)),
-        )
+        ranked = Ranked(*map(joined, self.ranked._replace(similarity=empty), other.ranked))
+        unique = tuple(other.unique[c] if c in classes else word for c, word in enumerate(self.unique))
+        mine, vectors = joined(self.mine, other.mine), joined(self.vectors, other.vectors)
+        taken = joined(self.taken, other.taken)
+        return replace(self, ranked=ranked, mine=mine, vectors=vectors, taken=taken, unique=unique)
 
 
 def nearest_patches(
@@ -147,7 +143,7 @@ def nearest_patches(
             top.update(batch.embeddings, batch.norm, batch.labels, ids, keys, allowed, vectors)
             if number % LOG_EVERY == 0:
                 logger.info("  Processed %d batches...", number)
-            if cap.filled:
+            if cap.filled():
                 break
         top.flush()
     grids = [other for other in all_gather_objects(grid) if other is not None]
@@ -191,7 +187,6 @@ class PatchCap:
         rank = torch.randperm(cells, generator=torch.Generator().manual_seed(self.seed))
         return rank.unsqueeze(0) < take.unsqueeze(1)
 
-    @property
     def filled(self) -> bool:
         """Whether every class has its fill, so that nothing more need be read."""
         return self.cap is not None and self.planned is None and bool((self.patches >= self.cap).all())
@@ -230,8 +225,8 @@ def choose(net: Pushable, reader: Reader, slots: Slots, options: PushOptions, cl
         rule = by_image
     chosen, classes = None, list(range(len(slots.rows)))
     while True:
-        there = torch.isin(torch.arange(len(slots.rows)), torch.tensor(classes)).to(slots.used.device)
-        asked = slots._replace(used=slots.used & there.unsqueeze(1))
+        asked = slots._replace(used=torch.zeros_like(slots.used))
+        asked.used[classes] = slots.used[classes]
         depth = 2 if rule is shared else max(2, int(asked.used.sum(dim=1).max()))
         found = nearest_patches(net, reader, asked, options, rule, depth)
         taken, short = (found.taken, []) if rule is shared else assign(found.ranked, asked.used)

@@ -1,9 +1,10 @@
-"""Updates of prototypes: the step towards their patches, which can be taken back, and live anchors embedded again."""
+"""Updates of prototypes: the step towards their patches, slots that are filled and freed, live anchors refreshed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch.nn import functional as F
 
 from protopush.distributed import all_reduce_sum
 from protopush.errors import InputError
+from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
+from protopush.push.facility_location import Gain
 from protopush.push.options import OptimizerLike, PushOptions, resolve
-from protopush.push.protocol import Pushable, Slots, live_features_of, resolve_device, unwrap
+from protopush.push.protocol import Pushable, Slots, connections_of, live_features_of, resolve_device, unwrap
+from protopush.push.push_report import PrunedPrototype
 from protopush.push.reader import Reader, read_by_index
 from protopush.push.selection import Candidates
 
@@ -181,6 +185,46 @@ def features_at(net: Pushable, reader: Reader, rows: Tensor) -> Tensor:
         row, image = (ids.unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
         found[row] = every[image, cells[row.to(cells.device)]].float()
     return all_reduce_sum(found)
+
+
+def move_in(
+    net: Pushable, source: Reader, slots: Slots, gains: list[Gain], anchors: list[Anchor], use_local: bool
+) -> None:
+    """Put new prototypes, and what belongs to each, into their slots; a connection starts as its class's mean."""
+    manager: Any = net.head.proto_manager
+    index = partial(torch.tensor, dtype=torch.int64, device=slots.rows.device)
+    classes, places = index([gain.class_index for gain in gains]), index([gain.slot for gain in gains])
+    rows = slots.rows[classes, places]
+    vectors = torch.stack([gain.unit for gain in gains]).to(rows.device)
+    if live_features_of(net) is not None:
+        manager.anchor_ids[rows] = index([gain.sample for gain in gains])
+        manager.anchor_cells[rows] = index([gain.cell if use_local else POOLED for gain in gains])
+        manager.anchor_features[rows] = features_at(net, source, rows).to(manager.anchor_features.dtype)
+        vectors = net.head.proj(manager.anchor_features[rows])
+    unit = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
+    manager.prototypes.data[rows] = unit.to(manager.prototypes.dtype)
+    manager.valid_mask.view(-1)[rows] = True
+    if getattr(manager, "anchors", None) is not None:
+        for row, anchor in zip(rows.tolist(), anchors, strict=True):
+            manager.anchors[row] = anchor
+    connections = connections_of(net, slots)
+    if connections is not None:
+        for gain in gains:
+            if slots.used[gain.class_index].any():
+                of_class = connections.data[gain.class_index]
+                of_class[gain.slot] = of_class[slots.used[gain.class_index]].mean()
+
+
+def move_out(net: Pushable, slots: Slots, removed: list[PrunedPrototype]) -> None:
+    """Free the slots of some prototypes; a vector stays where it is, and counts for nothing."""
+    manager: Any = net.head.proto_manager
+    rows = torch.stack([slots.rows[gone.class_index, gone.prototype] for gone in removed])
+    manager.valid_mask.view(-1)[rows] = False
+    if getattr(manager, "anchor_ids", None) is not None:
+        manager.anchor_ids[rows] = -1
+    if getattr(manager, "anchors", None) is not None:
+        for row in rows.tolist():
+            manager.anchors[row] = None
 
 
 INTERPOLATIONS: dict[str, Interpolation] = {
