@@ -232,9 +232,7 @@ class Items(Dataset[tuple[Any, int]]):
 def _behind(dataset: Any, sure: bool) -> tuple[list[Any], Tensor, bool]:
     """``parts``, ``where`` and ``deterministic`` of :class:`Items`; a name of -1 is the index in the whole.
 
-    Args:
-        dataset: the one to take apart.
-        sure: it is part of an ``eval_view()``.
+    It is ``sure`` that parts of an ``eval_view()`` give the same item twice.
     """
     if not sure and hasattr(dataset, "eval_view"):
         return _behind(dataset.eval_view(), True)

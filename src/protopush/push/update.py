@@ -76,7 +76,7 @@ def reset_moments(optimizer: OptimizerLike, parameter: Tensor, *index: Tensor) -
     """Zero the optimiser's running moments of what a push moved: they belong to where it was.
 
     Args:
-        optimizer: any optimiser that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
+        optimizer: any that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
         parameter: the prototypes (S, D), or what belongs to them.
         index: int64, the rows that moved; with more of them, the entries.
     """
@@ -150,9 +150,8 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
     ``torch.distributed`` every rank must call it: the ranks divide the images.
 
     Args:
-        model: as for :func:`protopush.push_prototypes`, with live anchors.
-        dataloader: over the dataset of the push, whose indices the anchors keep.
-        device: where the model is.
+        model, dataloader, device: as for :func:`protopush.push_prototypes`, with live anchors; over the dataset of the
+            push, whose indices they keep.
 
     Returns:
         The number of images that were embedded; 0 where there is no live anchor.
