@@ -21,7 +21,7 @@ from protopush.errors import InputError, listing
 from protopush.push.embedding import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import DatasetReader, Reader
+from protopush.push.reader import DatasetReader, Reader, describe_all
 from protopush.push.top_candidates import TIE
 
 CLASSES_AT_ONCE = 16  # whose patches are in memory
@@ -119,10 +119,7 @@ def _gains_of(
             one, i = patches[row], int(ids[row])
             gains.append(Gain(c, slot, i, cell, one.grid, gain, one.unit[cell].clone(), ids, reach, Provenance(i)))
     gains = all_gather_objects(gains)[0]  # other hardware may round otherwise: all take those of one rank
-    described = all_gather_objects(
-        {one.sample: source.describe(one.sample) for one in gains if one.sample in read_here}
-    )
-    origins = {i: origin for of_rank in reversed(described) for i, origin in of_rank.items()}
+    origins = describe_all(source, read_here & {one.sample for one in gains})
     return [one._replace(origin=origins[one.sample]) for one in gains]
 
 

@@ -141,6 +141,12 @@ def read_by_index(loader: Iterable[Any]) -> DatasetReader:
     return reader
 
 
+def describe_all(reader: Reader, ids: Iterable[int]) -> dict[int, Provenance]:
+    """Where the samples of all ranks come from; each rank gives the ``ids`` of those that it has read."""
+    here = {i: reader.describe(i) for i in sorted(set(ids))}
+    return {i: origin for part in reversed(all_gather_objects(here)) for i, origin in part.items()}
+
+
 @dataclass(kw_only=True)
 class DatasetReader(Reader):
     """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.

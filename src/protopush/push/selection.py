@@ -17,7 +17,7 @@ from protopush.errors import InputError, listing
 from protopush.push.embedding import embedded
 from protopush.push.options import PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots, live_features_of
-from protopush.push.reader import DatasetReader, Reader
+from protopush.push.reader import DatasetReader, Reader, describe_all
 from protopush.push.top_candidates import TIE, Ranked, TopM, place_within
 
 logger = logging.getLogger("protopush.push")
@@ -89,8 +89,7 @@ class Candidates:
     def origins(self, reader: Reader) -> dict[int, Provenance]:
         """Where the samples that are taken come from; each is described by the rank that has read it."""
         mine = self.of_taken(self.mine & self.ranked.similarity.isfinite())
-        here = {i: reader.describe(i) for i in sorted(set(self.of_taken(self.ranked.ids)[mine].tolist()))}
-        return {i: origin for part in all_gather_objects(here) for i, origin in part.items()}
+        return describe_all(reader, self.of_taken(self.ranked.ids)[mine].tolist())
 
     def with_classes(self, classes: list[int], other: Candidates) -> Candidates:
         """These candidates, but for some classes those of another search, which has as many of them or fewer."""
@@ -124,8 +123,7 @@ def nearest_patches(
     Raises:
         InputError: on every rank, whatever went wrong on one of them; non-finite features name their samples.
     """
-    device = slots.unit.device
-    live = live_features_of(net)  # live anchors keep features, not embeddings
+    device, live = slots.unit.device, live_features_of(net)  # live anchors keep features, not embeddings
     top = TopM(slots.unit, slots.used, depth, None if live is None else live.shape[1])
     grid: tuple[int, int] | None = None
     with raising_on_all_ranks():
@@ -162,7 +160,7 @@ def nearest_patches(
 class PatchCap:
     """Counts the patches of each class, and says which may still be taken under a cap. (CPU)
 
-    ``planned``, int64 (N,), has the patches to take of each sample, where that is settled beforehand.
+    ``planned``, int64 (N,): the patches to take of each sample, where that is settled beforehand.
     """
 
     def __init__(self, num_classes: int, cap: int | None, seed: int = 0, planned: Tensor | None = None) -> None:
