@@ -12,8 +12,7 @@ from protopush.data.manifest import Catalog, DataConfig
 from protopush.errors import InputError
 from protopush.evaluation.measure import Measured, measure
 from protopush.models.model_folder import Run
-from protopush.runs.run import open_run
-from protopush.runs.run import open_split
+from protopush.runs.run import open_run, open_split
 
 # What is compared: group, words, which way is better, and where the number stands.
 ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (

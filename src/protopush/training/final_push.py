@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from protopush.evaluation.evaluate import in_short, predict
 from protopush.nn.head import HeadOptimal
-from protopush.push import PushReport, push_prototypes, refresh_anchors
-from protopush.push.resize import grow_prototypes, prune_prototypes
+from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
 from protopush.training.phases import Stage, on_validation
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job

@@ -20,7 +20,7 @@ from protopush.models.model_folder import Run, save_run
 from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push import PushSchedule
-from protopush.push.nearest_patches import NonFinite
+from protopush.push.embedding import NonFinite
 from protopush.runs.progress import bar
 from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
