@@ -196,7 +196,7 @@ class Run(stored_run.Run):
             root: where the training images are now.
         """
         from protopush.data.files import read_json
-        from protopush.models.versions import recorded_versions, version_change
+        from protopush.models.stored_run import recorded_versions, version_change
 
         root = Path(root) if root else self.root
         if not root.is_dir():

@@ -20,8 +20,8 @@ from protopush.errors import InputError, listing
 from protopush.explain.neighbours import Neighbours, find_neighbours
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
 from protopush.nn.prototypes import Anchor
+from protopush.preserve_state import iterate_outputs
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run

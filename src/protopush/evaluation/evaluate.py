@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from protopush.distributed import all_gather_objects
 from protopush.metrics.classification import classification_metrics
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
 
 

@@ -20,8 +20,7 @@ from protopush.metrics.localization import activation_share, anchor_share, outsi
 from protopush.metrics.prototype_quality import prototype_metrics
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
-from protopush.preserve_state import preserve_state
+from protopush.preserve_state import iterate_outputs, preserve_state
 from protopush.runs.progress import bar
 
 STEPS = 10

@@ -25,7 +25,7 @@ from protopush.errors import InputError, first_line, listing
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 
 logger = logging.getLogger("protopush.predict")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from protopush.distributed import all_gather_objects, raising_on_all_ranks
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 from protopush.push.protocol import Pushable, Slots, connections_of
 from protopush.push.reader import Batch, check_labels, read_through
 

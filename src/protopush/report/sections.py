@@ -16,7 +16,7 @@ from protopush.explain.figure_canvas import colour_bar
 from protopush.explain.figure_style import decimal
 from protopush.metrics.glossary import HEADLINE, named_numbers
 from protopush.models.model_folder import Run
-from protopush.models.versions import current_versions, recorded_versions
+from protopush.models.stored_run import current_versions, recorded_versions
 from protopush.nn.prototypes import Anchor
 from protopush.push.certificate import anchors_verdict
 from protopush.report.cases import make_cases

@@ -27,7 +27,7 @@ from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run, read_run
 from protopush.nn.head import HeadOptimal
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
 
 if TYPE_CHECKING:

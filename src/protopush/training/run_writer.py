@@ -17,7 +17,7 @@ import yaml
 from protopush.data.files import atomic
 from protopush.distributed import broadcast_from_rank_zero, rank_and_size
 from protopush.errors import InputError, first_line, listing
-from protopush.models.versions import current_versions, version_change
+from protopush.models.stored_run import current_versions, version_change
 from protopush.push.certificate import refuse_newer
 from protopush.training.config import RunConfig
 from protopush.training.tracking import Trackers
