@@ -24,8 +24,7 @@ from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
 from protopush.evaluation.compare import compare
 from protopush.evaluation.measure import measure
-from protopush.runs.run import open_run
-from protopush.runs.splits import open_split
+from protopush.runs.run import open_run, open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {"local": "ham10000-live", "global": "ham10000-global"}

@@ -26,8 +26,7 @@ from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
 from protopush.models.model_folder import Run
 from protopush.runs.onnx_export import export_onnx
-from protopush.runs.run import open_run
-from protopush.runs.splits import open_split
+from protopush.runs.run import open_run, open_split
 
 GOAL = Goal(1e-4)
 BATCHES = (1, 32)

@@ -30,8 +30,7 @@ from protopush.models.model_folder import Run
 from protopush.predict.inputs import Pictures, list_inputs
 from protopush.predict.prediction import predict
 from protopush.preserve_state import preserve_state
-from protopush.runs.fabric import make_fabric
-from protopush.runs.run import open_run
+from protopush.runs.run import make_fabric, open_run
 
 GOAL = Goal(0.9, at_least=True)
 

@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
     from protopush.nn.head import HeadOptimal
     from protopush.nn.prototypes import Anchor, PrototypeManager
-    from protopush.push import PushMixin, PushReport, PushSchedule, push_prototypes, refresh_anchors
-    from protopush.push.resize import GrowthReport, PruningReport, grow_prototypes, prune_prototypes
+    from protopush.push import (
+        GrowthReport,
+        PruningReport,
+        PushMixin,
+        PushReport,
+        PushSchedule,
+        grow_prototypes,
+        prune_prototypes,
+        push_prototypes,
+        refresh_anchors,
+    )
     from protopush.runs.run import load
 
 __version__ = "0.1.0"
@@ -24,21 +33,21 @@ __version__ = "0.1.0"
 _HOME = {
     "Anchor": "protopush.nn.prototypes",
     "Features": "protopush.backbones.create",
-    "GrowthReport": "protopush.push.resize",
+    "GrowthReport": "protopush.push",
     "HeadOptimal": "protopush.nn.head",
     "InputError": "protopush.errors",
     "ProtoModel": "protopush.models.model",
     "PrototypeManager": "protopush.nn.prototypes",
-    "PruningReport": "protopush.push.resize",
+    "PruningReport": "protopush.push",
     "PushMixin": "protopush.push",
     "PushReport": "protopush.push",
     "PushSchedule": "protopush.push",
     "Run": "protopush.api",
     "create_backbone": "protopush.backbones.create",
-    "grow_prototypes": "protopush.push.resize",
+    "grow_prototypes": "protopush.push",
     "load": "protopush.runs.run",
     "open_run": "protopush.api",
-    "prune_prototypes": "protopush.push.resize",
+    "prune_prototypes": "protopush.push",
     "push_prototypes": "protopush.push",
     "refresh_anchors": "protopush.push",
 }

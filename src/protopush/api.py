@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.errors import InputError, did_you_mean, listing
+from protopush.errors import InputError, listing
 from protopush.models import stored_run
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from protopush.push.certificate import AnchorCheck
     from protopush.runs.decisions import Decision
     from protopush.runs.onnx_export import Exported
-
-FORMATS = ("onnx",)
 
 logger = logging.getLogger("protopush.training")
 
@@ -46,7 +44,7 @@ def open_run(
         num_workers: processes that read images.
         device: auto, cpu, cuda or mps.
         backbone: the module itself, where it is one of your own, which no name could build again.
-        check_weights: refuse weights that aren't those that the run saved; False is for :meth:`Run.verify`.
+        check_weights: refuse other weights than those that the run saved; False is for :meth:`Run.verify`.
         distributed: join the processes that torchrun started, among which :meth:`Run.predict` divides the images.
 
     Raises:
@@ -58,7 +56,7 @@ def open_run(
         0.924
     """
     from protopush.distributed import raise_on_all_ranks, rank_and_size
-    from protopush.runs.fabric import make_fabric, quiet
+    from protopush.runs.run import make_fabric, quiet
     from protopush.runs.run import open_run as read
 
     fabric = make_fabric(device)
@@ -80,15 +78,9 @@ class Run(stored_run.Run):
     """A trained model and what can be done with it; :func:`protopush.open_run` makes one.
 
     All methods raise :class:`protopush.InputError` for bad options and for images that aren't there. What a method has
-    as optional arguments, the command of its name has as options.
+    as arguments, the command of its name has as options: this is the text of their help as well.
 
     Attributes:
-        model: in eval mode, on ``device``.
-        class_names: in label order.
-        transform: what the model's images go through.
-        root: the folder that anchor files are relative to.
-        data: path and source of the images that the methods read.
-        folder: where it was read from.
         device: of the model.
         num_workers: processes that read images.
     """
@@ -110,7 +102,7 @@ class Run(stored_run.Run):
 
         Args:
             images: image files.
-            out: a folder.
+            out: folder for the panels (PNG) and their data (JSON).
             rows: prototypes in a panel.
             top_classes: classes in the JSON.
             why_not: another class, which gets a picture of its own (``NAME-why-not.png``) beside the predicted one.
@@ -128,9 +120,8 @@ class Run(stored_run.Run):
 
         if why_not is not None and why_not not in self.class_names:
             raise InputError(f"unknown class {why_not!r} in --why_not; expected one of: {listing(self.class_names)}")
-        paths, done = [Path(image) for image in images], []
+        paths, done, also = [Path(image) for image in images], [], [why_not] if why_not else []
         check_images(paths)
-        also = [why_not] if why_not else []
         for path, name in zip(paths, names or _distinct_names(paths), strict=True):
             image, file = read_image(path), str(Path(out) / name)
             found = explain_image(self.model, path, self.transform, self.class_names, self.device, top_classes, also)
@@ -165,21 +156,20 @@ class Run(stored_run.Run):
             faithfulness: images that faithfulness is measured on (slow); 0: none.
         """
         from protopush.data.dataset import ImageDataset
-        from protopush.evaluation.compare import compare
+        from protopush.evaluation.compare import compare, measure_beside
         from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
         from protopush.runs.progress import bar
 
-        others, page = self._of_same_classes(against), Path(out) if out else self.folder / "report.html"
+        page, where = Path(out) if out else self.folder / "report.html", (self.device, self.num_workers)
         if page.is_dir():
             raise InputError(f"--out {page} is a folder; expected the HTML file to write")
-        measured, catalog = self._measure(self, split, resamples, faithfulness)
-        beside = [(other, self._measure(other, split, resamples, faithfulness)[0]) for other in others]
+        found, catalog = measure_beside(self, against, split, *where, resamples, faithfulness)
+        measured, comparison = found[0][1], compare(found) if against else None
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
-        checks, audited = self._check_anchors(self.root), _audit(catalog) if audit else None
-        comparison = compare([(self, measured), *beside]) if beside else None
+        checks, audited = self._check_anchors(self.root), audit_catalog(catalog) if audit else None
         trained = replace(self, data=origin.config["data"]) if origin else self
         build_report(trained, measured, neighbours, checks, audited, comparison, page, device=self.device)
         return page, measured
@@ -187,18 +177,17 @@ class Run(stored_run.Run):
     def compare(
         self, others: Sequence[str | Path], *, split: str = "test", resamples: int = 1000, faithfulness: int = 48
     ) -> dict[str, Any]:
-        """The numbers of several runs side by side, all on this run's data.
+        """The numbers of this run and of others of the same classes (folders), all on this run's data.
 
         Args:
-            others: folders of other runs of the same classes.
             split: train, val, test or all.
             resamples: of the bootstrap behind the intervals; 0: none.
             faithfulness: images that faithfulness is measured on (slow); 0: none.
         """
-        from protopush.evaluation.compare import compare
+        from protopush.evaluation.compare import compare, measure_beside
 
-        runs = [self, *self._of_same_classes(others)]
-        return compare([(run, self._measure(run, split, resamples, faithfulness)[0]) for run in runs])
+        where = self.device, self.num_workers
+        return compare(measure_beside(self, others, split, *where, resamples, faithfulness)[0])
 
     def verify(self, root: str | Path | None = None) -> list[AnchorCheck]:
         """Embed every anchor's file again, and see whether it still holds.
@@ -207,7 +196,7 @@ class Run(stored_run.Run):
             root: where the training images are now.
         """
         from protopush.data.files import read_json
-        from protopush.models.versions import recorded_versions, version_change
+        from protopush.models.stored_run import recorded_versions, version_change
 
         root = Path(root) if root else self.root
         if not root.is_dir():
@@ -240,25 +229,20 @@ class Run(stored_run.Run):
             overwrite: replace the run in ``out``.
         """
         from protopush.models.model_folder import save_run
-        from protopush.push import PushSettings, check_settings
-        from protopush.runs.allowed import allow_of
         from protopush.runs.decisions import FILE, load_decisions
-        from protopush.runs.run import append_metrics, clear_folder, fresh_folder
+        from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
+        from protopush.training.run_writer import append_metrics, clear_folder, fresh_folder
 
-        settings = PushSettings(
-            momentum=momentum, max_patches_per_class=max_patches_per_class, unique=unique, interpolation=interpolation,
-            guard=guard, guard_budget=guard_budget,
-        )  # fmt: skip
-        check_settings(settings)
         out, model = Path(out), copy.deepcopy(self.model)
         if out.resolve() == self.folder.resolve():
             raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
         fresh_folder(out, overwrite)
         dataset, catalog = self._images(split)
         report: PushReport = model.push_prototypes(
-            self._loader(dataset), self.device, use_local=use_local, **settings.settings(),
-            allow=allow_of(load_decisions(self.folder), dataset),
+            self._loader(dataset), self.device, use_local=use_local, momentum=momentum, unique=unique,
+            max_patches_per_class=max_patches_per_class, interpolation=interpolation, guard=guard,
+            guard_budget=guard_budget, allow=allow_of(load_decisions(self.folder), dataset),
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
         clear_folder(out)
@@ -311,7 +295,7 @@ class Run(stored_run.Run):
 
         Args:
             paths: folders, manifests (CSV ``image[,label]``) or image files.
-            out: the CSV file.
+            out: the CSV file; after a kill, the same words go on with it.
             top: prototypes named for each image; 0: none.
             threshold: similarity below which nothing in training is like an image; None: set on validation images.
             share: of validation images that may be below it.
@@ -322,11 +306,8 @@ class Run(stored_run.Run):
         """
         from protopush.predict.prediction import predict
 
-        data = DataConfig(**self.data)
-        return predict(
-            self, paths, out, top=top, threshold=threshold, share=share, data=data, device=self.device,
-            num_workers=self.num_workers, overwrite=overwrite,
-        )  # fmt: skip
+        where = DataConfig(**self.data), self.device, self.num_workers
+        return predict(self, paths, out, top, threshold, share, *where, overwrite)
 
     def export(self, out: str | Path | None = None, *, format: str = "onnx", tolerance: float = 1e-4) -> Exported:
         """Write a file that needs neither PyTorch nor protopush.
@@ -341,19 +322,17 @@ class Run(stored_run.Run):
         """
         from protopush.runs.onnx_export import export_onnx
 
-        if format not in FORMATS:
-            hint = did_you_mean(format, FORMATS, f"expected one of: {', '.join(FORMATS)}")
-            raise InputError(f"unknown format {format!r}; {hint}")
+        if format != "onnx":
+            raise InputError(f"unknown format {format!r}; expected onnx")
         if not tolerance > 0:
             raise InputError(f"--tolerance {tolerance}; expected a number above 0")
         on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
         return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
 
-    def _images(self, split: str, run: stored_run.Run | None = None) -> tuple[ImageDataset, Catalog]:
-        """A split of this run's data, as this or another run reads it."""
-        from protopush.runs.splits import open_split
+    def _images(self, split: str) -> tuple[ImageDataset, Catalog]:
+        from protopush.runs.run import open_split
 
-        return open_split(DataConfig(**self.data), split, self.class_names, (run or self).transform)
+        return open_split(DataConfig(**self.data), split, self.class_names, self.transform)
 
     def _loader(self, dataset: ImageDataset) -> DataLoader[Any]:
         from torch.utils.data import DataLoader
@@ -361,26 +340,6 @@ class Run(stored_run.Run):
         from protopush.data.features import inference_batch_size
 
         return DataLoader(dataset, batch_size=inference_batch_size(self.device), num_workers=self.num_workers)
-
-    def _measure(self, run: stored_run.Run, split: str, resamples: int, faithfulness: int) -> tuple[Measured, Catalog]:
-        """A run's numbers on this run's data, and the data that they are of."""
-        from protopush.evaluation.measure import measure
-
-        if resamples < 0 or faithfulness < 0:
-            raise InputError(f"--resamples {resamples}, --faithfulness {faithfulness}; expected 0 or more")
-        dataset, catalog = self._images(split, run)
-        run.model.to(self.device)
-        known, asked = {sample.name: sample for sample in catalog.samples}, (self.num_workers, resamples, faithfulness)
-        return measure(run, dataset, split, known, self.device, *asked), catalog
-
-    def _of_same_classes(self, folders: Sequence[str | Path]) -> list[stored_run.Run]:
-        from protopush.runs.run import open_run as read
-
-        runs = [read(folder) for folder in folders]
-        for run in runs:
-            if run.class_names != self.class_names:
-                raise InputError(f"{run.folder} has other classes than {self.folder}; expected the same ones")
-        return runs
 
     def _check_anchors(self, root: Path) -> list[AnchorCheck]:
         from protopush.push.certificate import verify_anchors
@@ -392,33 +351,13 @@ class Run(stored_run.Run):
         )  # fmt: skip
 
 
-def audit_data(path: str, source: str = "auto", split_seed: int = 0, threshold: float | None = None) -> Audit:
-    """What is wrong with a data set: leaks between its splits, duplicates, damaged files.
-
-    Args:
-        path: a folder, a manifest (CSV) or a ``.npz``.
-        source: the kind of data, where it can't be recognised.
-        split_seed: decides the splits where the data have none.
-        threshold: similarity of near duplicates, 0.5 to 1; None: the usual one.
-
-    Raises:
-        InputError: there are no such data, or the threshold is none.
-    """
-    from protopush.data.audit import check_threshold
-    from protopush.data.sources import load_catalog
-
-    if threshold is not None:
-        check_threshold(threshold)
-    return _audit(load_catalog(path, source, seed=split_seed, refuse_leaks=False), threshold)
-
-
-def _audit(catalog: Catalog, threshold: float | None = None) -> Audit:
+def audit_catalog(catalog: Catalog, **how: Any) -> Audit:
+    """The audit of a data set, with a bar; ``how`` as for :func:`protopush.data.audit.audit`."""
     from protopush.data.audit import audit
-    from protopush.data.similar import THRESHOLD
     from protopush.runs.progress import bar
 
     with bar("Auditing images", 2 * len(catalog.samples)) as advance:
-        return audit(catalog, threshold or THRESHOLD, advance)
+        return audit(catalog, advance=advance, **how)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

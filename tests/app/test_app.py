@@ -33,9 +33,9 @@ gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip inst
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from protopush.app.decisions_tab import COLUMNS, as_csv, as_json  # noqa: E402
 from protopush.app.explain_tab import Shown, contributions  # noqa: E402
 from protopush.app.page import render  # noqa: E402
+from protopush.app.review_tabs import COLUMNS, as_csv, as_json  # noqa: E402
 from protopush.app.run_store import RunStore, UsageWorker, Use  # noqa: E402
 from protopush.app.serve import build_app, is_local, listening  # noqa: E402
 from protopush.app.upload import Limits, Upload, read_upload  # noqa: E402

@@ -11,8 +11,7 @@ from helpers import SMALL
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
 from protopush.evaluation.measure import measure, observe
-from protopush.runs.run import open_run
-from protopush.runs.splits import open_split
+from protopush.runs.run import open_run, open_split
 from protopush.testing import ProceduralParts
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers import SMALL, refused
 from protopush.cli import main
 from protopush.data.images import sha256_of
-from protopush.models.versions import current_versions, version_change
+from protopush.models.stored_run import current_versions, version_change
 
 OLD = f"saved with timm 0.9.16, read with timm {timm.__version__}; pip install timm==0.9.16 reads it as it was saved"
 

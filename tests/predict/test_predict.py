@@ -29,12 +29,12 @@ from protopush.data.manifest import Sample
 from protopush.errors import InputError
 from protopush.explain import explain_image
 from protopush.models.model_folder import Run
+from protopush.predict import inputs as predicted_inputs
 from protopush.predict import prediction as predicting
-from protopush.predict import prediction_rows, resumable_csv
+from protopush.predict import resumable_csv
 from protopush.predict import threshold as thresholds
 from protopush.predict.inputs import Pictures, Strings, list_inputs
-from protopush.predict.prediction import predict
-from protopush.predict.prediction_rows import shown
+from protopush.predict.prediction import predict, shown
 from protopush.predict.resumable_csv import ResumableCsv
 from protopush.predict.threshold import Threshold, halved, largest_threshold
 from protopush.runs.run import open_run
@@ -289,14 +289,14 @@ def test_a_reader_that_dies_is_one_line(home, tmp_path, monkeypatch, capsys):
 
 def cut_after(monkeypatch, batches: int) -> None:
     """Ctrl-C while batch number ``batches`` is computed."""
-    run_model, seen = prediction_rows.run_model, iter(range(batches))
+    run_model, seen = predicted_inputs.run_model, iter(range(batches))
 
     def cut(*args, **options):
         if next(seen, None) is None:
             raise KeyboardInterrupt
         return run_model(*args, **options)
 
-    monkeypatch.setattr(prediction_rows, "run_model", cut)
+    monkeypatch.setattr(predicted_inputs, "run_model", cut)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -312,8 +312,8 @@ def test_interrupted_and_started_again(home, tmp_path, monkeypatch, capsys, batc
     with (tmp_path / ".o.csv.part-0").open("ab") as file:
         file.write(b'\n[2, [["/half/a/ro')
     seen = []
-    run_model = prediction_rows.run_model
-    monkeypatch.setattr(prediction_rows, "run_model", lambda *args: seen.append(1) or run_model(*args))
+    run_model = predicted_inputs.run_model
+    monkeypatch.setattr(predicted_inputs, "run_model", lambda *args: seen.append(1) or run_model(*args))
     monkeypatch.setattr(predicting, "calibrate", lambda *_: pytest.fail("the threshold is known"))
     found = told(capsys, home / "run", home / "images", *words)
     assert len(seen) == 4 - batches

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from protopush.errors import InputError
-from protopush.predict.prediction_rows import shown
+from protopush.predict.prediction import shown
 from protopush.predict.resumable_csv import ResumableCsv
 
 

@@ -15,10 +15,8 @@ from helpers import ToyNet, start_ranks
 from protopush import HeadOptimal, InputError, push_prototypes
 from protopush.backbones.create import Features
 from protopush.nn.prototypes import Anchor, PrototypeManager
-from protopush.push import refresh_anchors
+from protopush.push import grow_prototypes, prune_prototypes, refresh_anchors
 from protopush.push.guard import Validation
-from protopush.push.resize.grow import grow_prototypes
-from protopush.push.resize.prune import prune_prototypes
 
 TIE = 2.0**-21
 
@@ -353,7 +351,7 @@ def test_effect_on_validation_is_told():
 
     def score():
         with torch.no_grad():
-            return Validation(model, model, val_loader, torch.device("cpu")).score()
+            return Validation(model, model, val_loader).score()
 
     for change in (
         lambda: grow_prototypes(model, loader, "cpu", min_coverage=1.0, val_loader=val_loader),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from protopush import push_prototypes
-from protopush.push.top_candidates import Patches, TopM
+from protopush.push.top_candidates import TopM
 from protopush.push.update import slerp_update
 
 CASES = 60
@@ -94,9 +94,7 @@ def test_top_m_candidates_equal_brute_force(seed, depth):
     for rows in np.array_split(order, range(4, len(order), 4)):
         embeddings, ids = torch.from_numpy(patches[rows]), torch.from_numpy(rows)
         norm = embeddings.norm(dim=2)
-        search.update(
-            Patches(embeddings, norm, torch.from_numpy(labels[rows]), ids, ids[:, None], norm > 0, embeddings)
-        )
+        search.update(embeddings, norm, torch.from_numpy(labels[rows]), ids, ids[:, None], norm > 0, embeddings)
         if rows[0] % 3 == 0:  # at the latest after the last
             search.flush()
     search.flush()

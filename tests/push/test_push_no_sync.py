@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import ToyNet
-from protopush.push import nearest_patches as module
+from protopush.push import embedding
 from protopush.push.options import PushOptions
 from protopush.push.protocol import Slots
 from protopush.push.reader import read_through
-from protopush.push.selection import RULES
+from protopush.push.selection import RULES, nearest_patches
 from protopush.push.top_candidates import TopM
 
 
@@ -48,9 +48,9 @@ def run_loop(model, key="image", width=None, **options):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(TopM, "__init__", remembered)
-        patch.setattr(module, "refuse_non_finite", over)
+        patch.setattr(embedding, "refuse_non_finite", over)
         with pytest.raises(LoopIsOver):
-            module.nearest_patches(model, read_through(loader), slots, PushOptions(**options), RULES[key], 4)
+            nearest_patches(model, read_through(loader), slots, PushOptions(**options), RULES[key], 4)
     return made[0]
 
 
@@ -75,9 +75,9 @@ WAITING = {
 def test_what_waits_would_be_seen(model, monkeypatch, name):
     update = TopM.update
 
-    def waiting(self, batch):
-        WAITING[name](batch.norm)
-        update(self, batch)
+    def waiting(self, embeddings, norm, *others):
+        WAITING[name](norm)
+        update(self, embeddings, norm, *others)
 
     monkeypatch.setattr(TopM, "update", waiting)
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -22,11 +22,12 @@ from PIL import Image
 
 from helpers import made_once, make_images, train_small
 from protopush import InputError
-from protopush.cli import main
+from protopush.cli import commands, main
 from protopush.cli.parser import read_options
 from protopush.cli.tables import anchors_table, audit_table, decision_table, metrics_table
 from protopush.data.audit import Audit, Pair, audit, audit_findings, audit_verdict
 from protopush.data.dataset import ImageDataset
+from protopush.data.files import read_rows
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import View
 from protopush.evaluation.compare import ROWS
@@ -39,16 +40,15 @@ from protopush.push.certificate import anchors_verdict, verify_anchors
 from protopush.report import build
 from protopush.report.build import build_report
 from protopush.report.cases import select_cases
-from protopush.report.inline_pictures import embed, framed, heat, part
 from protopush.report.number_sections import (
     ReportData,
     chart_of,
     confusion_matrix,
     drawn_groups,
     pushes_of,
-    read_rows,
     reliability,
 )
+from protopush.report.prototype_cards import embed, framed, heat, part
 from protopush.report.sections import SECTIONS
 from protopush.runs.run import open_run
 from protopush.training.config import RunConfig
@@ -207,6 +207,13 @@ def test_every_link_has_its_target_and_every_image_its_words(page):
             assert attrs["alt"]
             with Image.open(io.BytesIO(base64.b64decode(attrs["src"].split(",", 1)[1]))) as picture:
                 picture.load()
+
+
+def test_a_table_without_intervals_has_no_column_for_them(parts, tmp_path):
+    groups = section("numbers", parts)["groups"]
+    with_intervals = [group for group in groups if any(number["interval"] for number in group["numbers"])]
+    page = build_report(**parts, path=tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("<th>95 % interval</th>") == len(with_intervals) < len(groups)
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(parts, tmp_path, monkeypatch):
@@ -622,9 +629,7 @@ def test_a_decision_has_the_same_words_on_the_command_line_and_in_the_report(par
         assert words in replace(made, kind=kind, undoes=7).summary
 
 
-def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path):
-    demo = importlib.import_module("protopush.cli.demo")
-
+def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path, capsys):
     drawn = []
     random = np.random.default_rng(0)
     probabilities, labels = torch.tensor(random.dirichlet(np.ones(3), 30)), torch.tensor(random.integers(0, 3, 30))
@@ -640,12 +645,12 @@ def test_the_demo_and_the_report_show_the_same_cases(monkeypatch, tmp_path):
             drawn.append(pair) or {"panel": pair[0]} for pair in zip(names, images, strict=True)
         ],
     )
-    monkeypatch.setattr(demo, "train", lambda *_, **__: run)
-    monkeypatch.setattr(demo, "open_run", lambda *_, **__: run)
-    words = demo.run_demo(RunConfig(), tmp_path)
+    monkeypatch.setattr("protopush.training.trainer.train", lambda *_, **__: run)
+    monkeypatch.setattr(commands, "open_run", lambda *_, **__: run)
+    assert commands.demo(config=RunConfig(), out=str(tmp_path)) == 0
     first = {kind: some[0] for kind, some in select_cases(probabilities, labels).items()}
-    assert dict(drawn) == {demo.NAMES[kind]: samples[i].image for kind, i in first.items()}
-    assert "accuracy 0.500, balanced accuracy 0.500." in words
+    assert dict(drawn) == {commands.PANELS[kind]: samples[i].image for kind, i in first.items()}
+    assert "accuracy 0.500, balanced accuracy 0.500." in capsys.readouterr().out
 
 
 def test_a_section_is_one_function_one_template_and_one_line(parts, monkeypatch, tmp_path):
@@ -661,7 +666,7 @@ def test_a_section_is_one_function_one_template_and_one_line(parts, monkeypatch,
 
 def test_each_image_of_a_report_is_decoded_once(parts, monkeypatch, tmp_path):
     read: Counter = Counter()
-    for module in ("cases", "inline_pictures"):
+    for module in ("cases", "prototype_cards"):
         real = importlib.import_module(f"protopush.report.{module}").read_image
         monkeypatch.setattr(
             f"protopush.report.{module}.read_image", lambda file, real=real: read.update([file]) or real(file)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import protopush.training.run_writer as run_writer
 from helpers import SMALL, make_images, python
 from protopush.cli import main
-from protopush.runs.run import append_metrics
+from protopush.training.run_writer import append_metrics
 
 TIMES = re.compile(r'"(images_per_second|seconds)": [\d.e+-]+')
 # All that a run can remember: two phases, live anchors, an average, accumulated steps, augmentation, a guard.

@@ -19,10 +19,9 @@ import pytest
 from PIL import Image
 
 from protopush.errors import InputError
-from protopush.runs.run import append_metrics
 from protopush.training import tracking
 from protopush.training.config import RunConfig, TrainerConfig
-from protopush.training.run_writer import RunWriter
+from protopush.training.run_writer import RunWriter, append_metrics
 from protopush.training.tracking import Tracker, Trackers, check_trackers, scalars
 
 # TensorBoard writes in a thread: an error that we get is raised there as well, maybe a moment later.

@@ -191,7 +191,7 @@ def test_the_best_epoch_is_chosen_on_validation_never_on_test(tmp_path, image_fo
 
 def _spy(evaluate, seen):
     def spied(model, loader, *rest):
-        seen.append({s.name for s in loader.dataset.images.samples})
+        seen.append({s.name for s in loader.dataset.samples})
         return evaluate(model, loader, *rest)
 
     return spied
@@ -216,7 +216,7 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
     assert first.array.dtype == np.float16
     assert first.grid == (5, 5)
     with torch.no_grad():
-        image = first.images[5][0].unsqueeze(0)
+        image = ImageDataset(samples, first.eval_transform)[5][0].unsqueeze(0)
         np.testing.assert_allclose(first[5][0].float(), backbone(image).patches[0], rtol=2e-3, atol=2e-3)
     assert first[5][1:] == (samples[5].label, 5)
     assert cached()[1] == 0  # nothing changed

@@ -91,17 +91,11 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         except InputError as error:
             return nothing(message(str(error), "bad"))
         some = replace(explanation, classes=explanation.classes[:PANEL])
+        drawn = draw_panel(some, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
         others = [name for name in run.class_names if name != explanation.predicted_name]
-        return [
-            image,
-            render("prediction", explanation, upload.note),
-            gr.Image(value=draw_panel(some, image.copy, run.picture, narrow=_is_narrow(pixels)), visible=True),
-            contributions(explanation.classes[0]),
-            gr.Column(visible=bool(others)),
-            gr.Dropdown(choices=others, value=None),
-            gr.Image(value=None, visible=False),
-            "",
-        ]
+        first = [image, render("prediction", explanation, upload.note), gr.Image(value=drawn, visible=True)]
+        asked = [gr.Column(visible=bool(others)), gr.Dropdown(choices=others, value=None)]
+        return [*first, contributions(explanation.classes[0]), *asked, gr.Image(value=None, visible=False), ""]
 
     def why_not(image: Shown | None, name: str | None, pixels: float | None) -> list[Any]:
         hidden = gr.Image(value=None, visible=False)
@@ -110,7 +104,7 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         try:
             run = store.run()
             found = image.explain(store, run, (name,))
-            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=_is_narrow(pixels))
+            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
         except InputError as error:  # since somebody changed the run, it may be the predicted class
             return [hidden, message(str(error), "bad")]
         return [gr.Image(value=drawn, visible=True), ""]
@@ -118,7 +112,3 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
     file.upload(explain, [file, width], shown, js=WITH_WIDTH, **PRIVATE)
     file.clear(lambda: nothing(), None, shown, **PRIVATE)
     other.input(why_not, [kept, other, width], [beside, answer], js=WITH_WIDTH_2, **PRIVATE)
-
-
-def _is_narrow(pixels: float | None) -> bool:
-    return pixels is not None and pixels < NARROW

@@ -20,8 +20,8 @@ from protopush.errors import InputError, listing
 from protopush.explain.neighbours import Neighbours, find_neighbours
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
 from protopush.nn.prototypes import Anchor
+from protopush.preserve_state import iterate_outputs
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
@@ -34,16 +34,10 @@ logger = logging.getLogger("protopush.training")
 class RunStore:
     """A run that many people review at once; it is read again when somebody, here or elsewhere, has changed it.
 
-    Args:
-        folder: the run's.
-        data: where the training images are, where that isn't what the run says; keys as in :attr:`Run.data`.
-        device: of the models.
-        num_workers: processes that read images.
-
     Attributes:
+        data: where the training images are, where that isn't what the run says; keys as in :attr:`Run.data`.
         idle: set while no decision is being worked out here; what can wait, waits for it.
-        closing: set when the app ends; background work stops then.
-        background: threads that do it.
+        closing: set when the app ends; background work, in the threads of ``background``, stops then.
     """
 
     folder: Path
@@ -95,12 +89,14 @@ class RunStore:
         data = run.data | self.data
         try:
             found = load_catalog(data["path"], data["source"], run.class_names, data.get("split_seed", 0))
+            needed = [sample for sample in found.samples if sample.split in ("train", "val")]
+            if missing := [sample.name for sample in needed if not sample.image.is_file()]:
+                raise InputError(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")
         except InputError as error:
-            raise _unreachable(str(error)) from error
-        needed = [sample for sample in found.samples if sample.split in ("train", "val")]
-        missing = [sample.name for sample in needed if not sample.image.is_file()]
-        if missing:
-            raise _unreachable(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")
+            raise InputError(
+                f"The training images can't be found ({error}). To forbid or undo, stop the app and start it again "
+                "with --data.path FOLDER (or MANIFEST.csv), where they are now. Nothing was changed."
+            ) from error
         return found
 
     def root(self, run: Run) -> Path:
@@ -118,14 +114,13 @@ class RunStore:
 
     def forbid(self, prototype: str, reason: str, who: str) -> Decision:
         """Forbid the patch that ``class:number`` stands for; the next best takes its place."""
-        wish = Wish(prototype=prototype, reason=reason, who=who)
-        return self._decide(lambda run, data: forbid(run, wish, data, self.device, self.num_workers), reason, who)
+        wish, how = Wish(prototype=prototype, reason=reason, who=who), (self.device, self.num_workers)
+        return self._decide(lambda run, data: forbid(run, wish, data, *how), reason, who)
 
     def undo(self, number: int, reason: str, who: str) -> Decision:
         """Take a decision back."""
-        return self._decide(
-            lambda run, data: undo(run, number, data, self.device, reason, who, self.num_workers), reason, who
-        )
+        how = self.device, reason, who, self.num_workers
+        return self._decide(lambda run, data: undo(run, number, data, *how), reason, who)
 
     def keep(self, prototype: str, reason: str, who: str) -> Decision:
         """Record that a prototype is good as it is."""
@@ -159,26 +154,13 @@ class RunStore:
         return run
 
 
-def _unreachable(why: str) -> InputError:
-    return InputError(
-        f"The training images can't be found ({why}). To forbid or undo, stop the app and start it again with "
-        "--data.path FOLDER (or MANIFEST.csv), where they are now. Nothing was changed."
-    )
-
-
 @dataclass(frozen=True)
 class Use:
-    """How often a prototype counts, on validation images.
+    """How often a prototype counts, on validation images."""
 
-    Attributes:
-        strongest: images of which it is the strongest evidence for what the model says.
-        predicted: images that the model says its class of.
-        images: all.
-    """
-
-    strongest: int
-    predicted: int
-    images: int
+    strongest: int  # images of which it is the strongest evidence for what the model says
+    predicted: int  # images that the model says its class of
+    images: int  # all
 
 
 @dataclass(frozen=True)

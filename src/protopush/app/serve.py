@@ -43,9 +43,7 @@ POLICY = (
 class Guard:
     """Refuses what the page doesn't need: other routes of the framework, proxies, remote files, calls of other sites.
 
-    Args:
-        app: what answers the rest.
-        hosts: names that the server is known by; empty where it may be any.
+    The server is known by the names ``hosts``; without, by any.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
@@ -101,21 +99,22 @@ SETTINGS = {
 
 
 def serve(store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Show a run until somebody presses Ctrl-C.
+    """Show a run until somebody presses Ctrl-C; the page has no passwords.
 
     Args:
-        store: the run.
-        limits: of uploads.
-        host: the address to listen on; the page has no passwords.
+        host: the address to listen on.
         port: 0 for any that is free.
 
     Raises:
         InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
     """
-    limits.check()
+    if not (limits.megabytes > 0 and limits.megapixels > 0):
+        given = f"--max_megabytes {limits.megabytes:g}, --max_megapixels {limits.megapixels:g}"
+        raise InputError(f"{given}; expected numbers above 0")
     store.run()
-    with _uploads() as folder, listening(host, port) as door:
-        app = build_app(store, limits, host, folder)
+    uploads = tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True)
+    with uploads as folder, listening(host, port) as door:
+        app = build_app(store, limits, host, Path(folder))
         import uvicorn
 
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
@@ -143,38 +142,24 @@ def build_app(store: RunStore, limits: Limits, host: str, folder: Path) -> FastA
         from starlette.middleware import Middleware
     except ImportError as error:
         raise InputError(f"the review app needs gradio ({error}); pip install protopush[app]") from error
-    from protopush.app.decisions_tab import as_csv, as_json
     from protopush.app.page import HEAD, STYLES, theme
+    from protopush.app.review_tabs import as_csv, as_json
 
     guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
 
-    @app.get("/decisions.csv")
-    def table() -> Response:
-        return Response(as_csv(store.decisions()), media_type="text/csv; charset=utf-8", headers=_saved_as("csv"))
+    def saved(kind: str, media: str, text: str) -> Response:
+        headers = {"Content-Disposition": f'attachment; filename="decisions.{kind}"', "Cache-Control": "no-store"}
+        return Response(text, media_type=media, headers=headers)
 
-    @app.get("/decisions.json")
-    def details() -> Response:
-        return Response(as_json(store.decisions()), media_type="application/json", headers=_saved_as("json"))
-
+    app.add_api_route("/decisions.csv", lambda: saved("csv", "text/csv; charset=utf-8", as_csv(store.decisions())))
+    app.add_api_route("/decisions.json", lambda: saved("json", "application/json", as_json(store.decisions())))
+    off = dict.fromkeys(("show_error", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False)
+    size, files = int(limits.megabytes * 1e6), {"allowed_paths": [], "blocked_paths": [], "css_paths": STYLES}
     page: FastAPI = gradio.mount_gradio_app(
-        app,
-        build_page(store, limits),
-        path="/",
-        server_name=host,
-        footer_links=[],
-        allowed_paths=[],
-        blocked_paths=[],
-        show_error=False,
-        max_file_size=int(limits.megabytes * 1e6),
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        theme=theme(),
-        css_paths=STYLES,
-        head=HEAD,
-    )
+        app, build_page(store, limits), path="/", server_name=host, footer_links=[], max_file_size=size, theme=theme(),
+        head=HEAD, **off, **files,
+    )  # fmt: skip
     return page
 
 
@@ -182,10 +167,9 @@ def build_page(store: RunStore, limits: Limits) -> Any:
     """The page for a run (``gradio.Blocks``): three tabs."""
     import gradio as gr
 
-    from protopush.app.decisions_tab import decisions_tab
     from protopush.app.explain_tab import explain_tab
     from protopush.app.page import OLD, render
-    from protopush.app.prototypes_tab import prototypes_tab
+    from protopush.app.review_tabs import decisions_tab, prototypes_tab
 
     title = f"Review of {store.run().folder.resolve().name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=OLD, fill_width=True) as page:
@@ -229,13 +213,3 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise InputError(f"cannot listen on {host} port {port} ({why}); choose another --port or --host") from error
     with door:
         yield door
-
-
-@contextmanager
-def _uploads() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def _saved_as(kind: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="decisions.{kind}"', "Cache-Control": "no-store"}

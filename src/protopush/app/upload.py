@@ -18,37 +18,15 @@ KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
 
 @dataclass(frozen=True)
 class Limits:
-    """What an upload may be at most.
-
-    Attributes:
-        megabytes: of the file, in units of 1,000,000 bytes.
-        megapixels: of the picture, in units of 1,000,000; it is refused before it is decoded.
-    """
+    """What an upload may be at most, in units of 1,000,000 bytes and pixels; larger ones are never decoded."""
 
     megabytes: float = 20.0
     megapixels: float = 50.0
 
-    def check(self) -> None:
-        """Refuse limits that let nothing through.
-
-        Raises:
-            InputError: one of them is not above 0.
-        """
-        if not (self.megabytes > 0 and self.megapixels > 0):
-            raise InputError(
-                f"--max_megabytes {self.megabytes:g}, --max_megapixels {self.megapixels:g}; expected numbers above 0"
-            )
-
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture to be explained.
-
-    Attributes:
-        name: of the file, without folders.
-        image: upright, RGB.
-        note: what the person should know about how it was read; empty where there is nothing to say.
-    """
+    """A picture (upright, RGB), its file's name, and what the person should know about how it was read, if anything."""
 
     name: str
     image: Image.Image
@@ -70,40 +48,34 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
         raise InputError(
             f"{name} has {size / 1e6:.1f} MB; at most {limits.megabytes:g} MB are allowed. Choose a smaller file."
         )
-    note = _checked(path, limits)
-    try:
-        return Upload(name, read_image(path), note)
-    except (InputError, MemoryError) as error:
-        raise InputError(f"{name} is damaged or cut off and can't be read. Choose a whole file.") from error
-
-
-def _checked(path: Path, limits: Limits) -> str:
-    """What the header says: refuse what should not be decoded; returns a note about the rest."""
+    most, damaged = limits.megapixels, f"{name} is damaged or cut off and can't be read. Choose a whole file."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is a lower one, or meant
-            with Image.open(path, formats=FORMATS) as image:
-                _refuse_many(path.name, image.width * image.height, limits)
-                return _note(image)
-    except InputError:
-        raise
+            with Image.open(path, formats=FORMATS) as image:  # the header alone, before anything is decoded
+                _refuse_many(name, image.width * image.height, most)
+                note = _note(image)
+        return Upload(name, read_image(path), note)
     except Image.DecompressionBombError as error:
         found = re.search(r"\d{4,}", str(error))
-        _refuse_many(
-            path.name, int(found[0]) if found else 10**9, Limits(limits.megabytes, min(limits.megapixels, 178))
-        )
+        _refuse_many(name, int(found[0]) if found else 10**9, min(most, 178))
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path.name} is not an image. Choose a {KINDS} file.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"{path.name} is damaged or cut off and can't be read. Choose a whole file.") from error
+        raise InputError(f"{name} is not an image. Choose a {KINDS} file.") from error
+    except TooManyPixels:
+        raise
+    except (InputError, MemoryError, OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(damaged) from error
 
 
-def _refuse_many(name: str, pixels: int, limits: Limits) -> None:
-    if pixels > limits.megapixels * 1e6:
-        raise InputError(
-            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {limits.megapixels:g} are allowed. Make it "
-            "smaller first."
+class TooManyPixels(InputError):
+    """A picture beyond the limit; the message says by how much."""
+
+
+def _refuse_many(name: str, pixels: int, most: float) -> None:
+    if pixels > most * 1e6:
+        raise TooManyPixels(
+            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {most:g} are allowed. Make it smaller first."
         )
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json as json_text
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protopush.api import Run, open_run
+from protopush.api import Run, audit_catalog, open_run
 from protopush.errors import InputError
 
 if TYPE_CHECKING:
     from protopush.training.config import RunConfig
+
+PANELS = {"right": "surest-right", "unsure": "least-sure", "wrong": "surest-wrong"}  # of the demo's cases
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,20 @@ def demo(*, config: RunConfig, out: str = "runs/demo") -> int:
     Args:
         out: the run folder; replaced if it is a run.
     """
-    from protopush.cli.demo import run_demo
+    from protopush.cli.tables import demo_words
+    from protopush.report.cases import select_cases
+    from protopush.training.trainer import train as train_run
 
-    print(run_demo(config, Path(out)))
+    started = time.perf_counter()
+    folder = train_run(config, Path(out), overwrite=True).folder
+    run = open_run(folder, num_workers=config.data.num_workers, device="cpu")
+    page, measured = run.report(faithfulness=24)
+    samples, cases = measured.dataset.samples, select_cases(measured.probabilities, measured.labels, each=1)
+    shown = {PANELS[kind]: samples[i].image for kind, some in cases.items() for i in some}
+    found = run.explain(list(shown.values()), Path(out) / "explanations", names=list(shown))
+    panels, image = [one["panel"] for one in found], Path(os.path.relpath(samples[0].image))
+    numbers, seconds = measured.numbers["classification"], time.perf_counter() - started
+    print(demo_words(Path(out), page, numbers, panels, image, seconds))
     return 0
 
 
@@ -84,19 +98,15 @@ def train(*, config: RunConfig, out: str, overwrite: bool = False, resume: bool 
     """
     from protopush.training.trainer import train as train_run
 
-    folder = train_run(config, out, overwrite=overwrite, resume=resume).folder
-    done = f"Trained {folder}. Next: protopush evaluate {folder} --data.split test; protopush verify {folder}"
-    return _answer(False, None, done)
+    done = train_run(config, out, overwrite=overwrite, resume=resume).folder
+    words = f"Trained {done}. Next: protopush evaluate {done} --data.split test; protopush verify {done}"
+    return _answer(False, None, words)
 
 
 def push(
     run: str, *, out: str, data: Split = Split(split="train"), json: bool = False, device: str = "auto", **options: Any
 ) -> int:
-    """Push a run's prototypes once more, into a new run.
-
-    Args:
-        out: the run folder to write.
-    """
+    """Push a run's prototypes once more, into a new run."""
     from protopush.push import PushSettings, check_settings
 
     check_settings(PushSettings(**{name: options[name] for name in PushSettings().settings()}))
@@ -116,12 +126,7 @@ def predict(
     run: str, paths: list[str], *, out: str, data: Images = Images(), json: bool = False, device: str = "auto",
     **options: Any,
 ) -> int:  # fmt: skip
-    """A CSV of predictions for folders and manifests of any size, with what each image resembles.
-
-    Args:
-        paths: folders, manifests (CSV image[,label]) or image files.
-        out: the CSV file; after a kill, the same words go on with it.
-    """
+    """A CSV of predictions for folders and manifests of any size, with what each image resembles."""
     from protopush.predict.prediction import in_words
 
     found = _open(run, data, device, distributed=True).predict(paths, out, **options)
@@ -129,12 +134,7 @@ def predict(
 
 
 def explain(run: str, images: list[str], *, out: str, json: bool = False, device: str = "auto", **options: Any) -> int:
-    """Show which patches of which training images an image resembles.
-
-    Args:
-        images: image files.
-        out: folder for the panels (PNG) and their data (JSON).
-    """
+    """Show which patches of which training images an image resembles."""
     from protopush.explain.figure_style import percent
 
     found = _open(run, Images(), device).explain(images, out, **options)
@@ -148,11 +148,7 @@ def report(
     run: str, *, against: list[str] | None = None, data: Split = Split(), json: bool = False, device: str = "auto",
     **options: Any,
 ) -> int:  # fmt: skip
-    """One page (HTML) that shows what a run is and what it is worth.
-
-    Args:
-        against: other runs, to be shown beside this one.
-    """
+    """One page (HTML) that shows what a run is and what it is worth."""
     opened = _open(run, data, device, check_weights=False)  # the page says whether they are the run's own
     page, measured = opened.report(split=data.split, against=against or (), **options)
     size = page.stat().st_size / 1e6
@@ -191,7 +187,6 @@ def forbid(
 
     Args:
         run: a run folder; it is changed in place.
-        reason: why, for those who read the log later.
     """
     from protopush.cli.tables import decision_table
 
@@ -231,10 +226,11 @@ def data_audit(
         path: a folder, a manifest (CSV) or a .npz.
         threshold: similarity of near duplicates, at most 1.
     """
-    from protopush.api import audit_data
     from protopush.cli.tables import audit_table
+    from protopush.data.sources import load_catalog
 
-    found = audit_data(path or data.path, data.source, data.split_seed, threshold)
+    catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
+    found = audit_catalog(catalog, threshold=threshold)
     _answer(json, found.to_dict(), audit_table(found))
     return 1 if found.leaks else 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,23 +15,42 @@ from rich.table import Table
 from protopush.data.audit import Audit, Pair, audit_findings, audit_verdict
 from protopush.errors import listing
 from protopush.evaluation.evaluate import in_short
-from protopush.metrics.glossary import PER_CLASS, metric_name
+from protopush.metrics.glossary import PER_CLASS, metric_name, metric_text
 from protopush.push.certificate import AnchorCheck, anchors_verdict
 from protopush.runs.decisions import Decision
 
 SHOWN = 20  # pairs of images that a table shows
+SCORES = ("accuracy", "balanced_accuracy", "auroc")  # of the demo
+
+
+def demo_words(
+    out: Path, page: Path, metrics: dict[str, Any], panels: Sequence[str], image: Path, seconds: float
+) -> str:
+    """What to view and what to run after the demo, with the command as it was called."""
+    called = sys.argv[0] if Path(sys.argv[0]).name == "protopush" else "protopush"
+    numbers = [f"{metric_name(key)} {metric_text(metrics[key])}" for key in SCORES if metrics[key] is not None]
+    reasons = "\n".join(f"  {panel}" for panel in panels)
+    return (
+        f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: {', '.join(numbers)}.\n\n"
+        f"See\n  {page}   (all that can be shown of the run, on one page)\n"
+        f"  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{reasons}   (why)\n\n"
+        f"Then try\n  {called} verify {out}\n"
+        f"  {called} evaluate {out}\n"
+        f"  {called} explain {out} {image} --out explained\n"
+        f"  {called} train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
+    )
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The metrics of a run for people."""
     sums = Table(show_header=False, box=None)
-    sums.add_row("images", _number(metrics["n"]))
+    sums.add_row("images", str(metrics["n"]))
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
-        sums.add_row(metric_name(key), _number(metrics[key]))
+        sums.add_row(metric_name(key), metric_text(metrics[key]))
     columns = ("sensitivity", "precision", "f1", "auroc")
     table = Table("class", "images", *(PER_CLASS[key][0] for key in columns), box=None)
     for name, row in metrics["per_class"].items():
-        table.add_row(name, *(_number(row[key]) for key in ("n", *columns)))
+        table.add_row(name, *(metric_text(row[key]) for key in ("n", *columns)))
     return _text(sums) + "\n" + _text(table)
 
 
@@ -41,14 +62,11 @@ def comparison_table(found: dict[str, Any]) -> str:
         if row["group"] != group:
             group = row["group"]
             table.add_row(f"{group}:", "")
-        cells = (_with_interval(*pair) for pair in zip(row["values"], row["intervals"], strict=True))
+        ranges = (f" ({span[0]:.3f}-{span[1]:.3f})" if span else "" for span in row["intervals"])
+        cells = (metric_text(value) + span for value, span in zip(row["values"], ranges, strict=True))
         table.add_row(f"  {row['metric']}", row["better"], *cells)
     images = "; ".join(f"{run['folder']}: {n} images" for run, n in zip(found["runs"], found["images"], strict=True))
     return f"{_text(table)}\n\nsplit {found['split']}; {images}"
-
-
-def _with_interval(value: float | int | None, interval: Sequence[float] | None) -> str:
-    return _number(value) + (f" ({interval[0]:.3f}-{interval[1]:.3f})" if interval else "")
 
 
 def anchors_table(checks: Sequence[AnchorCheck]) -> str:
@@ -59,7 +77,7 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
     table = Table("class", "prototype", "file", "recorded", "measured", "problem", box=None)
     for check in wrong:
         cells = (check.class_name, str(check.prototype), check.file)
-        table.add_row(*cells, _number(check.recorded, 6), _number(check.measured, 6), check.problem)
+        table.add_row(*cells, metric_text(check.recorded, 6), metric_text(check.measured, 6), check.problem)
     return f"{verdict}:\n{_text(table)}"
 
 
@@ -69,7 +87,7 @@ def decision_table(decision: Decision, run: str) -> str:
     table = Table("prototype", "stood for", "stands for", "similarity", box=None)
     for one in decision.replaced:
         places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
-        table.add_row(f"{one.class_name}:{one.prototype}", *places, _number(one.new.similarity))
+        table.add_row(f"{one.class_name}:{one.prototype}", *places, metric_text(one.new.similarity))
     lines.append(_text(table) if decision.replaced else "No anchor changes: every prototype stays as it is.")
     if decision.val_before and decision.val_after:
         lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
@@ -100,15 +118,10 @@ def _pairs_table(pairs: Sequence[Pair]) -> str:
     table = Table("image", "split", "label", "image", "split", "label", "similarity", box=None)
     for pair in pairs[:SHOWN]:
         one, two = zip(pair.splits, pair.labels, strict=True)
-        table.add_row(pair.first, *one, pair.second, *two, "identical" if pair.identical else _number(pair.similarity))
+        alike = "identical" if pair.identical else metric_text(pair.similarity)
+        table.add_row(pair.first, *one, pair.second, *two, alike)
     rest = len(pairs) - SHOWN
     return _text(table) + (f"\nand {rest} more; --json has all" if rest > 0 else "")
-
-
-def _number(value: float | int | None, digits: int = 3) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 
 def _text(table: Table) -> str:

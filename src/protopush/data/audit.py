@@ -151,8 +151,7 @@ def audit_verdict(found: Audit) -> tuple[str, str]:
 def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int], None] = lambda _: None) -> Audit:
     """Read every image of a catalog once, and compare all with all.
 
-    Reading is divided among threads, a few thousand images at a time; what is kept of an image is a thumbnail of 4 KB
-    and a signature of 256 bytes.
+    What is kept of an image is a thumbnail of 4 KB and a signature of 256 bytes.
 
     Args:
         catalog: from :func:`protopush.data.sources.load_catalog` with ``refuse_leaks=False``.
@@ -196,65 +195,49 @@ def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int
             thumbnails[len(distinct)] = picture
             distinct.append(number)
         else:
-            same.append(_pair(catalog, first, number, similarity=1.0, identical=True))
+            same.append(_pair(catalog, first, number, 1.0, identical=True))
     advance(len(samples) - len(distinct))  # not compared: they can't be read, or are the same file
     near = [
-        _pair(catalog, distinct[first], distinct[second], similarity=value, identical=False)
+        _pair(catalog, distinct[first], distinct[second], value, identical=False)
         for first, second, value in near_pairs(thumbnails[: len(distinct)], threshold, MARGIN, advance)
     ]
+    duplicates = (*same, *(pair for pair in near if pair.similarity >= threshold))
     below = [pair for pair in near if pair.similarity < threshold and pair.across]
-    return Audit(
-        counts=_counts(catalog),
-        shared_groups=groups_in_several_splits(samples),
-        duplicates=(*same, *(pair for pair in near if pair.similarity >= threshold)),
-        closest=tuple(below[:CLOSEST]),
-        unreadable=unreadable,
-        small=small,
-        threshold=threshold,
-    )
+    groups = groups_in_several_splits(samples)
+    return Audit(_counts(catalog), groups, duplicates, tuple(below[:CLOSEST]), unreadable, small, threshold)
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse what can't be a similarity of duplicates.
-
-    Raises:
-        InputError: it is not between 0.5 and 1.
-    """
+    """Refuse, with an InputError, what can't be a similarity of duplicates."""
     if not 0.5 <= threshold <= 1:
         raise InputError(f"the threshold is {threshold}; expected a similarity between 0.5 and 1, such as {THRESHOLD}")
 
 
 def _read_all(samples: Sequence[Sample]) -> Iterator[tuple[str, Array, tuple[int, int]] | str]:
     """Digest, thumbnail and size of each image, or why it can't be read."""
+
+    def read(sample: Sample) -> tuple[str, Array, tuple[int, int]] | str:
+        try:
+            image = read_image(sample.image)
+        except InputError as error:
+            return why_unreadable(sample.image, error.__cause__ or error)
+        return sha256_of(sample.image), thumbnail(image), image.size
+
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         for start in range(0, len(samples), BATCH):
-            yield from pool.map(_read, samples[start : start + BATCH])
-
-
-def _read(sample: Sample) -> tuple[str, Array, tuple[int, int]] | str:
-    try:
-        image = read_image(sample.image)
-    except InputError as error:
-        return why_unreadable(sample.image, error.__cause__ or error)
-    return sha256_of(sample.image), thumbnail(image), image.size
+            yield from pool.map(read, samples[start : start + BATCH])
 
 
 def _pair(catalog: Catalog, first: int, second: int, similarity: float, identical: bool) -> Pair:
     a, b = sorted((catalog.samples[first], catalog.samples[second]), key=lambda sample: sample.name)
-    return Pair(
-        first=a.name,
-        second=b.name,
-        splits=(a.split, b.split),
-        labels=(catalog.classes[a.label], catalog.classes[b.label]),
-        same_group=a.group is not None and a.group == b.group,
-        identical=identical,
-        similarity=round(similarity, 4),
-    )
+    labels = (catalog.classes[a.label], catalog.classes[b.label])
+    same_group = a.group is not None and a.group == b.group
+    return Pair(a.name, b.name, (a.split, b.split), labels, same_group, identical, round(similarity, 4))
 
 
 def _counts(catalog: Catalog) -> dict[str, dict[str, int]]:
     """By split, in the order train, val, test, others; by class, in label order."""
     found = Counter((sample.split, sample.label) for sample in catalog.samples)
-    others = sorted({split for split, _ in found} - set(SPLITS))
-    splits = [split for split in (*SPLITS, *others) if any(split == known for known, _ in found)]
+    known = {split for split, _ in found}
+    splits = [*(split for split in SPLITS if split in known), *sorted(known - set(SPLITS))]
     return {split: {name: found[split, label] for label, name in enumerate(catalog.classes)} for split in splits}

@@ -83,13 +83,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def describe(self, index: int) -> Provenance:
         """File, hash, group and geometry of a sample, as the deterministic view shows it."""
         sample = self.samples[index]
-        return Provenance(
-            sample_id=sample.name,
-            file=sample.name,
-            sha256=sha256_of(sample.image),
-            group=sample.group,
-            view=self.eval_transform.view(image_size(sample.image)),
-        )
+        view = self.eval_transform.view(image_size(sample.image))
+        return Provenance(sample.name, sample.name, sha256_of(sample.image), sample.group, view)
 
 
 def check_masks(samples: Sequence[Sample]) -> int:
@@ -123,11 +118,7 @@ def read_mask(sample: Sample) -> NDArray[np.bool_]:
 
 
 def seen_mask(sample: Sample, transform: EvalTransform) -> Tensor:
-    """A sample's mask as the model sees its image: resized and cropped alike, bool (H, W).
-
-    Raises:
-        InputError: as :func:`read_mask`.
-    """
+    """What :func:`read_mask` gives, as the model sees its image: resized and cropped alike, bool (H, W)."""
     picture = Image.fromarray(read_mask(sample).astype(np.uint8) * 255).convert("RGB")
     return torch.from_numpy(np.asarray(transform.visible(picture))[..., 0] > 127)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from protopush.data.dataset import ImageDataset, Provenance
+from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic, default_cache_dir, write_json
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
@@ -40,39 +41,17 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class CachedFeatures(Dataset[tuple[Tensor, int, int]]):
-    """Items are (patches float16 (L, C), label, index), in the order of an :class:`ImageDataset`."""
+class CachedFeatures(ImageDataset):
+    """The same samples as their images, but items are (patches float16 (L, C), label, index)."""
 
     def __init__(self, images: ImageDataset, file: Path, grid: tuple[int, int]) -> None:
-        self.images = images.eval_view()
+        super().__init__(images.samples, images.eval_transform)
         self.file = file
         self.grid = grid
         self.array = np.load(file, mmap_mode="r")
 
-    @property
-    def labels(self) -> list[int]:
-        """The label of each sample."""
-        return self.images.labels
-
-    @property
-    def groups(self) -> list[str | None]:
-        """The group of each sample."""
-        return self.images.groups
-
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        patches = torch.from_numpy(np.array(self.array[index]))
-        return patches, self.images.samples[index].label, index
-
-    def eval_view(self) -> CachedFeatures:
-        """Itself: the features come from un-augmented images."""
-        return self
-
-    def describe(self, index: int) -> Provenance:
-        """As the images say."""
-        return self.images.describe(index)
+        return torch.from_numpy(np.array(self.array[index])), self.samples[index].label, index
 
 
 def inference_batch_size(device: torch.device) -> int:
@@ -81,15 +60,10 @@ def inference_batch_size(device: torch.device) -> int:
 
 
 def cache_features(
-    backbone: nn.Module,
-    images: ImageDataset,
-    hashes: Sequence[str],
-    folder: Path | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int | None = None,
-    num_workers: int = 0,
+    backbone: nn.Module, images: ImageDataset, hashes: Sequence[str], folder: Path | None = None,
+    device: torch.device | str = "cpu", batch_size: int | None = None, num_workers: int = 0,
     advance: Callable[[int], None] = lambda _: None,
-) -> CachedFeatures:
+) -> CachedFeatures:  # fmt: skip
     """The features of all images, from disk where they were computed before from these weights, transform and files.
 
     Args:
@@ -99,19 +73,17 @@ def cache_features(
         folder: where the files are kept; by default :func:`default_cache_dir`.
         device: where the backbone is.
         batch_size, num_workers: of the pass over the images; by default :func:`inference_batch_size`.
-        advance: called with the number of images done (a progress bar's step).
+        advance: called with the number of images done.
 
     Raises:
         InputError: features aren't finite (the images are named), or the disk is too full.
     """
-    folder = folder or default_cache_dir()
     device = torch.device(device)
     view = images.eval_view()
-    stem = folder / _key(backbone, view, hashes)
+    stem = (folder or default_cache_dir()) / _key(backbone, view, hashes)
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        size = batch_size or inference_batch_size(device)
-        loader = DataLoader(view, batch_size=size, num_workers=num_workers)
+        loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
         grid = _compute(backbone, view, loader, array, device, advance)
         write_json(meta, {"grid": list(grid), "images": len(view)})
     rows, columns = json.loads(meta.read_text())["grid"]
@@ -136,13 +108,9 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
 
 
 def _compute(
-    backbone: nn.Module,
-    view: ImageDataset,
-    loader: DataLoader[Any],
-    file: Path,
-    device: torch.device,
+    backbone: nn.Module, view: ImageDataset, loader: DataLoader[Any], file: Path, device: torch.device,
     advance: Callable[[int], None],
-) -> tuple[int, int]:
+) -> tuple[int, int]:  # fmt: skip
     grid, done, bad = (0, 0), 0, list[str]()
     with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
@@ -153,7 +121,14 @@ def _compute(
             if len(bad) >= MANY_BAD:
                 break
             if array is None:
-                array, grid = _allocate(temporary, len(view), patches), features.grid
+                grid, shape = features.grid, (len(view), *patches.shape[1:])
+                needed, free = math.prod(shape) * 2, shutil.disk_usage(temporary.parent).free
+                if needed > free:
+                    raise InputError(
+                        f"the features need {needed / 2**30:.1f} GiB but {temporary.parent} has {free / 2**30:.1f} GiB "
+                        "free; make room or choose --trainer.cache_dir"
+                    )
+                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
             array[done : done + len(patches)] = patches.numpy()
             done += len(patches)
             advance(len(patches))
@@ -166,14 +141,3 @@ def _compute(
         if array is not None:
             array.flush()
     return grid
-
-
-def _allocate(file: Path, count: int, like: Tensor) -> np.memmap[Any, Any]:
-    shape = (count, *like.shape[1:])
-    needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(file.parent).free
-    if needed > free:
-        raise InputError(
-            f"the features need {needed / 2**30:.1f} GiB but {file.parent} has {free / 2**30:.1f} GiB free; "
-            "make room or choose --trainer.cache_dir"
-        )
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)

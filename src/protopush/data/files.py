@@ -61,17 +61,33 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The values of a JSON file.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """The values of a JSON file of a run; an InputError says if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}; expected a run folder as `protopush train --out` writes it") from error
     except (OSError, ValueError) as error:
         raise InputError(f"damaged file: {path} ({error}); take it from a copy of the run") from error
+
+
+def read_rows(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, a JSON object each; none where there is no such file.
+
+    Raises:
+        InputError: a line is damaged, mostly cut off, and it isn't to be skipped.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows = [_row(line) for line in lines]
+    if None in rows and not skip_damaged:
+        raise InputError(f"damaged file: {path}, line {rows.index(None) + 1}; take it from a copy of the run")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 READY = ".change"  # new files, all written: they take their places now, or when the folder is next opened
@@ -90,7 +106,9 @@ def changing(folder: Path) -> Iterator[Path]:
         InputError: the folder can't be written; it is as it was.
     """
     finish_change(folder)
-    _remove_leftovers(folder)
+    for left in folder.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > OLD:
+            shutil.rmtree(left, ignore_errors=True)
     stage = None
     try:
         stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -141,9 +159,3 @@ def _to_disk(stage: Path) -> None:
     for file in (path for path in stage.rglob("*") if path.is_file()):
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for left in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - left.stat().st_mtime > OLD:
-            shutil.rmtree(left, ignore_errors=True)

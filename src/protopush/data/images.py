@@ -30,17 +30,14 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                values = np.asarray(upright, dtype=np.float64)
+                eight_bit = values / 257.0 if values.max(initial=0) > 255 else values
+                upright = Image.fromarray(np.rint(eight_bit.clip(0, 255)).astype(np.uint8))
+            return upright.convert("RGB")
     except _UNREADABLE as error:
         raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        eight_bit = values / 257.0 if values.max(initial=0) > 255 else values
-        return Image.fromarray(np.rint(eight_bit.clip(0, 255)).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -61,11 +58,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: None) -> list[str]:
-    """Decode every file once, before any long work, and return their SHA-256.
-
-    Args:
-        paths: image files.
-        advance: called once a file (a progress bar's step).
+    """Decode every file once, before any long work, and return their SHA-256; ``advance`` is called once a file.
 
     Raises:
         InputError: some files can't be read; all of them are named at once.

@@ -11,12 +11,11 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from random import Random
 from typing import Annotated
 
-from protopush.errors import CountOrZero, InputError, Range, Share, listing
+from protopush.errors import CountOrZero, InputError, Range, Share, did_you_mean, listing
 
 
 @dataclass
@@ -48,21 +47,16 @@ class DataConfig:
 
 
 def read_table(path: Path, required: Sequence[str], expected: str) -> list[dict[str, str]]:
-    """The rows of a table; the separator is a tab where the first line has one, else a comma.
-
-    Args:
-        path: the file, in UTF-8.
-        required: columns that it must have.
-        expected: what the file should be, for the message where it is not.
-
-    Raises:
-        InputError: the file is missing, no table, empty, or lacks a column.
-    """
+    """The rows of :func:`rows_of`, all at once."""
     return list(rows_of(path, required, expected))
 
 
 def rows_of(path: Path, required: Sequence[str], expected: str) -> Iterator[dict[str, str]]:
-    """The same row by row, for tables of any length; what is wrong is raised where it is met."""
+    """The rows of a table in UTF-8, one by one; the separator is a tab where the first line has one, else a comma.
+
+    Raises:
+        InputError: the file is missing, not what is ``expected``, empty, or lacks a ``required`` column.
+    """
     if not path.is_file():
         raise InputError(f"no such file: {path}; expected {expected}")
     row = None
@@ -83,26 +77,18 @@ def rows_of(path: Path, required: Sequence[str], expected: str) -> Iterator[dict
 
 
 def require_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
-    """Name the column that lacks, and the one that was probably meant.
-
-    Raises:
-        InputError: a column lacks.
-    """
+    """Refuse a table in an InputError that names the column that lacks, and the one that was probably meant."""
     for column in required:
         if column not in columns:
-            near = get_close_matches(column, columns, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}? rename it" if near else ""
-            raise InputError(f"{path} has no column {column!r}; it has: {listing(columns) or 'nothing'}{hint}")
+            hint = did_you_mean(column, columns, "", cutoff=0.5)
+            known = f"{listing(columns) or 'nothing'}{hint and f'; {hint} rename it'}"
+            raise InputError(f"{path} has no column {column!r}; it has: {known}")
 
 
 def refuse_empty(
     path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str], words: str, start: int = 2
 ) -> None:
-    """Name the rows without a value in one of some columns, by their numbers from ``start``.
-
-    Raises:
-        InputError: there are some; ``words`` are of the columns and of what is numbered.
-    """
+    """Refuse rows without a value in some column in an InputError; ``words`` name the columns and what is numbered."""
     if empty := [number for number, row in enumerate(rows, start) if not all(row.get(column) for column in columns)]:
         raise InputError(f"{path}: no {words} {listing(empty)}; fill them in or remove them")
 
@@ -164,11 +150,7 @@ class Catalog:
     root: Path
 
     def split(self, name: str) -> list[Sample]:
-        """The samples of one split, in file order; ``all`` is every sample.
-
-        Raises:
-            InputError: the split is empty or unknown.
-        """
+        """The samples of one split, in file order; ``all`` is every sample. None at all is an InputError."""
         found = [sample for sample in self.samples if name in (sample.split, "all")]
         if not found:
             known = listing(sorted({sample.split for sample in self.samples}))
@@ -177,11 +159,7 @@ class Catalog:
 
 
 def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Catalog:
-    """Read a manifest.
-
-    Args:
-        path: the CSV file.
-        classes: class names in label order, where a trained model fixes them; otherwise the sorted names found.
+    """Read a manifest; ``classes`` are the names in label order where a trained model fixes them.
 
     Raises:
         InputError: the file is missing or empty, a column lacks, a row has no value, or a label is unknown.
@@ -191,26 +169,15 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
     refuse_empty(path, rows, ("image", "label"), "image or no label in lines")
     number = numbering((row["label"] for row in rows), classes, path)
     images = [path.parent / row["image"].replace("\\", "/") for row in rows]
-    root = _root(path.parent, images)
-    samples = tuple(
-        Sample(
-            image=image,
-            name=Path(os.path.relpath(image, root)).as_posix(),
-            label=number[row["label"]],
-            split=split_name(row.get("split", "")),
-            group=row.get("group") or None,
-            mask=path.parent / row["mask"] if row.get("mask") else None,
-        )
-        for image, row in zip(images, rows, strict=True)
-    )
-    return Catalog(samples, tuple(number), root)
-
-
-def _root(folder: Path, images: Sequence[Path]) -> Path:
-    """The manifest's folder, or the nearest one that holds all images where some lie outside of it."""
-    if not any(os.path.relpath(image, folder).startswith("..") for image in images):
-        return folder
-    return Path(os.path.commonpath([os.path.abspath(path) for path in (folder, *images)]))
+    root = path.parent
+    if any(os.path.relpath(image, root).startswith("..") for image in images):  # then the nearest one that holds all
+        root = Path(os.path.commonpath([os.path.abspath(place) for place in (root, *images)]))
+    samples = []
+    for image, row in zip(images, rows, strict=True):
+        name, mask = Path(os.path.relpath(image, root)).as_posix(), row.get("mask")
+        split, group = split_name(row.get("split", "")), row.get("group") or None
+        samples.append(Sample(image, name, number[row["label"]], split, group, path.parent / mask if mask else None))
+    return Catalog(tuple(samples), tuple(number), root)
 
 
 def with_splits(
@@ -219,8 +186,7 @@ def with_splits(
     """Give each sample a split where the source has none; groups (or single images) stay together.
 
     Without any split, ``val`` and ``test`` shares of each class are held out. With a train but no val split,
-    ``val`` is taken from train. Splits that the source names are never changed otherwise. Without ``refuse_leaks``
-    groups may lie in several splits, for an audit that lists all of them.
+    ``val`` is taken from train. Splits that the source names are never changed otherwise.
 
     Raises:
         InputError: some rows have a split and others none, or a group lies in two splits.
@@ -230,9 +196,9 @@ def with_splits(
     if unsplit and len(unsplit) < len(catalog.samples):
         raise InputError(f"{len(unsplit)} images have no split ({listing(unsplit, 3)}); give all a split or none")
     if unsplit:
-        samples = _hold_out(catalog.samples, {"test": test, "val": val}, "train", seed)
+        samples = _hold_out(catalog.samples, {"test": test, "val": val}, seed)
     elif "train" in splits and "val" not in splits:
-        held = _hold_out([s for s in catalog.samples if s.split == "train"], {"val": val}, "train", seed)
+        held = _hold_out([s for s in catalog.samples if s.split == "train"], {"val": val}, seed)
         samples = (*held, *(s for s in catalog.samples if s.split != "train"))
     else:
         samples = catalog.samples
@@ -241,8 +207,8 @@ def with_splits(
     return replace(catalog, samples=tuple(samples))
 
 
-def _hold_out(samples: Iterable[Sample], shares: dict[str, float], rest: str, seed: int) -> tuple[Sample, ...]:
-    """Stratified by class, whole groups at a time; a group with several classes counts for its first."""
+def _hold_out(samples: Iterable[Sample], shares: dict[str, float], seed: int) -> tuple[Sample, ...]:
+    """Stratified by class, whole groups at a time (one with several classes counts for its first); the rest trains."""
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group or sample.name].append(sample)
@@ -257,7 +223,7 @@ def _hold_out(samples: Iterable[Sample], shares: dict[str, float], rest: str, se
             take = round(share * len(by_label[label]))
             split_of.update(dict.fromkeys(keys[:take], split))
             keys = keys[take:]
-        split_of.update(dict.fromkeys(keys, rest))
+        split_of.update(dict.fromkeys(keys, "train"))
     return tuple(replace(s, split=split_of[s.group or s.name]) for s in (m for g in groups.values() for m in g))
 
 
@@ -271,11 +237,7 @@ def groups_in_several_splits(samples: Iterable[Sample]) -> dict[str, dict[str, i
 
 
 def require_training_images(catalog: Catalog) -> None:
-    """Each class needs an image in the train split, or its prototypes could never be real patches.
-
-    Raises:
-        InputError: a class has none, or there is only one class.
-    """
+    """Refuse a class without training images, whose prototypes could never be real patches, and one class alone."""
     counts = Counter(sample.label for sample in catalog.split("train"))
     if missing := [name for label, name in enumerate(catalog.classes) if not counts[label]]:
         raise InputError(f"classes without a training image: {listing(missing)}; add some or leave the class out")

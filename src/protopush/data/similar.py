@@ -97,28 +97,16 @@ def near_pairs(
 
 
 def signatures(thumbnails: Array, size: int) -> Array:
-    """The lowest ``size`` x ``size`` cosine coefficients, without the mean, times their frequency, of length 1.
+    """The lowest cosine coefficients of thumbnails (N, 64, 64), without the mean, times their frequency, of length 1.
 
-    Args:
-        thumbnails: (N, 64, 64).
-        size: coefficients a side.
-
-    Returns:
-        float32 (N, size, size); zeros for a picture of one colour.
+    float32 (N, size, size); zeros for a picture of one colour.
     """
     cosines = dctn(thumbnails.astype(np.float32), axes=(1, 2), norm="ortho")
     return _unit(cosines[:, :size, :size] * _frequency(size), least=PLAIN)
 
 
 def orientations(signature: Array) -> Array:
-    """The signatures of a picture's eight orientations, in the order of :func:`turned`.
-
-    Args:
-        signature: (..., K, K).
-
-    Returns:
-        (8, ..., K, K).
-    """
+    """The signatures (8, ..., K, K) of the eight orientations of (..., K, K), in the order of :func:`turned`."""
     sign = (-1.0) ** np.arange(signature.shape[-1], dtype=np.float32)
     upright = [signature, signature * sign, signature * sign[:, None], signature * sign * sign[:, None]]
     return np.stack([*upright, *(one.swapaxes(-1, -2) for one in upright)])
@@ -173,14 +161,11 @@ def candidates(
 
 
 def fitted_similarity(pictures: Array, others: Array, shared: Array) -> Array:
-    """How alike pairs of thumbnails are, once a part of one (95 % of its side or more) is fitted to the other.
+    """Cosines (M,) of pairs of thumbnails, once a part of one (95 % of its side or more) is fitted to the other.
 
     Args:
         pictures, others: (M, 64, 64), in the same orientation.
         shared: (24, 24), what all signatures of the data have in common.
-
-    Returns:
-        (M,) cosines.
     """
     a, b = _windows(pictures, shared), _windows(others, shared)
     cut_first, cut_second = (np.einsum("mpd,md->mp", x, y[:, 0]).max(axis=1) for x, y in ((a, b), (b, a)))

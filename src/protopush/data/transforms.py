@@ -52,12 +52,10 @@ class Preprocessing:
                 "above 0; give them in units of 0..1 pixels"
             )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise InputError(
-                f"size {self.size} is no image size; expected (height, width) in pixels; give two integers"
-            )
+            raise InputError(f"size {self.size} is no image size; expected two integers, (height, width) in pixels")
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
-                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}; choose one"
+                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,21 +64,16 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read what :meth:`to_dict` wrote; fields left out keep their defaults.
-
-        Raises:
-            InputError: a key that is no field, or a value that does not fit.
-        """
+        """Read what :meth:`to_dict` wrote; fields left out keep their defaults, others are an InputError."""
         known = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in known]:
             raise InputError(
                 f"unknown preprocessing keys: {listing(unknown)}; expected {', '.join(known)}; remove or correct them"
             )
         kinds: dict[str, Any] = {"mean": float, "std": float, "size": int}
+        read: dict[str, Any] = dict(values)
         try:
-            read: dict[str, Any] = {
-                key: tuple(map(kinds[key], value)) if key in kinds else str(value) for key, value in values.items()
-            }
+            read |= {key: tuple(map(kind, read[key])) for key, kind in kinds.items() if key in read}
         except (TypeError, ValueError) as cause:
             raise InputError(
                 f"preprocessing {dict(values)} cannot be read ({cause}); expected numbers in lists; correct the values"
@@ -99,12 +92,10 @@ class View:
 
     @classmethod
     def of(cls, original: tuple[int, int], size: tuple[int, int], crop_pct: float = 1.0) -> View:
-        """The view of a picture that is resized to cover ``size / crop_pct`` and cropped in the centre.
+        """The view of a picture (width, height) that is resized to cover ``size / crop_pct`` and cropped in the centre.
 
-        Args:
-            original: (width, height) of the picture.
-            size: (height, width) of the model's input, as in :class:`Preprocessing`.
-            crop_pct: the share of the resized short side that the crop keeps, in (0, 1].
+        ``size`` is (height, width), as in :class:`Preprocessing`; the crop keeps the share ``crop_pct`` of the short
+        side.
 
         Example:
             >>> View.of((300, 100), (224, 224))
@@ -187,13 +178,9 @@ class TrainTransform:
     """
 
     def __init__(
-        self,
-        preprocessing: Preprocessing,
-        flip_vertical: bool = True,
-        auto_augment: str = "",
-        random_erasing: float = 0.0,
-        min_scale: float = 0.5,
-    ) -> None:
+        self, preprocessing: Preprocessing, flip_vertical: bool = True, auto_augment: str = "",
+        random_erasing: float = 0.0, min_scale: float = 0.5,
+    ) -> None:  # fmt: skip
         ensure_policies()
         from timm.data.transforms_factory import create_transform
 

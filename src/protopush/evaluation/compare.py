@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from protopush.evaluation.measure import Measured
+import torch
+
+from protopush.data.manifest import Catalog, DataConfig
+from protopush.errors import InputError
+from protopush.evaluation.measure import Measured, measure
 from protopush.models.model_folder import Run
+from protopush.runs.run import open_run, open_split
 
 # What is compared: group, words, which way is better, and where the number stands.
 ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
@@ -39,39 +45,55 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 )
 
 
-def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
-    """The numbers of runs side by side, as plain values for JSON; rows that no run has are left out.
+def measure_beside(
+    run: Run, others: Sequence[str | Path], split: str, device: torch.device, num_workers: int, resamples: int,
+    faithfulness: int,
+) -> tuple[list[tuple[Run, Measured]], Catalog]:  # fmt: skip
+    """A run and others of the same classes (folders), each measured on the data of the first; and these data."""
+    if resamples < 0 or faithfulness < 0:
+        raise InputError(f"--resamples {resamples}, --faithfulness {faithfulness}; expected 0 or more")
+    runs = [run, *map(open_run, others)]
+    if wrong := [one.folder for one in runs if one.class_names != run.class_names]:
+        raise InputError(f"{wrong[0]} has other classes than {run.folder}; expected the same ones")
+    found = []
+    for one in runs:
+        dataset, catalog = open_split(DataConfig(**run.data), split, run.class_names, one.transform)
+        known = {sample.name: sample for sample in catalog.samples}
+        one.model.to(device)
+        measured = measure(one, dataset, split, known, device, num_workers, resamples, faithfulness)
+        found.append((one, measured))
+    return found, catalog
 
-    Args:
-        runs: each with what was measured of it; the numbers mean something side by side where the images are the same.
+
+def compare(runs: Sequence[tuple[Run, Measured]]) -> dict[str, Any]:
+    """The numbers of runs, each with what was measured of it on the same images, side by side as plain values for JSON.
+
+    Rows that no run has are left out.
     """
-    rows = [_row(group, words, better, path, [measured for _, measured in runs]) for group, words, better, path in ROWS]
+    measured = [one.numbers for _, one in runs]
+    rows = []
+    for group, words, better, path in ROWS:
+        values = [_at(numbers, path) for numbers in measured]
+        intervals = [_at(numbers, (*path[:-1], "intervals", path[-1])) for numbers in measured]
+        if any(value is not None for value in values):
+            row = {"group": group, "metric": words, "better": better, "values": values}
+            rows.append(row | {"intervals": intervals})
     return {
         "split": runs[0][1].split,
-        "images": [len(measured.dataset) for _, measured in runs],
+        "images": [len(one.dataset) for _, one in runs],
         "runs": [_names(run) for run, _ in runs],
-        "rows": [row for row in rows if any(value is not None for value in row["values"])],
+        "rows": rows,
     }
 
 
 def _names(run: Run) -> dict[str, Any]:
-    head = run.head
+    backbone, head = run.model.backbone, run.head
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
-        "backbone": getattr(run.model.backbone, "name", type(run.model.backbone).__name__),
+        "backbone": getattr(backbone, "name", type(backbone).__name__),
         "match": head.match,
         "anchoring": head.anchoring,
-    }
-
-
-def _row(group: str, words: str, better: str, path: tuple[str, ...], measured: Sequence[Measured]) -> dict[str, Any]:
-    return {
-        "group": group,
-        "metric": words,
-        "better": better,
-        "values": [_at(some.numbers, path) for some in measured],
-        "intervals": [_interval(some.numbers, path) for some in measured],
     }
 
 
@@ -80,8 +102,3 @@ def _at(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
     for key in path:
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
-
-
-def _interval(numbers: Mapping[str, Any], path: Sequence[str]) -> Any:
-    *parents, name = path
-    return _at(numbers, (*parents, "intervals", name))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from protopush.distributed import all_gather_objects
 from protopush.metrics.classification import classification_metrics
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
 
 
@@ -29,32 +29,23 @@ def predict(
     model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating"
 ) -> Predictions:
     """Run a model over a loader of (images, labels, ids), in eval mode."""
+    source = getattr(loader, "sampler", loader)
+    total = len(source) if isinstance(source, Sized) else 0  # images that the loader yields here, if it says so
     probabilities, similarities, labels, numbers = [], [], [], []
-    with bar(what, _images(loader)) as advance, iterate_outputs(model, loader, device, advance) as outputs:
+    with bar(what, total) as advance, iterate_outputs(model, loader, device, advance) as outputs:
         for out, target, ids in outputs:
             probabilities.append(out.logits.float().softmax(dim=1).cpu())
             similarities.append(out.similarities.float().cpu())
             labels.append(target)
             numbers.append(ids)
-    return _of_all_ranks(probabilities, similarities, labels, numbers)
-
-
-def _of_all_ranks(*here: list[Tensor]) -> Predictions:
-    """The batches of every rank; of samples that several have read, one."""
-    batches = all_gather_objects(here)
-    columns = [torch.cat([batch for rank in batches for batch in rank[column]]) for column in range(len(here))]
-    if len(batches) > 1:
+    ranks = all_gather_objects((probabilities, similarities, labels, numbers))
+    columns = [torch.cat([batch for rank in ranks for batch in rank[column]]) for column in range(4)]
+    if len(ranks) > 1:  # of samples that several have read, one
         order = columns[-1].argsort(stable=True)
         ids = columns[-1][order]
         order = order[torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])]
         columns = [column[order] for column in columns]
     return Predictions(*columns[:-1])
-
-
-def _images(loader: Iterable[Any]) -> int:
-    """How many images the loader yields here, as far as it says so."""
-    source = getattr(loader, "sampler", loader)
-    return len(source) if isinstance(source, Sized) else 0
 
 
 def evaluate(

@@ -20,8 +20,7 @@ from protopush.metrics.localization import activation_share, box_share, outside_
 from protopush.metrics.prototype_quality import prototype_metrics
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
-from protopush.preserve_state import preserve_state
+from protopush.preserve_state import iterate_outputs, preserve_state
 from protopush.runs.progress import bar
 
 STEPS = 10
@@ -31,71 +30,50 @@ BATCH = 8
 
 
 def measure_faithfulness(
-    run: Run,
-    dataset: ImageDataset,
-    evidence: Tensor,
-    strongest: Tensor,
-    predicted: Tensor,
-    device: torch.device | str,
-    count: int,
-    seed: int,
+    run: Run, dataset: ImageDataset, seen: Observed, device: torch.device | str, count: int, seed: int
 ) -> dict[str, Any] | None:
     """Insertion, deletion, relevance ordering and misalignment, each the mean over ``count`` images.
 
     Args:
-        run: its model is on ``device``.
-        dataset: N images.
-        evidence: (N, h, w), the maps that are tested, of the predicted class.
-        strongest: int (N,), the predicted class's prototype with the largest contribution, whose box is tested.
-        predicted: int (N,).
-        device: of the model.
+        seen: what was observed on the N images: the evidence and the box of the strongest prototype are tested.
         count: how many of the images, drawn once for all runs of a seed; 0: None is returned.
         seed: of the choice and of the random orders.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     if not len(chosen):
         return None
-    view, rows = dataset.eval_view(), list[Tensor]()
+    view, rows, predicted = dataset.eval_view(), list[Tensor](), seen.probabilities.argmax(dim=1)
     with preserve_state(run.model), bar("Faithfulness", len(chosen)) as advance:
         for some in torch.split(chosen, BATCH):
             images = torch.stack([view[i][0] for i in some.tolist()]).to(device)
-            target = _Target(run, predicted[some].to(device), strongest[some].to(device))
-            rows.append(_of_batch(target, images, evidence[some], seed))
+            answers = predicted[some].to(device), seen.strongest[some].to(device)
+            rows.append(_of_batch(run, images, seen.evidence[some], *answers, seed))
             advance(len(some))
     names = ("insertion", "deletion", "random_insertion", "relevance_ordering", "location_change", "activation_change")
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
     return {"images": len(chosen), **dict(zip(names, means, strict=True))}
 
 
-class _Target:
-    """A batch's predicted classes and strongest prototypes, as functions of its (changed) images."""
-
-    def __init__(self, run: Run, predicted: Tensor, strongest: Tensor) -> None:
-        self.run, self.predicted, self.strongest = run, predicted, strongest
-
-    def probability(self, images: Tensor, places: Tensor) -> Tensor:
-        """(B,) of the class that was predicted for the whole image."""
-        output: HeadOutput = self.run.model(images)
-        return output.logits.float().softmax(dim=1)[torch.arange(len(images)), self.predicted[places]]
-
-    def patches(self, images: Tensor, places: Tensor) -> Tensor:
-        """(B, L): the similarity of every patch to the strongest prototype."""
-        features: Features = self.run.model.backbone(images)
-        prototypes = self.run.head.prototypes()[self.predicted[places], self.strongest[places]]
-        similarities: Tensor = (self.run.head.embed(features.patches) @ prototypes.unsqueeze(-1)).squeeze(-1)
-        return similarities
-
-
-def _of_batch(target: _Target, images: Tensor, evidence: Tensor, seed: int) -> Tensor:
+def _of_batch(run: Run, images: Tensor, evidence: Tensor, predicted: Tensor, strongest: Tensor, seed: int) -> Tensor:
     """The six numbers (6, B) of a batch."""
+
+    def probability(images: Tensor, places: Tensor) -> Tensor:
+        """(B,) of the class that was predicted for the whole image."""
+        output: HeadOutput = run.model(images)
+        return output.logits.float().softmax(dim=1)[torch.arange(len(images)), predicted[places]]
+
+    def similarities(images: Tensor, places: Tensor) -> Tensor:
+        """(B, L): the similarity of every patch to the strongest prototype."""
+        features: Features = run.model.backbone(images)
+        prototypes = run.head.prototypes()[predicted[places], strongest[places]]
+        return (run.head.embed(features.patches) @ prototypes.unsqueeze(-1)).squeeze(-1)
+
     hidden = blur(images)
-    ordering, chance = relevance_ordering(target.probability, images, evidence, STEPS, RANDOM_ORDERS, seed, hidden)
-    deletion = area_under(deletion_curve(target.probability, images, evidence, STEPS, hidden))
-    peaks = target.patches(images, torch.arange(len(images))).argmax(dim=1)
-    preprocessing = target.run.transform.preprocessing
-    change = CHANGE / max(preprocessing.std)
-    boxes = _whole_pixels(torch.tensor(target.run.model.backbone.regions.boxes)[peaks.cpu()])
-    moved = location_misalignment(target.patches, images, boxes, change)
+    ordering, chance = relevance_ordering(probability, images, evidence, STEPS, RANDOM_ORDERS, seed, hidden)
+    deletion = area_under(deletion_curve(probability, images, evidence, STEPS, hidden))
+    peaks = similarities(images, torch.arange(len(images))).argmax(dim=1)
+    boxes = _whole_pixels(torch.tensor(run.model.backbone.regions.boxes)[peaks.cpu()])
+    moved = location_misalignment(similarities, images, boxes, CHANGE / max(run.transform.preprocessing.std))
     numbers = (ordering + chance, deletion, chance, ordering, moved["location_change"], moved["activation_change"])
     return torch.stack([values.double() for values in numbers])
 
@@ -105,10 +83,8 @@ class Measured:
     """What was measured of a run on a split.
 
     Attributes:
-        split: its name.
-        dataset: its images.
-        probabilities: (N, C).
-        labels: (N,).
+        dataset: the images of ``split``.
+        probabilities, labels: (N, C), (N,).
         numbers: plain values for JSON: ``classification``, ``prototypes``, ``localization`` (None without masks),
             ``faithfulness`` (None where it wasn't asked for).
     """
@@ -124,10 +100,8 @@ class Observed(NamedTuple):
     """What a model has seen in a data set of N images, on the CPU.
 
     Attributes:
-        probabilities: (N, C).
-        similarities: (N, C, K).
-        contributions: (N, C, K).
-        labels: (N,).
+        probabilities, labels: (N, C), (N,).
+        similarities, contributions: (N, C, K).
         strongest: (N,), the predicted class's prototype with the largest contribution.
         peaks: (N, 4), the box of its best patch, in pixels of the model's input.
         maps: (N, h, w), its map as a picture draws it: from its lowest value up.
@@ -145,38 +119,25 @@ class Observed(NamedTuple):
 
 
 def measure(
-    run: Run,
-    dataset: ImageDataset,
-    split: str,
-    known: Mapping[str, Sample],
-    device: torch.device | str = "cpu",
-    num_workers: int = 0,
-    resamples: int = 1000,
-    faithfulness: int = 48,
-    seed: int = 0,
-) -> Measured:
+    run: Run, dataset: ImageDataset, split: str, known: Mapping[str, Sample], device: torch.device | str = "cpu",
+    num_workers: int = 0, resamples: int = 1000, faithfulness: int = 48, seed: int = 0,
+) -> Measured:  # fmt: skip
     """How good a run is on a split, and its prototypes.
 
     Args:
         run: its model is on ``device``.
-        dataset: the split's images.
-        split: its name.
+        dataset: the images of ``split``.
         known: samples by name, for the masks of the anchors' images.
-        device: of the model.
-        num_workers: processes that read images.
         resamples: of the bootstrap; 0: no intervals.
         faithfulness: how many of the images faithfulness is measured on; 0: none.
         seed: of the bootstrap and of the choice of these images.
     """
     seen = observe(run, dataset, device, num_workers)
-    groups = dataset.groups if any(dataset.groups) else None
-    predicted = seen.probabilities.argmax(dim=1)
-    manager = run.head.proto_manager
+    groups, answers = dataset.groups if any(dataset.groups) else None, (seen.probabilities, seen.labels)
+    predicted, manager = seen.probabilities.argmax(dim=1), run.head.proto_manager
     anchors = manager.anchors
     numbers = {
-        "classification": classification_metrics(
-            seen.probabilities, seen.labels, run.class_names, groups, resamples, seed
-        ),
+        "classification": classification_metrics(*answers, run.class_names, groups, resamples, seed),
         "prototypes": prototype_metrics(
             run.head.prototypes().detach().cpu(),
             manager.mask().cpu(),
@@ -188,9 +149,7 @@ def measure(
             predicted,
         ),
         "localization": _localization(run, dataset, known, seen),
-        "faithfulness": measure_faithfulness(
-            run, dataset, seen.evidence, seen.strongest, predicted, device, faithfulness, seed
-        ),
+        "faithfulness": measure_faithfulness(run, dataset, seen, device, faithfulness, seed),
     }
     return Measured(split, dataset, seen.probabilities, seen.labels, numbers)
 
@@ -240,20 +199,20 @@ def _localization(
     run: Run, dataset: ImageDataset, known: Mapping[str, Sample], seen: Observed
 ) -> dict[str, Any] | None:
     """Where maps and anchors lie, on the images that have a mask."""
-    masked = [i for i, sample in enumerate(dataset.samples) if sample.mask is not None]
-    if not masked:
-        return None
     rows = []
-    for i in masked:
-        mask = seen_mask(dataset.samples[i], run.transform).unsqueeze(0)
-        maps = seen.maps[i : i + 1]
-        peak = seen.peaks[i : i + 1]
+    for i, sample in enumerate(dataset.samples):
+        if sample.mask is None:
+            continue
+        mask = seen_mask(sample, run.transform).unsqueeze(0)
+        maps, peak = seen.maps[i : i + 1], seen.peaks[i : i + 1]
         on_mask = box_share(_whole_pixels(peak), mask)
         found = (activation_share(maps, mask), pointing_game(peak, mask), on_mask, outside_inside_ratio(maps, mask))
         rows.append([*(float(value) for value in found), float(mask.double().mean())])
+    if not rows:
+        return None
     shares, hits, peaks, ratios, areas = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
     return {
-        "images": len(masked),
+        "images": len(rows),
         "activation_on_mask": _defined(shares).mean().item(),
         "pointing_game": _defined(hits).mean().item(),
         "peaks_on_mask": peaks.mean().item(),

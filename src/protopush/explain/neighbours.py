@@ -17,7 +17,7 @@ from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
 from protopush.data.transforms import Box
 from protopush.nn.head import HeadOutput
-from protopush.nn.outputs import iterate_outputs
+from protopush.preserve_state import iterate_outputs
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel

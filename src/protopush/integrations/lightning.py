@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +32,8 @@ def _lightning() -> Any:
     """The package that the program uses already, else the first one that is there."""
     ensure_torchvision()
     first, second = sorted(PACKAGES, key=lambda name: name not in sys.modules)
-    try:
+    with suppress(ImportError):
         return importlib.import_module(first)
-    except ImportError:
-        pass
     try:
         return importlib.import_module(second)
     except ImportError as cause:
@@ -94,7 +93,13 @@ class PushCallback(Callback):
         super().__init__()
         if final not in FINAL:
             raise InputError(f"final is {final!r}; expected one of: {', '.join(FINAL)}")
-        _check_options(options)
+        # Now, not at the first push, after hours perhaps.
+        known = [name for name in inspect.signature(push_prototypes).parameters if name not in OWN]
+        if unknown := [name for name in options if name not in known]:
+            raise InputError(
+                f"PushCallback takes no {listing(unknown)}; expected options of a push: {', '.join(known)}"
+            )
+        check_settings(PushOptions(**options))
         if options.get("prototypes") is not None:
             options["prototypes"] = list(options["prototypes"])  # an iterator would be at its end after one push
         self.schedule = PushSchedule() if schedule is None else schedule
@@ -198,18 +203,6 @@ class _Converted(nn.Module):
 
     def extract_features(self, images: Tensor) -> Any:
         return self.features_of(self.convert(images))
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse now what the first push, after hours perhaps, would refuse."""
-    known = inspect.signature(push_prototypes).parameters
-    if unknown := [name for name in options if name not in known or name in OWN]:
-        expected = ", ".join(name for name in known if name not in OWN)
-        raise InputError(f"PushCallback takes no {listing(unknown)}; expected options of a push: {expected}")
-    made = PushOptions(**options)
-    check_settings(made)
-    if made.guard not in (None, "off") and made.val_loader is None:
-        raise InputError(f"guard {made.guard!r} needs a val_loader; give validation images, or guard 'off'")
 
 
 def _holds(optimizer: Any, parameter: nn.Parameter) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from protopush import __version__
+from protopush.data.files import read_rows
 from protopush.metrics.glossary import metric_name, metric_text
 
 if TYPE_CHECKING:
@@ -80,13 +80,9 @@ def _numbers(metrics: Path | None) -> Iterator[str]:
 
 def _last_validation(metrics: Path) -> dict[str, Any] | None:
     """The last recorded metrics of validation images."""
-    for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:  # a line that was cut off
-            continue
+    for row in reversed(read_rows(metrics, skip_damaged=True)):
         for key in ("val_refitted", "val_after", "val"):
-            if isinstance(row, dict) and isinstance(row.get(key), dict):
+            if isinstance(row.get(key), dict):
                 return dict(row[key])
     return None
 

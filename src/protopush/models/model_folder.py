@@ -17,8 +17,8 @@ from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
 from protopush.models.stored_run import Run as Run
+from protopush.models.stored_run import current_versions, recorded_versions, version_change
 from protopush.models.stored_run import picture_name as picture_name
-from protopush.models.versions import current_versions, recorded_versions, version_change
 from protopush.nn.head import HeadOptimal
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
 

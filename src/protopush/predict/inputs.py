@@ -1,4 +1,4 @@
-"""Inputs of a prediction: folders, manifests and single files in an order that is always the same, read in batches."""
+"""Inputs of a prediction, in an order that is always the same, and what a run's model makes of them, batch by batch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,36 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.images import EXTENSIONS, read_image, why_unreadable
 from protopush.data.manifest import rows_of
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError, listing
+from protopush.distributed import rank_and_size
+from protopush.errors import InputError, first_line, listing
+from protopush.models.model import ProtoModel
+from protopush.models.model_folder import Run
+from protopush.nn.head import HeadOutput
+from protopush.preserve_state import iterate_outputs
 
 logger = logging.getLogger("protopush.predict")
 
 TABLES = {".csv", ".tsv", ".tab"}
+# Pixels that a picture may have when it is resized to cover the model's input: a line of 1 x 100,000 has billions.
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+DIGITS = 6  # of numbers in the table; what is compared is what is written
+
+Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 class Strings:
@@ -99,25 +113,33 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
     found = Inputs()
     for path in paths:
         before = len(found.names)
-        if Path(path).is_dir():
-            _add_folder(found, path)
-        elif not os.path.lexists(path):
-            raise InputError(f"no such file: {path}; expected a folder, a manifest (CSV) or an image")
-        elif Path(path).suffix.lower() in TABLES:
-            _add_manifest(found, Path(path))
-        else:
-            found.add(path)
+        for name, label in _images_of(path):
+            found.add(name, label)
         if len(found.names) == before:
             raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(EXTENSIONS))}")
     return found
 
 
-def _add_folder(found: Inputs, folder: str) -> None:
-    links: list[str] = []
-    for name in _walk(folder, links):
-        found.add(name)
-    if links:
-        logger.warning("links to folders are not followed: %s; name them to have them", listing(links, 3))
+def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
+    """Names and labels of the images of one path."""
+    if Path(path).is_dir():
+        links: list[str] = []
+        for name in _walk(path, links):
+            yield name, None
+        if links:
+            logger.warning("links to folders are not followed: %s; name them to have them", listing(links, 3))
+    elif not os.path.lexists(path):
+        raise InputError(f"no such file: {path}; expected a folder, a manifest (CSV) or an image")
+    elif Path(path).suffix.lower() in TABLES:
+        empty, folder = list[int](), Path(path).parent
+        for line, row in enumerate(rows_of(Path(path), ("image",), "a manifest (CSV with a column image)"), start=2):
+            if not row["image"]:
+                empty.append(line)
+            yield str(folder / row["image"].replace("\\", "/")), row.get("label")
+        if empty:
+            raise InputError(f"{path}: no image in lines {listing(empty)}; fill them in or remove them")
+    else:
+        yield path, None
 
 
 def _walk(folder: str, links: list[str]) -> Iterator[str]:
@@ -132,10 +154,10 @@ def _walk(folder: str, links: list[str]) -> Iterator[str]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, links)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS and not _leads_to_folder(entry):
-            yield entry.path
         elif _leads_to_folder(entry):
             links.append(entry.path)
+        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            yield entry.path
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
@@ -143,20 +165,6 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_symlink() and entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _add_manifest(found: Inputs, path: Path) -> None:
-    empty = list[int]()
-    for line, row in enumerate(rows_of(path, ("image",), "a manifest (CSV with a column image)"), start=2):
-        if not row["image"]:
-            empty.append(line)
-        found.add(str(path.parent / row["image"].replace("\\", "/")), row.get("label"))
-    if empty:
-        raise InputError(f"{path}: no image in lines {listing(empty)}; fill them in or remove them")
-
-
-# Pixels that a picture may have when it is resized to cover the model's input: a line of 1 x 100,000 has billions.
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 
 
 class Pictures(Dataset[tuple[Tensor, str]]):
@@ -184,3 +192,80 @@ class Pictures(Dataset[tuple[Tensor, str]]):
 
     def _empty(self) -> Tensor:
         return torch.zeros(3, *self.transform.preprocessing.size)
+
+
+class Outputs(NamedTuple):
+    """B images, C classes; similarities are rounded to ``DIGITS``.
+
+    Attributes:
+        probabilities: (B, C), softmax of the logits in float64.
+        predicted: (B,), the most probable class; of equals the first.
+        slots: (B, N), prototypes of that class by what they contribute to its logit, -1 where it has fewer than N.
+        similarities: (B, N), of these prototypes.
+        best: (B,), the largest similarity of any prototype in use, of whatever class.
+        finite: (B,), whether the logits are numbers at all.
+    """
+
+    probabilities: Floats
+    predicted: NDArray[np.intp]
+    slots: NDArray[np.intp]
+    similarities: Floats
+    best: Floats
+    finite: NDArray[np.bool_]
+
+
+def run_model(model: ProtoModel, images: Tensor, top: int) -> Outputs:
+    """Run a model, in eval mode and without gradients, over images (B, 3, H, W) on its device, for ``top`` slots."""
+    output: HeadOutput = model(images)
+    logits = output.logits.double().cpu() if output.logits.device.type != "mps" else output.logits.cpu().double()
+    used = model.head.proto_manager.mask().cpu().numpy()
+    similarities = np.round(_array(output.similarities), DIGITS)
+    predicted = logits.argmax(dim=1).numpy()
+    rows = np.arange(len(predicted))
+    contributions = np.where(used, _array(output.contributions), -np.inf)[rows, predicted]
+    slots = np.argsort(-contributions, axis=1, kind="stable")[:, :top]  # the lower slot first among equals
+    found = np.take_along_axis(similarities[rows, predicted], slots, axis=1)
+    known = np.take_along_axis(used[predicted], slots, axis=1)
+    return Outputs(
+        probabilities=logits.softmax(dim=1).numpy(),
+        predicted=predicted,
+        slots=np.where(known, slots, -1),
+        similarities=found,
+        best=np.where(used, similarities, -np.inf).max(axis=(1, 2)),
+        finite=logits.isfinite().all(dim=1).numpy(),
+    )
+
+
+def _array(values: Tensor) -> NDArray[Any]:
+    return values.float().cpu().numpy().astype(np.float64)
+
+
+def own_share(batches: Sequence[T]) -> Sequence[T]:
+    """The consecutive share of this process, of those that work together."""
+    rank, ranks = rank_and_size()
+    return batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks]
+
+
+def run_over(
+    run: Run, names: Strings, batches: Sequence[range], top: int, device: torch.device | str, num_workers: int,
+    take: Callable[[range, Sequence[str], Outputs], object],
+) -> None:  # fmt: skip
+    """Run a run's model over images in batches; ``take`` gets of each, in order, (indices, B problems, outputs).
+
+    Raises:
+        InputError: a process that reads images has died, mostly for want of memory.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        Pictures(names, run.transform), batch_sampler=batches, num_workers=num_workers  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        with iterate_outputs(run.model, loader, device, call=lambda images: run_model(run.model, images, top)) as found:
+            for indices, (outputs, problems) in zip(batches, found, strict=True):
+                take(indices, problems, outputs)
+    except RuntimeError as error:  # from anywhere above: torch interrupts what is being done
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that reads images died ({first_line(error)}); expected memory for {num_workers} of them; start "
+            "the same again with fewer --data.num_workers: it goes on where it stopped"
+        ) from error

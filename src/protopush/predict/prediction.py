@@ -23,8 +23,7 @@ from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, 
 from protopush.errors import InputError, listing
 from protopush.explain.figure_style import percent
 from protopush.models.model_folder import Run
-from protopush.predict.inputs import Inputs, list_inputs
-from protopush.predict.prediction_rows import DIGITS, Columns, Outputs, run_over
+from protopush.predict.inputs import DIGITS, Outputs, list_inputs, own_share, run_over
 from protopush.predict.resumable_csv import ResumableCsv, alone
 from protopush.predict.threshold import Threshold, calibrate
 from protopush.runs.progress import bar, console
@@ -33,37 +32,25 @@ logger = logging.getLogger("protopush.predict")
 
 SHARE = 0.05  # of validation images that may be flagged as like nothing in training
 QUIET = 30.0  # seconds between two lines where there is no terminal
+NOT_FINITE = "the model's logits are not finite"
 
 
 def predict(
-    run: Run,
-    paths: Sequence[str],
-    out: str | Path,
-    top: int = 3,
-    threshold: float | None = None,
-    share: float = SHARE,
-    data: DataConfig | None = None,
-    device: torch.device | str = "cpu",
-    num_workers: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+    run: Run, paths: Sequence[str], out: str | Path, top: int = 3, threshold: float | None = None, share: float = SHARE,
+    data: DataConfig | None = None, device: torch.device | str = "cpu", num_workers: int = 0, overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Write a CSV with a row for each image: what the run predicts, and the training patches that are most like it.
 
     Called again with the same arguments after it was cut off, at any moment, it goes on where it stopped and ends
     with the same bytes. Under ``torch.distributed`` every process calls it, and each has a share of the images; the
     table is that of one process.
 
+    The other arguments are those of :meth:`protopush.Run.predict`.
+
     Args:
-        run: as :func:`protopush.runs.run.open_run` opens it, its model on ``device``.
-        paths: folders, manifests and images, as for :func:`protopush.predict.inputs.list_inputs`.
-        out: the CSV file.
+        run: its model is on ``device``.
         top: prototypes of the predicted class that are named, those that contribute most.
-        threshold: the similarity below which nothing in training is like an image; None: set on validation images.
-        share: of validation images that may be below it.
         data: where the run's images are, if not where they were.
-        device: where the model is.
-        num_workers: processes that read images.
-        overwrite: start again, whatever is there.
 
     Returns:
         Counts, and what is known of the threshold (:func:`summary_of`).
@@ -73,7 +60,9 @@ def predict(
     """
     _check(top, threshold, share, num_workers)
     out = Path(out)
-    inputs = broadcast_from_rank_zero(lambda: _inputs(paths, out))
+    if any(Path(path).resolve() == out.resolve() for path in paths):
+        raise InputError(f"--out {out} is one of the files to read; choose another --out")
+    inputs = broadcast_from_rank_zero(lambda: list_inputs(paths))
     columns = Columns(run, top, inputs.labels is not None)
     path = (data.path if data is not None else run.data.get("path")) or ""
     size = inference_batch_size(torch.device(device))
@@ -108,7 +97,17 @@ def predict(
         before = len(inputs.names) - count
         if before > 0 and count:
             logger.info("Going on: %d of %d images are there already", before, len(inputs.names))
-        raise_on_all_ranks(lambda: _write(run, inputs, columns, table, missing, limit.value, device, num_workers))
+        rank, mine = rank_and_size()[0], own_share(missing)
+        batches, number = [table.rows_of(batch) for batch in mine], iter(mine)
+
+        def take(indices: range, problems: Sequence[str], outputs: Outputs) -> None:
+            names = [inputs.names[i] for i in indices]
+            labels = None if inputs.labels is None else [inputs.labels[i] for i in indices]
+            table.append(rank, next(number), columns.rows(outputs, names, labels, problems, limit.value))
+            advance(len(indices))
+
+        with _progress(sum(map(len, batches)), rank) as advance:
+            raise_on_all_ranks(lambda: run_over(run, inputs.names, batches, columns.top, device, num_workers, take))
         seconds = time.perf_counter() - start if count else 0.0
         broadcast_from_rank_zero(table.finish)
         summary = broadcast_from_rank_zero(lambda: summary_of(out, run.class_names, limit))
@@ -125,37 +124,6 @@ def _check(top: int, threshold: float | None, share: float, num_workers: int) ->
         raise InputError(f"--share {share}; expected 0 or more, and less than 1")
     if num_workers < 0:
         raise InputError(f"--data.num_workers {num_workers}; expected 0 or more")
-
-
-def _inputs(paths: Sequence[str], out: Path) -> Inputs:
-    if any(Path(path).resolve() == out.resolve() for path in paths):
-        raise InputError(f"--out {out} is one of the files to read; choose another --out")
-    return list_inputs(paths)
-
-
-def _write(
-    run: Run,
-    inputs: Inputs,
-    columns: Columns,
-    table: ResumableCsv,
-    missing: Sequence[int],
-    threshold: float | None,
-    device: torch.device | str,
-    num_workers: int,
-) -> None:
-    """Write this process's consecutive share of the batches that are missing."""
-    rank, ranks = rank_and_size()
-    mine = missing[len(missing) * rank // ranks : len(missing) * (rank + 1) // ranks]
-    batches, number = [table.rows_of(batch) for batch in mine], iter(mine)
-
-    def take(indices: range, problems: Sequence[str], outputs: Outputs) -> None:
-        names = [inputs.names[i] for i in indices]
-        labels = None if inputs.labels is None else [inputs.labels[i] for i in indices]
-        table.append(rank, next(number), columns.rows(outputs, names, labels, problems, threshold))
-        advance(len(indices))
-
-    with _progress(sum(map(len, batches)), rank) as advance:
-        run_over(run, inputs.names, batches, columns.top, device, num_workers, take)
 
 
 @contextmanager
@@ -176,6 +144,68 @@ def _progress(total: int, rank: int) -> Iterator[Callable[[int], None]]:
 
     with bar("Predicting", total) as advance:
         yield step
+
+
+class Columns:
+    """How the table of a run is laid out, with ``top`` prototypes for each image, or as many as a class can have."""
+
+    def __init__(self, run: Run, top: int, labelled: bool) -> None:
+        manager = run.head.proto_manager
+        self.class_names, self.anchor = run.class_names, manager.anchor
+        self.top, self.labelled = min(top, manager.max_prototypes), labelled
+
+    @property
+    def header(self) -> list[str]:
+        """The columns' names."""
+        top = [f"top{n + 1}_{what}" for n in range(self.top) for what in ("prototype", "similarity", "file", "cell")]
+        probabilities = ["probability", *(f"probability_{name}" for name in self.class_names)]
+        first = ["file", "label", "predicted"] if self.labelled else ["file", "predicted"]
+        return [*first, *probabilities, *top, "best_similarity", "nothing_similar", "error"]
+
+    def rows(
+        self, outputs: Outputs, names: Sequence[str], labels: Sequence[str] | None, problems: Sequence[str],
+        threshold: float | None,
+    ) -> Iterator[list[str]]:  # fmt: skip
+        """The rows of a batch of B images; no problem is "".
+
+        An image none of whose similarities reaches the threshold has ``nothing_similar`` 1, else 0; None: empty.
+        """
+        empty = [""] * (len(self.header) - (3 if self.labelled else 2))
+        for i, name in enumerate(names):
+            first = [shown(name)] if labels is None else [shown(name), labels[i]]
+            problem = problems[i] or ("" if outputs.finite[i] else NOT_FINITE)
+            yield [*first, *empty, shown(problem)] if problem else [*first, *self._found(outputs, i, threshold), ""]
+
+    def _found(self, outputs: Outputs, i: int, threshold: float | None) -> Iterator[str]:
+        predicted, best = int(outputs.predicted[i]), float(outputs.best[i])
+        yield self.class_names[predicted]
+        yield _number(outputs.probabilities[i, predicted])
+        yield from map(_number, outputs.probabilities[i])
+        for slot, similarity in zip(outputs.slots[i].tolist(), outputs.similarities[i].tolist(), strict=True):
+            if slot < 0:
+                yield from ("", "", "", "")
+                continue
+            anchor = self.anchor(predicted, slot)
+            yield f"{self.class_names[predicted]}:{slot}"
+            yield _number(similarity)
+            yield "" if anchor is None else shown(str(anchor.file or anchor.sample_id))
+            yield "" if anchor is None else str(anchor.cell)
+        yield _number(best)
+        yield "" if threshold is None else str(int(best < threshold))
+
+
+def shown(name: str) -> str:
+    r"""A file name as the table has it: as it is, but a byte that is no UTF-8 is written ``\xff``.
+
+    Example:
+        >>> shown(b"caf\xe9 1.jpg".decode("utf-8", "surrogateescape"))
+        'caf\\xe9 1.jpg'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _number(value: float) -> str:
+    return f"{value:.{DIGITS}f}"
 
 
 def summary_of(out: Path, class_names: list[str], threshold: Threshold) -> dict[str, Any]:
@@ -206,29 +236,21 @@ def in_words(summary: dict[str, Any]) -> str:
     if summary["unreadable"]:
         problems = listing([f"{count} {problem}" for problem, count in summary["problems"].items()], 5)
         lines.append(f"{summary['unreadable']} without a prediction, see column error: {problems}")
-    threshold = Threshold.from_dict(summary["threshold"])
-    if threshold.value is None:
-        lines.append(f"nothing_similar is empty: {threshold.problem}; give --threshold NUMBER, or --data.path")
+    limit = Threshold.from_dict(summary["threshold"])
+    if limit.value is None:
+        lines.append(f"nothing_similar is empty: {limit.problem}; give --threshold NUMBER, or --data.path")
     else:
-        lines.append(
-            f"Nothing similar in training: {summary['nothing_similar']} images, with no similarity of "
-            f"{threshold.value:.6f} or more{_provenance(threshold)}"
-        )
+        set_on = f"; so set that at most {percent(limit.share or 0.0)} of {limit.set_on} are flagged "
+        set_on += f"({limit.set_flagged} of {limit.set_images})"
+        if limit.source == "given":
+            origin = " (the threshold given)"
+        elif limit.false_alarms is None:
+            origin = f"{set_on}; no other images to measure false alarms on"
+        else:
+            alarms = f"{percent(limit.false_alarms)} ({limit.measured_flagged} of {limit.measured_images})"
+            origin = f"; false alarms on {limit.measured_on}, which it was not set on: {alarms}{set_on}"
+        words = f"{summary['nothing_similar']} images, with no similarity of {limit.value:.6f} or more{origin}"
+        lines.append(f"Nothing similar in training: {words}")
     if summary.get("resumed_from"):
         lines.append(f"{summary['resumed_from']} of the images were there already")
     return "\n".join(lines)
-
-
-def _provenance(threshold: Threshold) -> str:
-    if threshold.source == "given":
-        return " (the threshold given)"
-    set_on = (
-        f"; so set that at most {percent(threshold.share or 0.0)} of {threshold.set_on} are flagged "
-        f"({threshold.set_flagged} of {threshold.set_images})"
-    )
-    if threshold.false_alarms is None:
-        return f"{set_on}; no other images to measure false alarms on"
-    return (
-        f"; false alarms on {threshold.measured_on}, which it was not set on: {percent(threshold.false_alarms)} "
-        f"({threshold.measured_flagged} of {threshold.measured_images}){set_on}"
-    )

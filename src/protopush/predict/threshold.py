@@ -19,11 +19,10 @@ from protopush.data.files import default_cache_dir, read_json, write_json
 from protopush.data.images import sha256_of
 from protopush.data.manifest import DataConfig, Sample
 from protopush.data.sources import load_catalog
-from protopush.distributed import all_gather_objects, broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
+from protopush.distributed import all_gather_objects, broadcast_from_rank_zero, raise_on_all_ranks
 from protopush.errors import InputError, first_line
 from protopush.models.model_folder import Run
-from protopush.predict.inputs import Strings
-from protopush.predict.prediction_rows import DIGITS, Outputs, run_over
+from protopush.predict.inputs import DIGITS, Outputs, Strings, own_share, run_over
 from protopush.runs.progress import bar
 
 logger = logging.getLogger("protopush.predict")
@@ -79,11 +78,7 @@ class Threshold:
 
 
 def largest_threshold(similarities: Sequence[float], share: float) -> float:
-    """The largest threshold with at most ``share`` of the similarities below it: one of them, or a tie of several.
-
-    Args:
-        similarities: N best similarities, at least one.
-        share: in [0, 1).
+    """The largest threshold with at most ``share`` (in [0, 1)) of the similarities below it: one of them.
 
     Example:
         >>> largest_threshold([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], share=0.2)  # 0.1 and 0.2 are below
@@ -106,8 +101,6 @@ def calibrate(
         run: its model is on ``device``.
         data: where its images are.
         share: of validation images that may be flagged, in [0, 1).
-        device: where the model is.
-        num_workers: processes that read images.
 
     Returns:
         Without ``value``, and with the reason, where the images can't be had.
@@ -122,17 +115,9 @@ def calibrate(
     if not below:
         return Threshold(None, "none", problem=f"no image of {set_on} can be read")
     value = largest_threshold(below, share)
-    return Threshold(
-        value=value,
-        source="validation",
-        share=share,
-        set_on=set_on,
-        set_images=len(below),
-        set_flagged=sum(similarity < value for similarity in below),
-        measured_on=measured_on if beyond else "",
-        measured_images=len(beyond),
-        measured_flagged=sum(similarity < value for similarity in beyond),
-    )
+    flagged, alarms = (sum(similarity < value for similarity in some) for some in (below, beyond))
+    measured = (measured_on if beyond else "", len(beyond), alarms)
+    return Threshold(value, "validation", share, set_on, len(below), flagged, *measured)
 
 
 def _drawn(run: Run, data: DataConfig) -> list[tuple[str, list[str]]] | str:
@@ -142,18 +127,12 @@ def _drawn(run: Run, data: DataConfig) -> list[tuple[str, list[str]]] | str:
         val = catalog.split("val")
     except (InputError, OSError) as error:
         return first_line(error)
-    test = [sample for sample in catalog.samples if sample.split == "test"]
-    sets = {"the validation images": val, "the test images": test}
-    if not test:
-        first, second = halved(val)
+    test, (first, second) = [sample for sample in catalog.samples if sample.split == "test"], halved(val)
+    sets = {"the validation images": val, "the test images" if test else "": test}
+    if second and not test:
         sets = {"half of the validation images": first, "the other half of the validation images": second}
-        if not second:
-            sets = {"the validation images": first, "": second}
-    return [(name, [str(sample.image) for sample in _some(samples)]) for name, samples in sets.items()]
-
-
-def _some(samples: Sequence[Sample]) -> Sequence[Sample]:
-    return samples if len(samples) <= MOST else Random(0).sample(samples, MOST)
+    drawn = {name: some if len(some) <= MOST else Random(0).sample(some, MOST) for name, some in sets.items()}
+    return [(name, [str(sample.image) for sample in samples]) for name, samples in drawn.items()]
 
 
 def halved(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -173,9 +152,7 @@ def _similarities(run: Run, files: Sequence[str], device: torch.device | str, nu
     if known is not None:
         return known
     size = inference_batch_size(torch.device(device))
-    rank, ranks = rank_and_size()
-    batches = [range(len(files))[start : start + size] for start in range(0, len(files), size)]
-    batches = batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks]
+    batches = own_share([range(len(files))[start : start + size] for start in range(0, len(files), size)])
     found: list[float | None] = []
 
     def take(_: range, problems: Sequence[str], outputs: Outputs) -> None:
@@ -186,19 +163,33 @@ def _similarities(run: Run, files: Sequence[str], device: torch.device | str, nu
     with bar("Similarity of validation images", len(batches)) as advance:
         raise_on_all_ranks(lambda: run_over(run, Strings(files), batches, 0, device, num_workers, take))
     best = [value for some in all_gather_objects(found) for value in some]
-    broadcast_from_rank_zero(lambda: _keep(cache, best))
+
+    def keep() -> None:
+        try:
+            write_json(cache, best)
+        except InputError as error:  # it is computed again another time
+            logger.warning("%s", error)
+
+    broadcast_from_rank_zero(keep)
     return best
 
 
 def _cached(run: Run, files: Sequence[str]) -> tuple[Path, list[float | None] | None]:
     """The file of the similarities, another for other weights, transforms or images; and what it holds."""
+
+    def digest(file: str) -> str:
+        try:
+            return sha256_of(file)
+        except OSError:
+            return "unreadable"
+
     decides = {
         "format": 1,
         "digits": DIGITS,
         "weights": read_json(run.folder / "config.json")["weights_sha256"],
         "preprocessing": run.transform.preprocessing.to_dict(),
         "crop_pct": run.transform.crop_pct,
-        "files": [_digest(file) for file in files],
+        "files": [digest(file) for file in files],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     file = default_cache_dir() / f"similarities-{key}.json"
@@ -208,17 +199,3 @@ def _cached(run: Run, files: Sequence[str]) -> tuple[Path, list[float | None] | 
         return file, None
     good = isinstance(values, list) and len(values) == len(files)
     return file, values if good and all(value is None or isinstance(value, float) for value in values) else None
-
-
-def _keep(file: Path, best: Sequence[float | None]) -> None:
-    try:
-        write_json(file, best)
-    except InputError as error:  # it is computed again another time
-        logger.warning("%s", error)
-
-
-def _digest(file: str) -> str:
-    try:
-        return sha256_of(file)
-    except OSError:
-        return "unreadable"

@@ -1,4 +1,4 @@
-"""The push: prototypes of a class move towards, or onto, the nearest real patch of that class.
+"""The push: prototypes of a class move towards, or onto, the nearest real patch of that class; growth and pruning.
 
 Names are imported when they are first asked for: recipes are made of :class:`PushSettings`, which needs no torch.
 """
@@ -12,24 +12,14 @@ if TYPE_CHECKING:
     from protopush.push.guard import GuardDecision
     from protopush.push.options import PushOptions, PushSchedule, PushSettings
     from protopush.push.push import PushMixin, check_settings, push_prototypes
-    from protopush.push.push_report import PushedPrototype, PushReport
+    from protopush.push.push_report import GrowthReport, PruningReport, PushedPrototype, PushReport
+    from protopush.push.resize import grow_prototypes, prune_prototypes
     from protopush.push.update import refresh_anchors
 
-_HOME = {
-    "GuardDecision": "guard",
-    "PushMixin": "push",
-    "PushOptions": "options",
-    "PushReport": "push_report",
-    "PushSchedule": "options",
-    "PushSettings": "options",
-    "PushedPrototype": "push_report",
-    "check_settings": "push",
-    "push_prototypes": "push",
-    "refresh_anchors": "update",
-}
-
 __all__ = [
+    "GrowthReport",
     "GuardDecision",
+    "PruningReport",
     "PushMixin",
     "PushOptions",
     "PushReport",
@@ -37,13 +27,17 @@ __all__ = [
     "PushSettings",
     "PushedPrototype",
     "check_settings",
+    "grow_prototypes",
+    "prune_prototypes",
     "push_prototypes",
     "refresh_anchors",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the home of a name the first time it is asked for (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    """Import the first file that has the name when it is first asked for (PEP 562); the first needs no torch."""
+    for home in ("options", "push", "push_report", "guard", "update", "resize") if name in __all__ else ():
+        module = import_module(f"{__name__}.{home}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,7 @@ from protopush.push.protocol import Pushable, exact_dtype
 FORMAT = 1
 TOLERANCE = 1e-4
 
-Fault = Literal[
-    "", "no_anchor", "no_file", "outside_root", "file_missing", "file_changed", "file_unreadable", "weights_changed",
-    "no_such_cell", "similarity_off",
-]  # fmt: skip
-
-PROBLEMS: dict[Fault, str] = {
+PROBLEMS = {
     "": "",
     "no_anchor": "never pushed: no anchor",
     "no_file": "the anchor names no file",
@@ -46,34 +41,17 @@ def certificate(manager: PrototypeManager, class_names: Sequence[str], weights_s
 
     ``margin`` is how much nearer than its runner-up an anchor was before the push; None where there was no other.
     """
-    return {
-        "format": FORMAT,
-        "weights_sha256": weights_sha256,
-        "prototypes": [
-            {
-                "class_index": c,
-                "class": class_names[c],
-                "prototype": k,
-                "margin": _margin(anchor),
-                "anchor": anchor.to_dict() if anchor is not None else None,
-            }
-            for c, k in manager.used_slots()
-            for anchor in [manager.anchor(c, k)]
-        ],
-    }
-
-
-def _margin(anchor: Anchor | None) -> float | None:
-    return None if anchor is None or anchor.runner_up is None else anchor.similarity - anchor.runner_up
+    rows = []
+    for c, k in manager.used_slots():
+        anchor = manager.anchor(c, k)
+        margin = None if anchor is None or anchor.runner_up is None else anchor.similarity - anchor.runner_up
+        plain = None if anchor is None else anchor.to_dict()
+        rows.append({"class_index": c, "class": class_names[c], "prototype": k, "margin": margin, "anchor": plain})
+    return {"format": FORMAT, "weights_sha256": weights_sha256, "prototypes": rows}
 
 
 def refuse_newer(values: Any, known: int, name: str) -> None:
-    """Refuse a file of a format that a later version wrote: what it means could only be guessed.
-
-    Args:
-        values: what the file holds.
-        known: the newest format that is understood.
-        name: of the file, for the message.
+    """Refuse a file (its values) of a format beyond the newest known one: what it means could only be guessed.
 
     Raises:
         InputError: it is newer, or says no format.
@@ -119,7 +97,7 @@ class AnchorCheck:
     file: str
     recorded: float | None
     measured: float | None
-    fault: Fault
+    fault: str
 
     @property
     def problem(self) -> str:
@@ -168,36 +146,40 @@ def verify_anchors(
     """Embed the file of every anchor again and compare.
 
     Args:
-        model: with ``extract_features``, ``head.proj``.
+        model, device: with ``extract_features`` and ``head.proj``, and where it is.
         manager: its prototypes and anchors.
         transform: as in training without augmentation.
         root: the folder that the anchors' files are relative to.
         class_names: for the table.
-        device: where the model is.
         tolerance: of the cosine between prototype and patch.
         same_weights: whether the model's weights are those that the anchors were recorded with.
     """
-    embedded: dict[tuple[str, bool], _Embedded] = {}  # a file is embedded once, however many anchors it has
+    embedded: dict[tuple[str, bool], tuple[Tensor | None, str]] = {}  # a file once, however many anchors it has
     checks = []
-    for row in manager.valid_mask.nonzero().flatten().tolist():
-        anchor, (c, k) = manager.anchors[row], manager.slot(row)
+    for c, k in manager.used_slots():
+        anchor = manager.anchor(c, k)
         if anchor is None:
             checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
             continue
         key = (str(anchor.file), anchor.grid != (1, 1))
         if key not in embedded:
             embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
-        measured = _measure(anchor, manager.prototypes[row].detach(), embedded[key].patches)
-        fault = _fault(anchor, measured, embedded[key], same_weights, tolerance)
+        patches, fault = embedded[key]
+        measured = None
+        if patches is not None:
+            there = 0 <= anchor.cell < len(patches)
+            if there:
+                prototype = manager.prototypes[manager.index(c, k)].detach()
+                measured = float(patches[anchor.cell] @ F.normalize(prototype.to(patches.dtype), dim=0))
+                measured = measured if math.isfinite(measured) else None
+            if not same_weights:
+                fault = "weights_changed"
+            elif not there:
+                fault = "no_such_cell"
+            elif measured is None or not abs(measured - anchor.similarity_after) <= tolerance:
+                fault = "similarity_off"
         checks.append(AnchorCheck(class_names[c], k, anchor.file or "", anchor.similarity_after, measured, fault))
     return checks
-
-
-class _Embedded(NamedTuple):
-    """Unit embeddings (L, D) of a file, or what is wrong with it."""
-
-    patches: Tensor | None
-    fault: Fault = ""
 
 
 def file_within(root: Path, name: str) -> Path | None:
@@ -206,40 +188,24 @@ def file_within(root: Path, name: str) -> Path | None:
     return None if pure.is_absolute() or ".." in pure.parts else root / name
 
 
-def _embed(model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device) -> _Embedded:
+def _embed(
+    model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device
+) -> tuple[Tensor | None, str]:
+    """The unit embeddings (L, D) of an anchor's file, or what is wrong with it."""
     if anchor.file is None:
-        return _Embedded(None, "no_file")
+        return None, "no_file"
     file = file_within(root, anchor.file)
     if file is None:
-        return _Embedded(None, "outside_root")
+        return None, "outside_root"
     if not file.is_file():
-        return _Embedded(None, "file_missing")
+        return None, "file_missing"
     if anchor.sha256 is not None and sha256_of(file) != anchor.sha256:
-        return _Embedded(None, "file_changed")
+        return None, "file_changed"
     try:
         picture = read_image(file)
     except InputError:
-        return _Embedded(None, "file_unreadable")
+        return None, "file_unreadable"
     with preserve_state(model):  # type: ignore[arg-type]
         pooled, patches = model.extract_features(transform(picture).unsqueeze(0).to(device))
         projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
-    return _Embedded(F.normalize(projected.to(exact_dtype(projected.device)), dim=-1))
-
-
-def _measure(anchor: Anchor, prototype: Tensor, patches: Tensor | None) -> float | None:
-    """The cosine of a prototype and its patch; None where there is no patch, or it isn't finite."""
-    if patches is None or not 0 <= anchor.cell < len(patches):
-        return None
-    measured = float(patches[anchor.cell] @ F.normalize(prototype.to(patches.dtype), dim=0))
-    return measured if math.isfinite(measured) else None
-
-
-def _fault(anchor: Anchor, measured: float | None, embedded: _Embedded, same_weights: bool, tolerance: float) -> Fault:
-    if embedded.patches is None:
-        return embedded.fault
-    if not same_weights:
-        return "weights_changed"
-    if not 0 <= anchor.cell < len(embedded.patches):
-        return "no_such_cell"
-    holds = measured is not None and abs(measured - anchor.similarity_after) <= tolerance
-    return "" if holds else "similarity_off"
+    return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1), ""

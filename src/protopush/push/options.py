@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, Protocol, TypedDict, TypeVar
 
@@ -57,7 +57,7 @@ class PushSettings:
     guard_budget: float = 0.01
 
     def settings(self) -> dict[str, Any]:
-        """The fields of :class:`PushSettings` alone, as keyword arguments of a push."""
+        """These fields alone, as keyword arguments of a push."""
         return {one.name: getattr(self, one.name) for one in fields(PushSettings)}
 
 
@@ -100,11 +100,7 @@ class PushKeywords(TypedDict, total=False):
 
 
 def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:
-    """What a registry has under a name; anything but a name is the thing itself.
-
-    Raises:
-        InputError: there is nothing of this name.
-    """
+    """What a registry has under a name (an :class:`InputError` if nothing); anything but a name is the thing itself."""
     if not isinstance(value, str):
         return value
     if value not in registry:
@@ -112,6 +108,7 @@ def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:
     return registry[value]
 
 
+@dataclass(eq=False)
 class PushSchedule:
     """The epochs after which to push: ``(epoch + 1) >= start and (epoch + 1) % interval == 0``.
 
@@ -142,31 +139,28 @@ class PushSchedule:
         [3, 6, 9]
     """
 
-    def __init__(
-        self,
-        start: int = 10,
-        interval: int = 5,
-        end: int | None = None,
-        total_epochs: int | None = None,
-        final_decay: float = 0.1,
-    ) -> None:
-        _check_whole("start", start, 0)
-        _check_whole("interval", interval, 1)
-        for name, value in (("end", end), ("total_epochs", total_epochs)):
-            if value is not None:
-                _check_whole(name, value, 1)
-        if not 0 <= final_decay <= 1:
-            raise InputError(f"final_decay is {final_decay}; expected a share of the peak learning rate, 0 to 1")
-        if end is not None and end < start:
-            raise InputError(f"end is {end} but start is {start}; expected an end that isn't before the start")
-        self.start, self.interval, self.end = start, interval, end
-        self.total_epochs, self.final_decay = total_epochs, final_decay
-        self.peaks: list[float] = []
-        if total_epochs is not None and not self.planned(total_epochs):
-            last = "" if end is None else f" and end {end}"
+    start: int = 10
+    interval: int = 5
+    end: int | None = None
+    total_epochs: int | None = None
+    final_decay: float = 0.1
+    peaks: list[float] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", 0), ("interval", 1), ("end", 1), ("total_epochs", 1)):
+            if name in ("start", "interval") or getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least)
+        if not 0 <= self.final_decay <= 1:
+            raise InputError(f"final_decay is {self.final_decay}; expected a share of the peak learning rate, 0 to 1")
+        if self.end is not None and self.end < self.start:
             raise InputError(
-                f"no push would follow any of {total_epochs} epochs with start {start}, interval {interval}{last}; "
-                "expected at least one; lower start or interval"
+                f"end is {self.end} but start is {self.start}; expected an end that isn't before the start"
+            )
+        if self.total_epochs is not None and not self.planned():
+            last = "" if self.end is None else f" and end {self.end}"
+            raise InputError(
+                f"no push would follow any of {self.total_epochs} epochs with start {self.start}, interval "
+                f"{self.interval}{last}; expected at least one; lower start or interval"
             )
 
     def due(
@@ -203,16 +197,18 @@ class PushSchedule:
             raise InputError("due() was given peak_lr without lr; expected both, or an optimizer")
         share = 1.0
         if optimizer is not None:
-            share = self._share(_groups(optimizer))
+            several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
+            if not isinstance(several, Iterable):
+                raise InputError(f"{type(optimizer).__name__} has no param_groups; expected an optimizer, or several")
+            share = self._share([group for one in several for group in one.param_groups])
         elif lr is not None:
             share = self._share([{"lr": lr}]) if peak_lr is None else _share([_rate(lr)], [_rate(peak_lr)])
-        if self._falls_on(epoch) and share < self.final_decay:
-            logger.info(
-                "No push after epoch %d: the learning rate is at %.2g of its peak, below final_decay %g",
-                epoch + 1, share, self.final_decay,
-            )  # fmt: skip
+        if not self._falls_on(epoch):
             return False
-        return self._falls_on(epoch)
+        if share < self.final_decay:
+            why = f"the learning rate is at {share:.2g} of its peak, below final_decay {self.final_decay:g}"
+            logger.info("No push after epoch %d: %s", epoch + 1, why)
+        return share >= self.final_decay
 
     def planned(self, total_epochs: int | None = None) -> list[int]:
         """The epochs, counted from 1, that a push follows whatever the learning rate does."""
@@ -222,16 +218,12 @@ class PushSchedule:
         return [epoch + 1 for epoch in range(total) if self._falls_on(epoch)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The peak learning rates, to go on with in another process."""
+        """The peak learning rates, for another process."""
         return {"peaks": list(self.peaks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
         self.peaks = [float(peak) for peak in state["peaks"]]
-
-    def __repr__(self) -> str:
-        names = ("start", "interval", "end", "total_epochs", "final_decay")
-        return f"PushSchedule({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
     def _falls_on(self, epoch: int) -> bool:
         number = epoch + 1
@@ -250,13 +242,6 @@ class PushSchedule:
 def _share(rates: list[float], peaks: list[float]) -> float:
     """Of the group whose share is the largest; 1 where nothing learns."""
     return max((rate / peak for rate, peak in zip(rates, peaks, strict=True) if peak > 0), default=1.0)
-
-
-def _groups(optimizer: OptimizerLike | Iterable[OptimizerLike]) -> list[dict[str, Any]]:
-    several = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
-    if not isinstance(several, Iterable):
-        raise InputError(f"{type(optimizer).__name__} has no param_groups; expected an optimizer, or several")
-    return [group for one in several for group in one.param_groups]
 
 
 def _rate(value: Any) -> float:

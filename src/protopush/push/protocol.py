@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -48,14 +48,13 @@ def unwrap(model: nn.Module) -> Pushable:
         InputError: it lacks a part of the contract.
     """
     net: Any = model
-    while _missing(net) and isinstance(getattr(net, "module", None), nn.Module):
+    while missing := _missing(net):
+        if not isinstance(getattr(net, "module", None), nn.Module):
+            raise InputError(
+                f"{type(net).__name__} has no {', no '.join(missing)}; "
+                "the push needs extract_features(images) -> (x_fu, x_fu1), head.proj and head.proto_manager"
+            )
         net = net.module
-    missing = _missing(net)
-    if missing:
-        raise InputError(
-            f"{type(net).__name__} has no {', no '.join(missing)}; "
-            "the push needs extract_features(images) -> (x_fu, x_fu1), head.proj and head.proto_manager"
-        )
     return cast(Pushable, net)
 
 
@@ -114,7 +113,15 @@ class Slots(NamedTuple):
             rows[number, : end - start] = torch.arange(start, end)
         used = (rows >= 0) & valid[rows.clamp(min=0)]
         if only is not None:
-            used = _only(used, only)
+            chosen = torch.zeros_like(used)
+            for c, k in only:
+                if not (0 <= c < used.shape[0] and 0 <= k < used.shape[1] and bool(used[c, k])):
+                    raise InputError(
+                        f"there is no prototype {c}:{k} in use; expected class:prototype, classes 0 to "
+                        f"{used.shape[0] - 1}, prototypes 0 to {used.shape[1] - 1}"
+                    )
+                chosen[c, k] = True
+            used = chosen
         rows, used = rows.to(parameter.device), used.to(parameter.device)
         vectors = parameter[rows.clamp(min=0)].to(exact_dtype(parameter.device))
         if not bool(vectors[used].isfinite().all()):
@@ -122,16 +129,30 @@ class Slots(NamedTuple):
         return cls(rows, used, F.normalize(vectors, dim=-1))
 
 
-def _only(used: Tensor, only: Iterable[tuple[int, int]]) -> Tensor:
-    chosen = torch.zeros_like(used)
-    for c, k in only:
-        if not (0 <= c < used.shape[0] and 0 <= k < used.shape[1] and bool(used[c, k])):
-            raise InputError(
-                f"there is no prototype {c}:{k} in use; expected class:prototype, classes 0 to {used.shape[0] - 1}, "
-                f"prototypes 0 to {used.shape[1] - 1}"
-            )
-        chosen[c, k] = True
-    return chosen
+def resizable(model: nn.Module, device: str | int | torch.device, purpose: str) -> tuple[Pushable, Slots]:
+    """The module behind its wrappers, and its prototypes as they are now.
+
+    Raises:
+        InputError: the model is on another device, or its prototypes can neither come nor go.
+    """
+    net = unwrap(model)
+    resolve_device(net, device)
+    manager = net.head.proto_manager
+    if not isinstance(getattr(manager, "valid_mask", None), Tensor):
+        raise InputError(
+            f"{type(manager).__name__} has no valid_mask, so that its prototypes cannot {purpose}; expected a bool "
+            "tensor of the slots in use, as protopush.PrototypeManager has"
+        )
+    if live_features_of(net) is not None:
+        net.head.sync_prototypes()  # type: ignore[attr-defined]
+    return net, Slots.of(manager)
+
+
+def connections_of(net: Pushable, slots: Slots) -> Tensor | None:
+    """The head's weight of each prototype, (C, K), where it has such a parameter beside ``weights()``."""
+    found = getattr(net.head, "connections", None)
+    is_one = isinstance(found, Tensor) and found.shape == slots.rows.shape and hasattr(type(net.head), "weights")
+    return found if is_one else None
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -165,24 +186,32 @@ class Items(Dataset[tuple[Any, int]]):
 
     def layout(self) -> Any:
         """Equal where the items are: what ranks compare."""
-        return tuple((type(part).__name__, len(part)) for part in self.parts), hash(
-            tuple(self.where.flatten().tolist())
-        )
+        kinds = tuple((type(part).__name__, len(part)) for part in self.parts)
+        return kinds, hash(tuple(self.where.flatten().tolist()))
 
     def labels(self) -> Tensor | None:
         """The label of every item, int64 (N,), where it is known without reading an image."""
-        found = [_labels_of(part) for part in self.parts]
-        if any(labels is None for labels in found):
-            return None
-        return torch.tensor([found[part][place] for part, place, _ in self.where.tolist()], dtype=torch.int64)
+        labels = self._of_items(_labels_of)
+        return None if labels is None else torch.tensor(labels, dtype=torch.int64)
 
-    def groups(self) -> list[str | None] | None:
-        """The group (lesion, patient) of every item, where all parts have ``groups``."""
-        found = [getattr(part, "groups", None) for part in self.parts]
-        if any(groups is None for groups in found):
+    def groups(self) -> Tensor | None:
+        """A number, int64 (N,), for the group (lesion, patient) of every item, another for each item without one.
+
+        None where not all parts have ``groups``, or no item has one.
+        """
+        groups = self._of_items(lambda part: getattr(part, "groups", None))
+        names = sorted({str(group) for group in groups or () if group is not None})
+        if groups is None or not names:
             return None
-        every = (found[part][place] for part, place, _ in self.where.tolist())
-        return [None if group is None else str(group) for group in every]
+        number = {name: place for place, name in enumerate(names)}
+        return torch.tensor([len(names) + i if one is None else number[str(one)] for i, one in enumerate(groups)])
+
+    def _of_items(self, values_of: Callable[[Any], Sequence[Any] | None]) -> list[Any] | None:
+        """A value for each item, from those of its part; None where a part has none."""
+        found = [values_of(part) for part in self.parts]
+        if any(values is None for values in found):
+            return None
+        return [found[part][place] for part, place, _ in self.where.tolist()]
 
     def describe(self, index: int) -> Provenance:
         """Where an item comes from: as its dataset says, else its third element or its index as the name."""
@@ -203,9 +232,7 @@ class Items(Dataset[tuple[Any, int]]):
 def _behind(dataset: Any, sure: bool) -> tuple[list[Any], Tensor, bool]:
     """``parts``, ``where`` and ``deterministic`` of :class:`Items`; a name of -1 is the index in the whole.
 
-    Args:
-        dataset: the one to take apart.
-        sure: it is part of an ``eval_view()``.
+    It is ``sure`` that parts of an ``eval_view()`` give the same item twice.
     """
     if not sure and hasattr(dataset, "eval_view"):
         return _behind(dataset.eval_view(), True)

@@ -18,12 +18,11 @@ from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.guard import Validation, guarded
-from protopush.push.nearest_patches import Candidates
 from protopush.push.options import GUARDS, PushKeywords, PushOptions, PushSettings, resolve
 from protopush.push.protocol import Slots, class_names_of, live_features_of, resolve_device, unwrap
 from protopush.push.push_report import PushedPrototype, PushReport
 from protopush.push.reader import read_through
-from protopush.push.selection import RULES, choose
+from protopush.push.selection import RULES, Candidates, choose
 from protopush.push.update import INTERPOLATIONS, Move
 
 if TYPE_CHECKING:
@@ -84,10 +83,7 @@ def push_prototypes(
     check_settings(options, live)
     momentum = 0.0 if live and momentum < 1 else momentum
     val_loader = options.val_loader
-    guard = options.guard or ("off" if val_loader is None else "report")
-    if guard != "off" and val_loader is None:
-        raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
-    target = resolve_device(net, device)
+    resolve_device(net, device)
     if live:
         net.head.sync_prototypes()  # type: ignore[attr-defined]
     slots = Slots.of(manager, options.prototypes)
@@ -97,10 +93,10 @@ def push_prototypes(
         reader = read_through(dataloader, order_seed=None if max_patches_per_class is None else options.seed)
         chosen = choose(net, reader, slots, options, names)
         move, origins, decision = Move(net, slots, chosen, options), chosen.origins(reader), None
-        if guard != "off" and val_loader is not None:
-            validation = Validation(model, net, val_loader, target)
+        if options.guard != "off" and val_loader is not None:
+            score = Validation(model, net, val_loader).score
             try:
-                decision = guarded(guard, options.guard_budget, momentum, move.to, validation.score)
+                decision = guarded(options.guard or "report", options.guard_budget, momentum, move.to, score)
             finally:
                 move.undo()
     final = momentum if decision is None else decision.momentum
@@ -131,28 +127,18 @@ def push_prototypes(
     return report
 
 
-def _signature() -> inspect.Signature:
-    """That of :func:`push_prototypes` with every field of :class:`PushOptions` and its default."""
-    plain = inspect.signature(push_prototypes)
-    first = [one for one in plain.parameters.values() if one.name != "others"]
-    shown = {one.name for one in first}
-    rest = [
-        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
-        for one in fields(PushOptions)
-        if one.name not in shown
-    ]
-    return plain.replace(parameters=[*first, *rest])
-
-
-push_prototypes.__signature__ = _signature()  # type: ignore[attr-defined]
+# What is shown instead of ``others``: every field of PushOptions and its default.
+_plain = inspect.signature(push_prototypes)
+_shown = {name: one for name, one in _plain.parameters.items() if name != "others"} | {
+    one.name: inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+    for one in fields(PushOptions)
+    if one.name not in _plain.parameters
+}
+push_prototypes.__signature__ = _plain.replace(parameters=[*_shown.values()])  # type: ignore[attr-defined]
 
 
 def check_settings(settings: PushSettings, live: bool = False, prefix: str = "") -> None:
-    """Refuse settings that make no sense, under the names that the user knows them by (``push.`` before each).
-
-    Raises:
-        InputError: for the first of them.
-    """
+    """Raise an :class:`InputError` for settings that make no sense, by the names that the user knows them by."""
     if not 0.0 <= settings.momentum <= 1.0:
         expected = "expected 0 (hard push) to 1 (nothing moves), usually 0.9"
         raise InputError(f"{prefix}momentum is {settings.momentum}; {expected}")
@@ -165,6 +151,8 @@ def check_settings(settings: PushSettings, live: bool = False, prefix: str = "")
         raise InputError(f"{prefix}guard_budget is {budget}; expected a fall that is allowed, 0 or more, such as 0.01")
     if guard == "budget" and live:
         raise InputError("guard 'budget' searches for a momentum, but live anchors have none; use 'rollback'")
+    if isinstance(settings, PushOptions) and guard not in (None, "off") and settings.val_loader is None:
+        raise InputError(f"guard {guard!r} needs a val_loader; give validation images, or guard 'off'")
     resolve(RULES, settings.unique, f"{prefix}unique")
     resolve(INTERPOLATIONS, settings.interpolation, f"{prefix}interpolation")
 
@@ -211,8 +199,7 @@ def _log(report: PushReport) -> None:
         distances_of.setdefault(record.class_index, []).append(record.distance_before)
     for c, patches in enumerate(report.patches_per_class):
         logger.info("  Class %d: %d patches", c, patches)
-        distances = distances_of.get(c)
-        if distances:
+        if distances := distances_of.get(c):
             logger.info("    Updated %d prototypes, min_dist: %.4f", len(distances), min(distances))
         elif c in report.kept_classes:
             what = "patch that may be chosen" if patches else "sample"

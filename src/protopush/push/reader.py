@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,26 +25,57 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
+@dataclass(kw_only=True)
 class Reader:
-    """Batches of :class:`Batch`, and where each id comes from. What is to be read is settled when it is made.
+    """Batches of :class:`Batch`, and where each id comes from: any iterable, read as it comes, by each rank its own.
+
+    Ids are the third element of what is read, or a number for it where it is a name. What is to be read is settled when
+    a reader is made; reading leaves a trace in a stream alone: the names, and that samples had to be counted.
 
     Attributes:
+        loader: what is read.
         verified: whether ids and view can be trusted to name the very patch that was seen.
         note: why not, or what else the log should say.
         labels: int64, the label of each id, where it is known without reading.
         groups: int64, a number for the group of each id, where the dataset has groups; a sample without has its own.
         divided: whether each rank reads a part of its own.
+        names: of the ids that stand for one.
     """
 
+    loader: Any
     verified: bool = True
     note: str = ""
     labels: Tensor | None = None
     groups: Tensor | None = None
     divided: bool = True
+    names: dict[int, int | str] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches."""
-        raise NotImplementedError
+        seen = 0
+        for item in self.loader:
+            images, labels, ids = _unpack(item)
+            if ids is None:
+                if rank_and_size()[1] > 1:
+                    raise InputError(
+                        "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, "
+                        "labels, ids) from each of several processes, or their samples would be mistaken for one "
+                        "another"
+                    )
+                self.verified = False
+                self.note = (
+                    "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
+                    "the order of reading and marked unverified; yield (images, labels, ids)"
+                )
+                ids = torch.arange(seen, seen + len(labels))
+            elif isinstance(ids, Tensor):
+                ids = ids.detach().cpu().long()
+            else:
+                numbers = [name if isinstance(name, int) else _order_free_number(name) for name in ids]
+                self.names.update(zip(numbers, ids, strict=True))
+                ids = torch.tensor(numbers, dtype=torch.int64)
+            seen += len(labels)
+            yield Batch(images, _as_labels(labels), ids)
 
     def subset(self, ids: Sequence[int]) -> Reader:
         """A reader of these samples alone, in this order; a stream can only be read as a whole."""
@@ -56,7 +87,7 @@ class Reader:
 
     def describe(self, sample_id: int) -> Provenance:
         """Where a sample that this rank has read comes from."""
-        return Provenance(sample_id)
+        return Provenance(self.names.get(sample_id, sample_id))
 
 
 def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader:
@@ -75,10 +106,9 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader
     plain = getattr(loader, "_dataloader", loader)  # behind Fabric's wrapper
     dataset = getattr(plain, "dataset", None)
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not isinstance(plain, DataLoader) or not indexed or isinstance(dataset, IterableDataset):
-        return StreamReader(loader)
-    if plain.batch_sampler is None:
-        return StreamReader(loader)
+    indexed = indexed and not isinstance(dataset, IterableDataset)
+    if not isinstance(plain, DataLoader) or not indexed or plain.batch_sampler is None:
+        return Reader(loader=loader)
     items = Items(dataset)
     if len(set(all_gather_objects(items.layout()))) > 1:
         raise InputError(
@@ -89,16 +119,19 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader
         "the dataset augments and has no eval_view(): patches come from augmented images, anchors are "
         "marked unverified; give the dataset an eval_view() that returns it without augmentation"
     )  # fmt: skip
-    order = _reading_order(plain, order_seed)
-    return DatasetReader(plain, items, order, not note, note, items.labels(), _numbered(items.groups()))
+    return DatasetReader(
+        loader=plain,
+        items=items,
+        ids=_reading_order(plain, order_seed),
+        verified=items.deterministic,
+        note=note,
+        labels=items.labels(),
+        groups=items.groups(),
+    )
 
 
 def read_by_index(loader: Iterable[Any]) -> DatasetReader:
-    """The reader of a loader whose samples can be read again by their index, as those of live anchors are.
-
-    Raises:
-        InputError: the loader is a stream.
-    """
+    """The reader of a loader whose samples can be read again by their index; an :class:`InputError` for a stream."""
     reader = read_through(loader)
     if not isinstance(reader, DatasetReader):
         raise InputError(
@@ -108,34 +141,32 @@ def read_by_index(loader: Iterable[Any]) -> DatasetReader:
     return reader
 
 
-@dataclass(frozen=True)
+def describe_all(reader: Reader, ids: Iterable[int]) -> dict[int, Provenance]:
+    """Where the samples of all ranks come from; each rank gives the ``ids`` of those that it has read."""
+    here = {i: reader.describe(i) for i in sorted(set(ids))}
+    return {i: origin for part in reversed(all_gather_objects(here)) for i, origin in part.items()}
+
+
+@dataclass(kw_only=True)
 class DatasetReader(Reader):
     """A dataset read by index: the id is the index. Ranks take the batches of one process in turn, none padded.
 
     Attributes:
-        loader: whose workers and collate_fn read the items.
-        items: the dataset behind it.
+        items: the dataset behind the loader, whose workers and collate_fn read it.
         ids: the indices to read, in order.
     """
 
-    loader: DataLoader[Any]
     items: Items
     ids: Sequence[int]
-    verified: bool = True
-    note: str = ""
-    labels: Tensor | None = None
-    groups: Tensor | None = None
-    divided: bool = True
 
     def batches(self) -> Iterator[Batch]:
-        loader = self.loader
+        loader: DataLoader[Any] = self.loader
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         rank, ranks = rank_and_size() if self.divided else (0, 1)
+        starts = range(0, len(self.ids), size)[rank::ranks]
         again: DataLoader[Any] = DataLoader(
             self.items,
-            batch_sampler=[list(self.ids[start : start + size]) for start in range(0, len(self.ids), size)][
-                rank::ranks
-            ],
+            batch_sampler=[list(self.ids[start : start + size]) for start in starts],
             num_workers=loader.num_workers,
             collate_fn=_CollateWithIds(loader.collate_fn),
             pin_memory=loader.pin_memory,
@@ -173,61 +204,9 @@ class DatasetReader(Reader):
         return self.items.describe(sample_id)
 
 
-class StreamReader(Reader):
-    """Any other iterable, read as it comes; ids are the third element of each batch. Each rank reads its own.
-
-    What has been read leaves a trace here alone: the names of the samples, and that they had to be counted.
-    """
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-        self.names: dict[int, int | str] = {}
-
-    def batches(self) -> Iterator[Batch]:
-        seen = 0
-        for item in self.loader:
-            images, labels, ids = _unpack(item)
-            if ids is None:
-                self._counts_them()
-                ids = torch.arange(seen, seen + len(labels))
-            elif isinstance(ids, Tensor):
-                ids = ids.detach().cpu().long()
-            else:
-                numbers = [_order_free_number(name) for name in ids]
-                self.names.update(zip(numbers, ids, strict=True))
-                ids = torch.tensor(numbers, dtype=torch.int64)
-            seen += len(labels)
-            yield Batch(images, _as_labels(labels), ids)
-
-    def _counts_them(self) -> None:
-        if rank_and_size()[1] > 1:
-            raise InputError(
-                "the loader is no DataLoader over an indexed dataset and yields no ids; expected (images, labels, ids) "
-                "from each of several processes, or their samples would be mistaken for one another"
-            )
-        self.verified = False
-        self.note = (
-            "the loader is no DataLoader over an indexed dataset and yields no ids: anchors are numbered in "
-            "the order of reading and marked unverified; yield (images, labels, ids)"
-        )
-
-    def describe(self, sample_id: int) -> Provenance:
-        return Provenance(self.names.get(sample_id, sample_id))
-
-
-def _order_free_number(name: int | str) -> int:
+def _order_free_number(name: str) -> int:
     """A 63-bit number that depends on the name alone, so that ties never depend on the order of reading."""
-    if isinstance(name, int):
-        return name
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _numbered(groups: Sequence[str | None] | None) -> Tensor | None:
-    """A number for each group, another for each sample without one; None where nothing has a group."""
-    if groups is None or all(group is None for group in groups):
-        return None
-    number = {name: place for place, name in enumerate(sorted({group for group in groups if group is not None}))}
-    return torch.tensor([len(number) + i if group is None else number[group] for i, group in enumerate(groups)])
 
 
 def _reading_order(loader: DataLoader[Any], seed: int | None) -> list[int]:
@@ -276,11 +255,7 @@ def _as_labels(labels: Any) -> Tensor:
 
 
 def check_labels(labels: Tensor, ids: Tensor, num_classes: int) -> None:
-    """Refuse labels (B,) that are no class.
-
-    Raises:
-        InputError: it names the label and the sample.
-    """
+    """Raise an :class:`InputError`, which names label and sample, for labels (B,) that are no class."""
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
         raise InputError(

@@ -18,29 +18,6 @@ TIE = 2.0**-21
 WAITING_ROWS, WAITING_BYTES = 2**13, 2**23
 
 
-class Patches(NamedTuple):
-    """A batch of embedded images, on the prototypes' device but for ``labels``.
-
-    Attributes:
-        embeddings: float32 (B, L, D), of any norm.
-        norm: float32 (B, L), their norms.
-        labels: int64 (B,), on the CPU: which classes a batch holds is then known without waiting for the device.
-        ids: int64 (B,).
-        keys: int64, of patches with the same key a prototype keeps the best: (B, 1), one for all patches of an image,
-            or (B, L), another for each patch.
-        allowed: bool (B, L): patches that may be chosen; none of norm 0 or not finite.
-        vectors: (B, L, W), what is kept of a candidate: the embedding, or the feature that it was made of.
-    """
-
-    embeddings: Tensor
-    norm: Tensor
-    labels: Tensor
-    ids: Tensor
-    keys: Tensor
-    allowed: Tensor
-    vectors: Tensor
-
-
 class Ranked(NamedTuple):
     """Candidates, best first along dim 1; all (C, M, K).
 
@@ -95,12 +72,32 @@ class TopM:
         self._waiting: list[tuple[Tensor, ...]] = []  # candidates of batches that are still to be merged
         self._filled = 0  # and the number of their vectors
 
-    def update(self, batch: Patches) -> None:
-        """Take in a batch; call :meth:`flush` after the last one."""
-        classes = batch.labels.to(batch.embeddings.device, non_blocking=True)
-        every = self.prototypes.index_select(0, classes) @ batch.embeddings.transpose(1, 2)  # (B, K, L)
-        every = (every / batch.norm.unsqueeze(1)).masked_fill_(~batch.allowed.unsqueeze(1), -torch.inf)
-        if batch.keys.shape[1] == 1:  # of equals the first: the smaller cell
+    def update(
+        self,
+        embeddings: Tensor,
+        norm: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        keys: Tensor,
+        allowed: Tensor,
+        vectors: Tensor,
+    ) -> None:
+        """Take in a batch, on the prototypes' device but for ``labels``; call :meth:`flush` after the last one.
+
+        Args:
+            embeddings: float32 (B, L, D), of any norm.
+            norm: float32 (B, L), their norms.
+            labels: int64 (B,), on the CPU: which classes a batch holds is then known without waiting for the device.
+            ids: int64 (B,).
+            keys: int64, of patches with the same key a prototype keeps the best: (B, 1), one for all patches of an
+                image, or (B, L), another for each patch.
+            allowed: bool (B, L): patches that may be chosen; none of norm 0 or not finite.
+            vectors: (B, L, W), what is kept of a candidate: the embedding, or the feature that it was made of.
+        """
+        classes = labels.to(embeddings.device, non_blocking=True)
+        every = self.prototypes.index_select(0, classes) @ embeddings.transpose(1, 2)  # (B, K, L)
+        every = (every / norm.unsqueeze(1)).masked_fill_(~allowed.unsqueeze(1), -torch.inf)
+        if keys.shape[1] == 1:  # of equals the first: the smaller cell
             tied = every >= every.amax(dim=2, keepdim=True) - TIE
             cells = tied.view(torch.uint8).argmax(dim=2, keepdim=True).transpose(1, 2)
             every = every.transpose(1, 2)
@@ -110,13 +107,13 @@ class TopM:
             cells = _ranking(every, numbers)[:, : self.depth]
         # From here on (B, n, K): n candidates of each image for each prototype of its class
         similarity = every.gather(1, cells).masked_fill(~self.used[classes].unsqueeze(1), -torch.inf)
-        ids = batch.ids.view(-1, 1, 1).expand_as(cells)
-        keys = batch.keys.expand_as(batch.norm).unsqueeze(2).expand_as(every).gather(1, cells)
-        first = torch.arange(0, batch.norm.numel(), batch.norm.shape[1], device=cells.device).view(-1, 1, 1)
-        vectors = batch.vectors.flatten(0, 1).index_select(0, (first + cells).flatten()).float()
+        ids = ids.view(-1, 1, 1).expand_as(cells)
+        keys = keys.expand_as(norm).unsqueeze(2).expand_as(every).gather(1, cells)
+        first = torch.arange(0, norm.numel(), norm.shape[1], device=cells.device).view(-1, 1, 1)
+        vectors = vectors.flatten(0, 1).index_select(0, (first + cells).flatten()).float()
         if self._filled + len(vectors) > max(len(vectors), min(WAITING_ROWS, WAITING_BYTES // (4 * vectors.shape[1]))):
             self.flush()
-        self._waiting.append((batch.labels, similarity, ids, cells, keys, vectors))
+        self._waiting.append((labels, similarity, ids, cells, keys, vectors))
         self._filled += len(vectors)
 
     def flush(self) -> None:

@@ -1,9 +1,10 @@
-"""Updates of prototypes: the step towards their patches, which can be taken back, and live anchors embedded again."""
+"""Updates of prototypes: the step towards their patches, slots that are filled and freed, live anchors refreshed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch.nn import functional as F
 
 from protopush.distributed import all_reduce_sum
 from protopush.errors import InputError
+from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.nearest_patches import Candidates
+from protopush.push.facility_location import Gain
 from protopush.push.options import OptimizerLike, PushOptions, resolve
-from protopush.push.protocol import Pushable, Slots, live_features_of, unwrap
+from protopush.push.protocol import Pushable, Slots, connections_of, live_features_of, resolve_device, unwrap
+from protopush.push.push_report import PrunedPrototype
 from protopush.push.reader import Reader, read_by_index
+from protopush.push.selection import Candidates
 
 POOLED = -1  # in place of a cell: the anchor is the pooled feature
 
@@ -48,9 +52,7 @@ def slerp_update(prototypes: Tensor, nearest: Tensor, momentum: float) -> Tensor
     :func:`momentum_update` goes along the chord: nearly the same for near patches, less far in angle for distant ones.
 
     Args:
-        prototypes: (..., D), unit norm.
-        nearest: (..., D), unit norm: the patch of each prototype.
-        momentum: 0 puts the prototype onto the patch, 1 leaves it where it is.
+        prototypes, nearest, momentum: as of :func:`momentum_update`.
 
     Where prototype and patch are opposite, no great circle is the shortest, and the patch is taken.
 
@@ -74,7 +76,7 @@ def reset_moments(optimizer: OptimizerLike, parameter: Tensor, *index: Tensor) -
     """Zero the optimiser's running moments of what a push moved: they belong to where it was.
 
     Args:
-        optimizer: any optimiser that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
+        optimizer: any that keeps state tensors of the parameter's shape (SGD, Adam, AdamW, ...).
         parameter: the prototypes (S, D), or what belongs to them.
         index: int64, the rows that moved; with more of them, the entries.
     """
@@ -87,8 +89,7 @@ class Move:
     """Writes prototypes; until it is kept, :meth:`undo` brings back every bit.
 
     Args:
-        net: the model whose prototypes move.
-        slots: where they were.
+        net, slots: the model, and where its prototypes were.
         chosen: the patches that they take; prototypes without one stay.
         options: ``interpolation`` and ``use_local`` are read.
 
@@ -149,9 +150,8 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
     ``torch.distributed`` every rank must call it: the ranks divide the images.
 
     Args:
-        model: as for :func:`protopush.push_prototypes`, with live anchors.
-        dataloader: over the dataset of the push, whose indices the anchors keep.
-        device: where the model is.
+        model, dataloader, device: as for :func:`protopush.push_prototypes`, with live anchors; over the dataset of the
+            push, whose indices they keep.
 
     Returns:
         The number of images that were embedded; 0 where there is no live anchor.
@@ -160,31 +160,70 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
         InputError: the model's anchors aren't live, or the loader can't be read by index.
     """
     net = unwrap(model)
+    resolve_device(net, device)
     manager: Any = net.head.proto_manager
     if live_features_of(net) is None:
         raise InputError("the model's anchors are not live; expected a head with anchoring='live'")
     rows = (manager.anchor_ids >= 0).nonzero().flatten()
-    ids = sorted(set(manager.anchor_ids[rows].tolist()))
     with preserve_state(model, dataloader):
-        reader = read_by_index(dataloader)
-        features = features_at(net, reader, ids, manager.anchor_ids, manager.anchor_cells, torch.device(device))
-    manager.anchor_features[rows] = features[rows].to(manager.anchor_features.dtype)
+        features = features_at(net, read_by_index(dataloader), rows)
+    manager.anchor_features[rows] = features.to(manager.anchor_features.dtype)
     manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]
     net.head.sync_prototypes()  # type: ignore[attr-defined]
-    return len(ids)
+    return len(manager.anchor_ids[rows].unique())
 
 
-def features_at(
-    net: Pushable, reader: Reader, ids: list[int], anchor_ids: Tensor, anchor_cells: Tensor, device: torch.device
-) -> Tensor:
-    """The features (S, C) at the anchors; 0 in slots without one."""
-    found = torch.zeros(len(anchor_ids), net.head.proto_manager.anchor_features.shape[1], device=device)  # type: ignore[attr-defined]
-    for images, _, numbers in reader.subset(ids).batches():
-        pooled, patches = net.extract_features(images.to(device))
+def features_at(net: Pushable, reader: Reader, rows: Tensor) -> Tensor:
+    """The backbone's features (R, C) at the live anchors of some prototypes (R,), the same on every rank."""
+    manager: Any = net.head.proto_manager
+    ids, cells = manager.anchor_ids[rows].cpu(), manager.anchor_cells[rows]
+    found = torch.zeros(len(rows), manager.anchor_features.shape[1], device=rows.device)
+    for images, _, numbers in reader.subset(sorted(set(ids.tolist()))).batches():
+        pooled, patches = net.extract_features(images.to(rows.device))
         every = torch.cat([patches, pooled], dim=1)  # so that the last, -1, is the pooled one
-        row, image = (anchor_ids.cpu().unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
-        found[row] = every[image, anchor_cells[row.to(anchor_cells.device)]].float()
+        row, image = (ids.unsqueeze(1) == numbers.unsqueeze(0)).nonzero(as_tuple=True)
+        found[row] = every[image, cells[row.to(cells.device)]].float()
     return all_reduce_sum(found)
+
+
+def move_in(
+    net: Pushable, source: Reader, slots: Slots, gains: list[Gain], anchors: list[Anchor], use_local: bool
+) -> None:
+    """Put new prototypes, and what belongs to each, into their slots; a connection starts as its class's mean."""
+    manager: Any = net.head.proto_manager
+    index = partial(torch.tensor, dtype=torch.int64, device=slots.rows.device)
+    classes, places = index([gain.class_index for gain in gains]), index([gain.slot for gain in gains])
+    rows = slots.rows[classes, places]
+    vectors = torch.stack([gain.unit for gain in gains]).to(rows.device)
+    if live_features_of(net) is not None:
+        manager.anchor_ids[rows] = index([gain.sample for gain in gains])
+        manager.anchor_cells[rows] = index([gain.cell if use_local else POOLED for gain in gains])
+        manager.anchor_features[rows] = features_at(net, source, rows).to(manager.anchor_features.dtype)
+        vectors = net.head.proj(manager.anchor_features[rows])
+    unit = F.normalize(vectors.to(slots.unit.dtype), dim=-1)
+    manager.prototypes.data[rows] = unit.to(manager.prototypes.dtype)
+    manager.valid_mask.view(-1)[rows] = True
+    if getattr(manager, "anchors", None) is not None:
+        for row, anchor in zip(rows.tolist(), anchors, strict=True):
+            manager.anchors[row] = anchor
+    connections = connections_of(net, slots)
+    if connections is not None:
+        for gain in gains:
+            if slots.used[gain.class_index].any():
+                of_class = connections.data[gain.class_index]
+                of_class[gain.slot] = of_class[slots.used[gain.class_index]].mean()
+
+
+def move_out(net: Pushable, slots: Slots, removed: list[PrunedPrototype]) -> None:
+    """Free the slots of some prototypes; a vector stays where it is, and counts for nothing."""
+    manager: Any = net.head.proto_manager
+    rows = torch.stack([slots.rows[gone.class_index, gone.prototype] for gone in removed])
+    manager.valid_mask.view(-1)[rows] = False
+    if getattr(manager, "anchor_ids", None) is not None:
+        manager.anchor_ids[rows] = -1
+    if getattr(manager, "anchors", None) is not None:
+        for row in rows.tolist():
+            manager.anchors[row] = None
 
 
 INTERPOLATIONS: dict[str, Interpolation] = {

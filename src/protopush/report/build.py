@@ -32,16 +32,11 @@ FILE = "report.html"
 
 
 def build_report(
-    run: Run,
-    measured: Measured,
-    neighbours: Sequence[Sequence[Neighbours | None]] | None = None,
-    checks: Sequence[AnchorCheck] | None = None,
-    audit: Audit | None = None,
-    comparison: Mapping[str, Any] | None = None,
-    path: str | Path | None = None,
-    root: str | Path | None = None,
+    run: Run, measured: Measured, neighbours: Sequence[Sequence[Neighbours | None]] | None = None,
+    checks: Sequence[AnchorCheck] | None = None, audit: Audit | None = None,
+    comparison: Mapping[str, Any] | None = None, path: str | Path | None = None, root: str | Path | None = None,
     device: str | torch.device = "cpu",
-) -> Path:
+) -> Path:  # fmt: skip
     """Write ``report.html``, whole or not at all; what is not given is named as missing, with the command for it.
 
     Args:
@@ -51,12 +46,9 @@ def build_report(
         checks: of the anchors, as :func:`protopush.push.certificate.verify_anchors` makes them.
         audit: of the data.
         comparison: of this run with others, as ``protopush compare --json`` prints it.
-        path: where to write; by default ``report.html`` in the run's folder.
+        path: where to write, and what is returned; by default ``report.html`` in the run's folder.
         root: where the training images are now; by default where they were in training.
         device: where the model is.
-
-    Returns:
-        the path that was written.
 
     Raises:
         InputError: an image of the split can't be read, or the page can't be written.

@@ -14,8 +14,7 @@ from protopush.data.images import read_image
 from protopush.evaluation.measure import Measured
 from protopush.explain import ClassEvidence, Explanation, explain_batch
 from protopush.explain.figure_style import COLOURS, Rect, file_name
-from protopush.report.inline_pictures import Picture, embed, framed, heat, part
-from protopush.report.prototype_cards import Cards, ident
+from protopush.report.prototype_cards import Cards, Picture, embed, framed, heat, ident, part
 
 EACH = 3  # cases of a kind
 ROWS = 5  # prototypes in a case
@@ -26,12 +25,8 @@ TITLES = {"right": "Right, and sure of it", "wrong": "Wrong, and sure of it", "u
 def select_cases(probabilities: Tensor, labels: Tensor, each: int = EACH) -> dict[str, list[int]]:
     """The surest right images, the surest wrong ones, the least sure ones; of different classes where that goes.
 
-    No image is named twice: one that is right or wrong for sure isn't among the least sure.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        each: how many of a kind.
+    No image is named twice: one that is right or wrong for sure isn't among the least sure. Of probabilities (N, C) and
+    labels (N,), ``each`` of a kind are selected.
 
     Example:
         >>> probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.3, 0.7]])
@@ -56,13 +51,7 @@ def _varied(ranked: Sequence[int], labels: Sequence[int], each: int) -> list[int
 
 
 def make_cases(measured: Measured, cards: Cards, device: str | torch.device = "cpu") -> list[dict[str, Any]]:
-    """The selected cases, each image decoded once.
-
-    Args:
-        measured: images and answers.
-        cards: of the run's prototypes; its model is on ``device``.
-        device: where the model is.
-    """
+    """The selected cases, each image decoded once; the model of the cards' run is on ``device``."""
     selected = select_cases(measured.probabilities, measured.labels)
     return [_case(TITLES[kind], measured, i, cards, device) for kind, some in selected.items() for i in some]
 
@@ -85,7 +74,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "picture": _numbered(image, name, [match.box for match in shown]),
         "heat": framed(warm, [shown[0].box], image.size, ["1"]) if shown[0].grid != (1, 1) else None,
         "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
-        "rows": [row | _pictures(image, name, row, cards) for row in contribution_rows(first)[:ROWS]],
+        "rows": [_with_pictures(row, image, name, cards) for row in contribution_rows(first)[:ROWS]],
         "others": len(rest),
         "others_sum": math.fsum(match.contribution for match in rest),
         "scores": _scores(found, truth),
@@ -111,16 +100,12 @@ def contribution_rows(evidence: ClassEvidence) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(image: Image.Image, name: str, row: dict[str, Any], cards: Cards) -> dict[str, Any]:
-    """This part of the image, that part of the training image, and the training image."""
-    match, number, colour = row["match"], row["number"], row["colour"]
+def _with_pictures(row: dict[str, Any], image: Image.Image, name: str, cards: Cards) -> dict[str, Any]:
+    """A row with this part of the image, that part of the training image, and the training image."""
+    match = row["match"]
     there, source = cards.pictures(match.class_index, match.prototype)
-    return {
-        "ident": ident(match.class_index, match.prototype),
-        "here": part(image, match.box, PART, f"part {number} of {name}", colour),
-        "there": there,
-        "source": source,
-    }
+    here = part(image, match.box, PART, f"part {row['number']} of {name}", row["colour"])
+    return row | {"ident": ident(match.class_index, match.prototype), "here": here, "there": there, "source": source}
 
 
 def _numbered(image: Image.Image, name: str, boxes: Sequence[Rect]) -> Picture:
@@ -128,13 +113,9 @@ def _numbered(image: Image.Image, name: str, boxes: Sequence[Rect]) -> Picture:
     places: dict[Rect, list[int]] = {}
     for i, box in enumerate(boxes):
         places.setdefault(box, []).append(i)
-    return framed(
-        embed(image, LARGE, LARGE, f"image {name}"),
-        list(places),
-        image.size,
-        labels=[", ".join(str(i + 1) for i in some) for some in places.values()],
-        colours=[some[0] % len(COLOURS) for some in places.values()],
-    )
+    labels = [", ".join(str(i + 1) for i in some) for some in places.values()]
+    colours = [some[0] % len(COLOURS) for some in places.values()]
+    return framed(embed(image, LARGE, LARGE, f"image {name}"), list(places), image.size, labels, colours)
 
 
 def _scores(found: Explanation, truth: str) -> list[dict[str, Any]]:

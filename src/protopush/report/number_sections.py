@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +13,15 @@ import torch
 from torch import Tensor
 
 from protopush.data.audit import Audit
-from protopush.errors import InputError
+from protopush.data.files import read_rows
 from protopush.evaluation.compare import ROWS
 from protopush.evaluation.measure import Measured
 from protopush.explain.neighbours import Neighbours
-from protopush.metrics.glossary import (
-    GROUPS,
-    PER_CLASS,
-    finite,
-    finite_interval,
-    metric_name,
-    metric_text,
-    number_groups,
-)
+from protopush.metrics import glossary
+from protopush.metrics.glossary import PER_CLASS, finite, metric_name, metric_text
 from protopush.models.model_folder import Run
 from protopush.push.certificate import AnchorCheck
-from protopush.report.inline_pictures import SHARP
-from protopush.report.prototype_cards import MOST, Cards
+from protopush.report.prototype_cards import MOST, SHARP, Cards
 
 NOT_MEASURED = {
     "localization": "not measured: the data have no masks (a column mask in the manifest).",
@@ -72,8 +63,10 @@ def numbers(data: ReportData) -> dict[str, Any]:
         "split": data.measured.split,
         "images": len(data.measured.labels),
         "drawn": drawn_groups(data.measured.dataset.groups),
-        "groups": number_groups(found),
-        "not_measured": [(GROUPS[kind][0], words) for kind, words in NOT_MEASURED.items() if not found.get(kind)],
+        "groups": glossary.number_groups(found),
+        "not_measured": [
+            (glossary.GROUPS[kind][0], words) for kind, words in NOT_MEASURED.items() if not found.get(kind)
+        ],
         "columns": list(PER_CLASS.values()),
         "classes": class_rows(found["classification"]),
     }
@@ -90,7 +83,7 @@ def class_rows(classification: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, row in (classification.get("per_class") or {}).items():
         intervals = row.get("intervals") or {}
-        cells = [(finite(row.get(key)), finite_interval(intervals.get(key))) for key in PER_CLASS]
+        cells = [(finite(row.get(key)), glossary.finite_interval(intervals.get(key))) for key in PER_CLASS]
         rows.append({"name": name, "n": int(row["n"]), "cells": cells})
     return rows
 
@@ -109,9 +102,8 @@ def confusion(data: ReportData) -> dict[str, Any]:
 def confusion_matrix(counts: Sequence[Sequence[int]] | None, names: Sequence[str]) -> dict[str, Any] | None:
     """The confusion matrix; of very many classes the most frequent mistakes alone.
 
-    Returns:
-        ``names`` and ``rows`` (true class by predicted class), both empty where there are too many classes for a
-        table; ``common``: (true, predicted, images, share of the true class) of the most frequent mistakes.
+    ``names`` and ``rows`` (true class by predicted class) are empty where there are too many classes for a table;
+    ``common`` has (true, predicted, images, share of the true class) of the most frequent mistakes.
 
     Example:
         >>> confusion_matrix([[3, 1], [0, 2]], ["a", "b"])["common"]
@@ -125,24 +117,16 @@ def confusion_matrix(counts: Sequence[Sequence[int]] | None, names: Sequence[str
         for guess, count in enumerate(row)
         if count and true != guess
     ]
+    common = sorted(mistakes, key=lambda one: -one[2])[:MISTAKES]
     small = len(names) <= LARGEST_TABLE
-    return {
-        "names": list(names) if small else [],
-        "rows": [list(row) for row in counts] if small else [],
-        "common": sorted(mistakes, key=lambda one: -one[2])[:MISTAKES],
-    }
+    return {"names": list(names) if small else [], "rows": list(counts) if small else [], "common": common}
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """How often answers of like confidence are right; empty bins are left out (Niculescu-Mizil and Caruana, 2005).
+    """How often answers of like confidence are right (Niculescu-Mizil and Caruana, 2005).
 
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        bins: of equal width, closed above; the first holds 0 too.
-
-    Returns:
-        (mean confidence, accuracy, images) of each bin.
+    From probabilities (N, C) and labels (N,): (mean confidence, accuracy, images) of each bin that isn't empty. Bins
+    are of equal width, closed above; the first holds 0 too.
 
     Example:
         >>> reliability(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8]]), torch.tensor([0, 0, 0]), bins=2)
@@ -190,6 +174,11 @@ FINAL = {
     "none": "anchors alone: nothing moved",
     "live": "live anchors: their images embedded once more in full precision",
 }
+LINES = {
+    "mean distance before": "mean_before",
+    "mean distance after": "mean_after",
+    "smallest distance before (min_dist)": "min_dist",
+}
 WIDTH, HEIGHT = 640.0, 220.0
 TICKS = 4
 
@@ -198,25 +187,6 @@ def pushes(data: ReportData) -> dict[str, Any]:
     """What the pushes did, as ``metrics.jsonl`` has it."""
     found = pushes_of(read_rows(data.run.folder / "metrics.jsonl"))
     return {"pushes": found, "chart": chart_of(found)}
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none where there is no such file.
-
-    Raises:
-        InputError: a line is damaged.
-    """
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"damaged file: {where} ({error}); take it from a copy of the run") from error
 
 
 def pushes_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -269,19 +239,13 @@ def chart_of(pushes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Distances by push, from 0 upwards; None with fewer than two pushes, which make no line."""
     if sum(push["min_dist"] is not None for push in pushes) < 2:
         return None
-    lines = {
-        "mean distance before": "mean_before",
-        "mean distance after": "mean_after",
-        "smallest distance before (min_dist)": "min_dist",
-    }
-    known = [push[key] for push in pushes for key in lines.values() if push[key] is not None]
+    known = [push[key] for push in pushes for key in LINES.values() if push[key] is not None]
     top = _round_up(max(known))
     places = [round(WIDTH * (i + 0.5) / len(pushes), 1) for i in range(len(pushes))]
     series = []
-    for name, key in lines.items():
+    for name, key in LINES.items():
         there = [(x, push[key]) for x, push in zip(places, pushes, strict=True) if push[key] is not None]
-        points = [(x, round(HEIGHT * (1 - value / top), 1), value) for x, value in there]
-        series.append({"name": name, "points": points})
+        series.append({"name": name, "points": [(x, round(HEIGHT * (1 - y / top), 1), y) for x, y in there]})
     step = -(-len(pushes) // 12)  # a label for each of at most twelve
     return {
         "width": WIDTH,

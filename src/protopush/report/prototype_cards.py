@@ -1,24 +1,106 @@
-"""The prototypes of each class: the part, the image that it comes from, and what else it is like."""
+"""The prototypes of each class as a page shows them: the part, the image that it comes from, and what else it is like.
+
+Boxes lie over pictures as HTML, so that the pixels below stay as they were.
+"""
 
 from __future__ import annotations
 
+import io
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from protopush.data.transforms import Box
-from protopush.explain.figure_style import decimal, scaled
+from PIL import Image
+
+from protopush.data.images import read_image
+from protopush.data.transforms import Box, View
+from protopush.errors import InputError
+from protopush.explain.figure_canvas import with_map
+from protopush.explain.figure_style import Map, Rect, decimal, scaled, surroundings
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.metrics.glossary import metric_text
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
-from protopush.push.certificate import PROBLEMS, AnchorCheck
-from protopush.report.inline_pictures import SHARP, Picture, embed, framed, part, parts
+from protopush.push.certificate import PROBLEMS, AnchorCheck, file_within
 
 OWN, OTHERS = 3, 2  # neighbours shown of the prototype's class and of others
 MOST = 600  # prototypes shown in all
+QUALITY = 80
+SHARP = 1.5  # pixels of the file to one of the page, for finer screens
+
+
+class Frame(NamedTuple):
+    """A box over a picture, in percent of the picture; ``colour`` numbers the page's palette from 0."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str = ""
+    colour: int = 0
+
+
+class Picture(NamedTuple):
+    """An inline picture (``data:image/jpeg;base64,...``), its size in CSS pixels where there is room, and its words."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    frames: tuple[Frame, ...] = ()
+
+
+def embed(picture: Image.Image, width: int, height: int, alt: str, sharp: float = SHARP) -> Picture:
+    """A picture as large as it can be in ``width`` x ``height`` CSS pixels; its file is never larger than its source.
+
+    Example:
+        >>> shown = embed(Image.new("RGB", (400, 200)), 100, 100, "grey")
+        >>> shown.width, shown.height, shown.uri[:23]
+        (100, 50, 'data:image/jpeg;base64,')
+    """
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    if scale * sharp < 1:
+        stored = (max(1, round(size[0] * sharp)), max(1, round(size[1] * sharp)))
+        picture = picture.resize(stored, Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, format="JPEG", quality=QUALITY, optimize=True)
+    return Picture("data:image/jpeg;base64," + b64encode(data.getvalue()).decode("ascii"), *size, alt)
+
+
+def part(picture: Image.Image, box: Rect, side: int, alt: str, colour: int = 0, sharp: float = SHARP) -> Picture:
+    """The box, framed, with half its size around it on every side where the picture has that."""
+    x0, y0, x1, y1 = map(round, surroundings(box, picture.size))
+    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+    shown = embed(picture.crop((x0, y0, x1, y1)), side, side, alt, sharp)
+    return framed(shown, [(box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)], (x1 - x0, y1 - y0), colours=[colour])
+
+
+def framed(
+    shown: Picture, boxes: Sequence[Rect], size: tuple[float, float], labels: Sequence[str] = (),
+    colours: Sequence[int] = (0,),
+) -> Picture:  # fmt: skip
+    """The picture with boxes over it, which are in pixels of the picture at (width, height) ``size``."""
+    frames = []
+    for i, box in enumerate(boxes):
+        x0, y0, x1, y1 = (round(edge, 2) for edge in scaled(box, size, (100, 100)))
+        label, colour = labels[i] if labels else "", colours[i % len(colours)]
+        frames.append(Frame(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2), label, colour))
+    return shown._replace(frames=tuple(frames))
+
+
+def heat(picture: Image.Image, similarities: Map, view: View, side: int, alt: str) -> Picture:
+    """A similarity map (rows, columns) over its picture, the original or a smaller copy; ``view`` is the original's.
+
+    The result fits in a square of ``side`` CSS pixels.
+    """
+    small = picture.copy()
+    small.thumbnail((round(side * SHARP), round(side * SHARP)))
+    return embed(with_map(small, similarities, view), side, side, alt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +108,8 @@ class Cards:
     """Prototypes as a page shows them, each picture made once.
 
     Args:
-        run: whose prototypes.
         root: the folder of the training images now.
         neighbours: by (class, slot).
-        checks: of the anchors.
         numbers: of the prototypes, as :func:`protopush.metrics.prototype_quality.prototype_metrics` gives them.
         sides: CSS pixels of a part, of its image, and of a neighbour's part.
         sharp: pixels to a CSS pixel.
@@ -54,27 +134,21 @@ class Cards:
             slots = manager.used_of(c)
             share = coverage[c]["share"] if coverage and coverage[c] is not None else None
             facts = [("diversity", diversity[c] if diversity else None), ("coverage", share)]
-            found.append(
-                {
-                    "ident": f"class-{c}",
-                    "name": name,
-                    "facts": [(title, decimal(value)) for title, value in facts if value is not None],
-                    "cards": [self.card(c, k) for k in slots[:limit]],
-                    "left_out": len(slots[limit:]),
-                }
-            )
+            known = [(title, decimal(value)) for title, value in facts if value is not None]
+            cards, left_out = [self.card(c, k) for k in slots[:limit]], len(slots[limit:])
+            row = {"ident": f"class-{c}", "name": name, "facts": known, "cards": cards, "left_out": left_out}
+            found.append(row)
         return found
 
     def card(self, c: int, k: int) -> dict[str, Any]:
         """One prototype: its pictures, where it comes from, what is wrong with it, and what else it is like."""
-        anchor = self.anchor(c, k)
+        anchor = self.run.head.proto_manager.anchor(c, k)
         shown, source = self.pictures(c, k)
-        missing = ""
+        near, missing = self.neighbours.get((c, k)), ""
         if anchor is None:
             missing = "Never pushed: it stands for no training image yet, so there is nothing to show."
         elif source is None:
             missing = "The run keeps no picture of its training image."
-        near = self.neighbours.get((c, k))
         return {
             "ident": ident(c, k),
             "name": f"{self.run.class_names[c]} #{k}",
@@ -95,10 +169,6 @@ class Cards:
         wrong = [check for check in self.checks if not check.holds and check.fault != "no_anchor"]
         return {(check.class_name, check.prototype): PROBLEMS[check.fault] for check in wrong}
 
-    def anchor(self, c: int, k: int) -> Anchor | None:
-        """What a prototype stands for."""
-        return self.run.head.proto_manager.anchor(c, k)
-
     def pictures(self, c: int, k: int) -> tuple[Picture | None, Picture | None]:
         """The part that a prototype stands for and its training image; None where there is no picture."""
         if (c, k) not in self._drawn:
@@ -106,12 +176,11 @@ class Cards:
         return self._drawn[c, k]
 
     def _draw(self, c: int, k: int) -> tuple[Picture | None, Picture | None]:
-        anchor = self.anchor(c, k)
+        anchor = self.run.head.proto_manager.anchor(c, k)
         picture = self.run.picture(c, k) if anchor is not None else None
         if anchor is None or picture is None:
             return None, None
-        side, whole, _ = self.sides
-        name = anchor.file or f"sample {anchor.sample_id}"
+        (side, whole, _), name = self.sides, anchor.file or f"sample {anchor.sample_id}"
         source = embed(picture, whole, whole, f"training image {name}", self.sharp)
         if anchor.box is None or anchor.image_size is None:
             return None, source
@@ -132,21 +201,24 @@ class Cards:
         return facts if anchor.verified else [*facts, ("unverified", "the data set could not name the patch")]
 
     def _near(self, found: Neighbour) -> dict[str, Any]:
-        picture = self._parts.get((found.name, found.box))
-        name = self.run.class_names[found.class_index]
-        alt = f"cell {found.cell} of {found.name}, class {name}"
-        return {
-            "picture": picture and picture._replace(alt=alt),
-            "file": found.name,
-            "class_name": name,
-            "similarity": found.similarity,
-        }
+        picture, name = self._parts.get((found.name, found.box)), self.run.class_names[found.class_index]
+        shown = picture and picture._replace(alt=f"cell {found.cell} of {found.name}, class {name}")
+        return {"picture": shown, "file": found.name, "class_name": name, "similarity": found.similarity}
 
     @cached_property
     def _parts(self) -> dict[tuple[str, Box], Picture]:
-        """The parts of all neighbours."""
+        """The parts of all neighbours, each file decoded once; what can't be read, or lies elsewhere, lacks."""
         shown = (one for near in self.neighbours.values() for one in (*near.own[:OWN], *near.others[:OTHERS]))
-        return parts(self.root, ((one.name, one.box) for one in shown), self.sides[2], self.sharp)
+        found: dict[tuple[str, Box], Picture] = {}
+        for name, places in groupby(sorted({(one.name, one.box) for one in shown}), key=lambda place: place[0]):
+            file, side = file_within(self.root, name), self.sides[2]
+            try:
+                picture = read_image(file) if file is not None else None
+            except InputError:
+                continue
+            if picture is not None:
+                found |= {place: part(picture, place[1], side, "", sharp=self.sharp) for place in places}
+        return found
 
 
 def ident(c: int, k: int) -> str:

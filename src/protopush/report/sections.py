@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import yaml
 
-from protopush import __version__
 from protopush.backbones.create import Backbone
 from protopush.data.audit import audit_findings, audit_verdict
 from protopush.data.files import read_json
+from protopush.explain.figure_canvas import colour_bar
 from protopush.explain.figure_style import decimal
 from protopush.metrics.glossary import HEADLINE, named_numbers
 from protopush.models.model_folder import Run
-from protopush.models.versions import recorded_versions
+from protopush.models.stored_run import current_versions, recorded_versions
 from protopush.nn.prototypes import Anchor
 from protopush.push.certificate import anchors_verdict
 from protopush.report.cases import make_cases
-from protopush.report.inline_pictures import ramp
 from protopush.report.number_sections import ReportData, comparison, confusion, numbers, pushes
-from protopush.report.prototype_cards import ident
+from protopush.report.prototype_cards import embed, ident
 from protopush.runs.decisions import load_decisions
 
 EXACT = 1 - 1e-4  # a prototype this similar to its patch is that patch, up to rounding
-PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
 
 
 def summary(data: ReportData) -> dict[str, Any]:
@@ -49,23 +46,19 @@ def _lead(run: Run) -> list[str]:
     counts = manager.mask().sum(dim=1).tolist()
     each = f"{counts[0]} for each class" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)} for each class"
     anchors = [anchor for anchor in manager.anchors if anchor is not None]
+    grids, divides = {anchor.grid for anchor in anchors}, "divides the image into parts"
+    if len(grids) == 1:
+        rows, columns = grids.pop()
+        divides = f"divides the image into {rows * columns} parts ({rows} by {columns})"
     return [
         f"The model sorts an image into one of {len(run.class_names)} classes. It "
-        f"{'takes the image as a whole' if whole else _divides(anchors)} and compares {'it' if whole else 'each part'} "
+        f"{'takes the image as a whole' if whole else divides} and compares {'it' if whole else 'each part'} "
         f"with {sum(counts)} prototypes, {each}. {_stands_for(anchors, sum(counts))}",
         "The more the image is like a prototype, and the more that prototype weighs, the more it adds to the score of "
         "its class. Nothing else goes into a score but one fixed number for each class, its bias. The class with the "
         "highest score is the answer, so that every answer can be read as a sum: this part looks like that part of "
         "that training image.",
     ]
-
-
-def _divides(anchors: Sequence[Anchor]) -> str:
-    grids = {anchor.grid for anchor in anchors}
-    if len(grids) != 1:
-        return "divides the image into parts"
-    rows, columns = grids.pop()
-    return f"divides the image into {rows * columns} parts ({rows} by {columns})"
 
 
 def _stands_for(anchors: Sequence[Anchor], total: int) -> str:
@@ -106,7 +99,8 @@ def cases(data: ReportData) -> dict[str, Any]:
     """Images with the reasons for their answers."""
     right = data.measured.probabilities.argmax(dim=1) == data.measured.labels
     cases = make_cases(data.measured, data.cards, data.device)
-    return {"split": data.measured.split, "cases": cases, "all_right": bool(right.all()), "ramp": ramp()}
+    ramp = embed(colour_bar(108, 12), 72, 8, "from the lowest to the highest similarity")
+    return {"split": data.measured.split, "cases": cases, "all_right": bool(right.all()), "ramp": ramp}
 
 
 CERTAIN = {
@@ -165,37 +159,32 @@ def audit(data: ReportData) -> dict[str, Any]:
 
 def reproduce(data: ReportData) -> dict[str, Any]:
     """The commands, versions and seed that give the same again."""
-    run, folder = data.run, str(data.run.folder)
-    config = run.folder / "config.yaml"
+    run, folder, config = data.run, str(data.run.folder), data.run.folder / "config.yaml"
+    path, source, seed = (run.data.get(key) for key in ("path", "source", "split_seed"))
+    named = [path] if path else []
+    named += ["--data.source", source] if source and source != "auto" else []
+    named += ["--data.split_seed", str(seed)] if seed else []
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     train = [("train it again", ["train", "--config", str(config), "--out", f"{folder}-again"])] if text else []
     stored = read_json(run.folder / "config.json")
-    here = [f"protopush {__version__}", f"Python {platform.python_version()}", *map(_version, PACKAGES)]
+    here = {"Python": platform.python_version()} | current_versions()
     return {
         "config": text,
         "commands": [
-            ("search for leaks and duplicates in the data", ["data", "audit", *data_words(run)]),
+            ("search for leaks and duplicates in the data", ["data", "audit", *named]),
             *train,
             ("measure the model again", ["evaluate", folder, "--data.split", data.measured.split]),
             ("check every prototype against its training image", ["verify", folder]),
             ("write this report again", ["report", folder]),
         ],
         "facts": [
-            ("trained with", ", ".join(f"{name} {found}" for name, found in recorded_versions(stored).items())),
+            ("trained with", _in_words(recorded_versions(stored))),
             ("seed", _seed(text)),
-            ("data", run.data.get("path") or f"source {run.data.get('source', '')}"),
+            ("data", path or f"source {source or ''}"),
             ("weights (SHA-256)", stored["weights_sha256"]),
-            ("this report was written with", ", ".join(here)),
+            ("this report was written with", _in_words(here)),
         ],
     }
-
-
-def data_words(run: Run) -> list[str]:
-    """How the run's data are named on the command line."""
-    path, source, seed = (run.data.get(key) for key in ("path", "source", "split_seed"))
-    words = [path] if path else []
-    words += ["--data.source", source] if source and source != "auto" else []
-    return [*words, "--data.split_seed", str(seed)] if seed else words
 
 
 def _seed(config: str) -> str:
@@ -205,11 +194,8 @@ def _seed(config: str) -> str:
         return "not on record"
 
 
-def _version(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} of unknown version"
+def _in_words(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 # A section: its title and its context. ``templates/NAME.html.j2`` shows it; its text is escaped there.

@@ -26,6 +26,8 @@ from protopush.nn.prototypes import Anchor
 FILE = "decisions.jsonl"
 FORBIDDING = ("prototype", "image", "mask")
 KINDS = (*FORBIDDING, "keep", "undo")
+LOCK = ".lock"
+PATIENCE = 3600.0  # seconds; a decision on a large data set takes minutes
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,16 @@ class Replacement:
     old_features: str | None = None
     old_index: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the names of ``prototypes.json``."""
-        return _plain(self)
+    @property
+    def slot(self) -> tuple[int, int]:
+        """(class, prototype)."""
+        return self.class_index, self.prototype
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Replacement:
-        """The inverse of :meth:`to_dict`."""
-        old, new = (Anchor.from_dict(values[name]) for name in ("old", "new"))
-        live = values.get("old_features"), values.get("old_index")
-        place = values["class_index"], values["class"], values["prototype"]
-        return cls(*place, old, new, values["old_vector"], *live)
+        """Read what :meth:`Decision.to_dict` wrote."""
+        anchors = {name: Anchor.from_dict(values[name]) for name in ("old", "new")}
+        return cls(**_fields(cls, values) | anchors)
 
 
 @dataclass(frozen=True)
@@ -132,26 +133,40 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return _plain(self) | {"replaced": [one.to_dict() for one in self.replaced]}
+        return _plain(self) | {"replaced": [_plain(one) for one in self.replaced]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """The inverse of :meth:`to_dict`, also after a trip through JSON; keys that it doesn't know are left out.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is no decision, or one of a kind that isn't known: it could not be kept.
-        """
+        """Read what :meth:`to_dict` wrote; of a later version, unknown keys are left out, unknown kinds refused."""
         if values["kind"] not in KINDS:
             raise ValueError(f"the kind {values['kind']!r} is none of: {', '.join(KINDS)}")
-        plain = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        plain = _fields(cls, values)
         for name in ("grid", "box"):
             plain[name] = tuple(values[name]) if values.get(name) is not None else None
         plain["replaced"] = tuple(Replacement.from_dict(one) for one in values["replaced"])
-        return cls(**plain, class_name=values["class"])
+        return cls(**plain)
 
 
 def _plain(record: Replacement | Decision) -> dict[str, Any]:
+    """Values for JSON, with the names of ``prototypes.json``."""
     return {"class" if key == "class_name" else key: value for key, value in asdict(record).items()}
+
+
+def _fields(kind: type[Replacement] | type[Decision], values: Mapping[str, Any]) -> dict[str, Any]:
+    named = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
+    return named | {"class_name": values["class"]}
+
+
+def new_decision(past: Sequence[Decision], kind: str, reason: str, who: str, **named: Any) -> Decision:
+    """The decision after those of the past; ``who`` is by default the user's login. No reason is an InputError."""
+    if not reason.strip():
+        raise InputError("no reason given; expected --reason TEXT, for those who read the log later")
+    try:
+        who = who.strip() or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        who = "unknown"
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Decision(len(past) + 1, time, who, kind, reason.strip(), **named)
 
 
 def load_decisions(folder: Path) -> list[Decision]:
@@ -160,22 +175,22 @@ def load_decisions(folder: Path) -> list[Decision]:
     Raises:
         InputError: the file is damaged, or holds a kind that this version does not know.
     """
-    return [_read(line, f"{folder / FILE}, line {number}") for number, line in enumerate(_lines(folder), start=1)]
+    lines, found = _lines(folder), list[Decision]()
+    try:
+        for line in lines:
+            found += [Decision.from_dict(json.loads(line))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"damaged file: {folder / FILE}, line {len(found) + 1} ({error}); take it from a copy of the run, or "
+            "update protopush"
+        ) from error
+    return found
 
 
 def in_force(decisions: Sequence[Decision]) -> list[Decision]:
     """Those that forbid something and were not undone."""
     undone = {made.undoes for made in decisions}
     return [made for made in decisions if made.kind in FORBIDDING and made.id not in undone]
-
-
-def _read(line: str, where: str) -> Decision:
-    try:
-        return Decision.from_dict(json.loads(line))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"damaged file: {where} ({error}); take it from a copy of the run, or update protopush"
-        ) from error
 
 
 def add_decision(folder: Path, to: Path, decision: Decision) -> None:
@@ -195,21 +210,13 @@ def _lines(folder: Path) -> list[str]:
     return [line for line in text.split("\n") if line]
 
 
-LOCK = ".lock"
-PATIENCE = 3600.0  # seconds; a decision on a large data set takes minutes
-
-
 @contextmanager
 def alone(folder: Path, waiting: Callable[[], None] = lambda: None, patience: float = PATIENCE) -> Iterator[None]:
     """Be the only one who decides about a run, among all threads and processes; the others wait.
 
     The run must be opened inside: what was read before may be another's past. ``.lock`` stays in the folder, since
-    removing it would let two in.
-
-    Args:
-        folder: the run's; one that holds no run isn't touched.
-        waiting: called once if somebody else is deciding.
-        patience: seconds to wait.
+    removing it would let two in. A folder that holds no run isn't touched. ``waiting`` is called if somebody else is
+    deciding.
 
     Raises:
         InputError: somebody else is deciding all that time, or the folder can't be written.
@@ -235,15 +242,11 @@ def alone(folder: Path, waiting: Callable[[], None] = lambda: None, patience: fl
 
 
 def write_decision(run: Run, decision: Decision, state: list[bytes]) -> None:
-    """Add a decision to the log, and write the run's files where prototypes were replaced.
-
-    Args:
-        run: as it is to be.
-        decision: the next one.
-        state: :func:`state_of` the folder before anything was worked out.
+    """Add a decision to the log, and write the run as it is to be where prototypes were replaced.
 
     Raises:
-        InputError: somebody who held no lock has changed the run meanwhile; it is as that left it.
+        InputError: the folder's state is no longer that from before anything was worked out (:func:`state_of`):
+            somebody who held no lock has changed the run meanwhile; it is as that left it.
     """
     with changing(run.folder) as stage:
         if decision.replaced:
@@ -259,16 +262,3 @@ def state_of(folder: Path) -> list[bytes]:
     """What every change of a run changes."""
     files = (folder / name for name in ("config.json", FILE))
     return [file.read_bytes() if file.is_file() else b"" for file in files]
-
-
-def now() -> str:
-    """UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def login() -> str:
-    """The user's login name."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
-        return "unknown"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,18 +15,20 @@ from torch import Tensor, nn
 from protopush import __version__
 from protopush.backbones.create import Backbone, Features
 from protopush.data.files import atomic
+from protopush.data.images import sha256_of
 from protopush.errors import InputError, first_line, listing
-from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOptimal, classify
 from protopush.preserve_state import preserve_state
-from protopush.runs.onnx_metadata import metadata_of
+from protopush.runs.run import quiet
 
 INPUT = "images"
 OUTPUTS = ("logits", "similarities", "best_cells")
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4
 BATCHES = (1, 3)  # other ones than the graph was traced with
+FORMAT = 1  # of the metadata
+PATCH = ("file", "sha256", "cell", "grid", "box", "image_size")  # of an anchor, in the metadata
 LARGEST = 2_000_000_000  # bytes of weights; a protobuf message holds 2 GiB
 
 
@@ -36,10 +36,6 @@ class Graph(nn.Module):
     """Images to logits, similarities and best cells, all that doesn't depend on the images being constant.
 
     Live anchors are constants as well: their embeddings were computed when this was made.
-
-    Args:
-        backbone: of the model.
-        head: of the model, with ``local`` or ``global`` match.
     """
 
     def __init__(self, backbone: nn.Module, head: HeadOptimal) -> None:
@@ -71,7 +67,10 @@ def trace(backbone: Backbone, head: HeadOptimal) -> Any:
 
     graph = Graph(backbone, head)
     images = torch.zeros(2, 3, *backbone.preprocessing.size)
-    with preserve_state(graph), _quiet():
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    with preserve_state(graph), quiet():  # the exporter warns of its own internals, which a user can do nothing about
+        log.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 graph,
@@ -88,6 +87,8 @@ def trace(backbone: Backbone, head: HeadOptimal) -> Any:
                 f"{backbone.name} can't be traced to ONNX ({reason}); expected a backbone without branches that depend "
                 "on pixels; choose another backbone, or keep to protopush.load"
             ) from cause
+        finally:
+            log.setLevel(level)
     if program is None:
         raise InputError(f"{backbone.name} can't be traced to ONNX; update torch and onnxscript")
     ClearMetadataAndDocStringPass()(program.model)
@@ -100,39 +101,18 @@ def trace(backbone: Backbone, head: HeadOptimal) -> Any:
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of its own internals, which a user can do nothing about."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-
-
 class ParityError(RuntimeError):
     """The exported graph doesn't compute what the model computes."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written.
-
-    Attributes:
-        file: where.
-        megabytes: its size.
-        opset: of ONNX's operators.
-        difference: the largest one to PyTorch, of logits and similarities of a random batch.
-    """
+    """A file that was written."""
 
     file: Path
     megabytes: float
-    opset: int
-    difference: float
+    opset: int  # of ONNX's operators
+    difference: float  # the largest one to PyTorch, of logits and similarities of a random batch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -165,7 +145,15 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected the ONNX file to write")
-    _check_weights(run.model)
+    size = sum(value.numel() * value.element_size() for value in run.model.state_dict().values())
+    if size > LARGEST:
+        raise InputError(
+            f"the model's weights take {size / 1e9:.1f} GB, and one ONNX file holds {LARGEST / 1e9:.0f} GB at most; "
+            "choose a smaller backbone, or keep to protopush.load"
+        )
+    broken = [name for name, value in run.model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"the model holds NaN or infinity in {listing(broken, 3)}; expected numbers; train it again")
     with atomic(out) as draft:
         draft.touch()  # so that a folder which can't be written is found before the work
         model = trace(run.model.backbone, run.head)
@@ -183,30 +171,62 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
     return Exported(out, out.stat().st_size / 1e6, opset, difference)
 
 
-def require_extra() -> None:
-    """Whether all that an export needs is there, checked before anything is opened.
+def metadata_of(run: Run) -> dict[str, str]:
+    """All that is needed to use a run's file and to show what its prototypes stand for: each value is JSON.
 
-    Raises:
-        InputError: it isn't.
+    ==================  ================================================================================================
+    format              of these entries: 1
+    protopush_version   that wrote the file
+    weights_sha256      of the run's ``model.safetensors``
+    class_names         in the order of the logits
+    preprocessing       from a picture to ``images``, step by step; ``size`` is (height, width), ``mean`` and ``std``
+                        are in units of 0..1 pixels, ``crop_pct`` is the share of the resized short side that is kept
+    grid                (rows, columns) of the cells: cell = row * columns + column
+    match               ``local`` or ``global`` (one cell, the whole picture)
+    weights, bias       (C, K), (C): logits = (weights * similarities).sum(-1) + bias; weights are 0 in unused slots
+    anchors             a list, one entry for each prototype in use, and the patch that it stands for (None: unknown):
+                        ``file`` is relative to the folder of the training images, ``box`` is (x0, y0, x1, y1) in pixels
+                        of that upright picture, ``similarity`` the cosine of prototype and patch
+    ==================  ================================================================================================
+
+    Who is on a picture (group, patient) is left out.
     """
+    head, preprocessing = run.head, run.transform.preprocessing.to_dict()
+    steps = {
+        "colour": "upright (EXIF), RGB, 8 bits; 16-bit grey is divided by 257",
+        "resize": "keep the aspect ratio; scale = max(width / image width, height / image height) / crop_pct",
+        "crop": "centre; offset = (resized - size) // 2",
+        "normalise": "(pixels / 255 - mean) / std, as (3, height, width) float32",
+    }
+    anchors = []
+    for c, k in head.proto_manager.used_slots():
+        anchor = head.proto_manager.anchor(c, k)
+        place = {"class_index": c, "class": run.class_names[c], "prototype": k}
+        patch = {name: anchor and getattr(anchor, name) for name in PATCH}
+        anchors.append({**place, **patch, "similarity": anchor and anchor.similarity_after})
+    values = {
+        "format": FORMAT,
+        "protopush_version": __version__,
+        "weights_sha256": sha256_of(run.folder / "model.safetensors"),
+        "class_names": run.class_names,
+        "preprocessing": {**steps, **preprocessing, "crop_pct": run.transform.crop_pct},
+        "grid": run.model.backbone.grid if head.match == "local" else (1, 1),
+        "match": head.match,
+        "weights": head.weights().tolist(),
+        "bias": head.bias.tolist(),
+        "anchors": anchors,
+    }
+    return {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
+
+
+def require_extra() -> None:
+    """Refuse, with an InputError and before anything is opened, to export without what that needs."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise InputError(f'exporting needs {", ".join(missing)}; run: pip install "protopush[export]"')
 
 
-def _check_weights(model: ProtoModel) -> None:
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if size > LARGEST:
-        raise InputError(
-            f"the model's weights take {size / 1e9:.1f} GB, and one ONNX file holds {LARGEST / 1e9:.0f} GB at most; "
-            "choose a smaller backbone, or keep to protopush.load"
-        )
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise InputError(f"the model holds NaN or infinity in {listing(broken, 3)}; expected numbers; train it again")
-
-
-def largest_difference(run: Run, file: Path, batches: Sequence[int] = BATCHES) -> float:
+def largest_difference(run: Run, file: Path) -> float:
     """How far an ONNX file is from a run's model on the CPU, over random batches; NaN where either gives NaN.
 
     A cell counts by how much less similar it is than the best one: among equals either may be named.
@@ -216,7 +236,7 @@ def largest_difference(run: Run, file: Path, batches: Sequence[int] = BATCHES) -
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     worst = torch.zeros(())
-    for batch in batches:
+    for batch in BATCHES:
         images = torch.randn(batch, 3, *run.transform.preprocessing.size, generator=generator)
         try:
             found = session.run(list(OUTPUTS), {INPUT: images.numpy()})

@@ -1,10 +1,13 @@
-"""Next best anchors for some prototypes, without training, and the exact places to put them back to."""
+"""Patches that may become anchors by the decisions in force, and the next best of them for some prototypes."""
 
 from __future__ import annotations
 
 import base64
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,189 +17,201 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
-from protopush.data.dataset import ImageDataset
+from protopush.data.dataset import ImageDataset, check_masks, read_mask
 from protopush.data.features import inference_batch_size
+from protopush.data.images import sha256_of
+from protopush.data.manifest import Sample
+from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor, PrototypeManager
 from protopush.push import push_prototypes
+from protopush.push.options import Allow
 from protopush.push.update import POOLED
-from protopush.runs.allowed import Allowed, Barred
-from protopush.runs.decisions import Replacement
+from protopush.runs.decisions import Decision, Replacement, in_force
 
+logger = logging.getLogger("protopush.training")
 
-@dataclass(frozen=True)
-class Place:
-    """One prototype's anchor and numbers.
-
-    Attributes:
-        anchor: what it stands for.
-        vector: base64 of D float32, little-endian.
-        features: of a live anchor, base64 of C float32; None where anchors aren't live, or weren't kept.
-        index: of a live anchor, its place in the training data.
-    """
-
-    anchor: Anchor
-    vector: str
-    features: str | None = None
-    index: int | None = None
-
-    @classmethod
-    def of(cls, manager: PrototypeManager, row: int) -> Place:
-        """Where a prototype, that has an anchor, stands now; live ones must be in sync."""
-        anchor = manager.anchors[row]
-        if anchor is None:
-            raise ValueError(f"prototype {row} has no anchor")
-        vector = _text_of(manager.prototypes[row])
-        if manager.anchor_features is None or manager.anchor_ids is None or int(manager.anchor_ids[row]) < 0:
-            return cls(anchor, vector)
-        return cls(anchor, vector, _text_of(manager.anchor_features[row]), int(manager.anchor_ids[row]))
-
-    @classmethod
-    def before(cls, move: Replacement) -> Place:
-        """Where a prototype stood before it was replaced."""
-        return cls(move.old, move.old_vector, move.old_features, move.old_index)
-
-    @classmethod
-    def made_of(cls, anchor: Anchor, vector: Tensor, features: Tensor, index: int) -> Place:
-        """A live anchor's place, from what was computed of its image."""
-        return cls(anchor, _text_of(vector), _text_of(features), index)
-
-    @torch.no_grad()
-    def take(self, manager: PrototypeManager, row: int) -> None:
-        """Put a prototype here."""
-        manager.anchors[row] = self.anchor
-        manager.prototypes[row] = _vector_of(self.vector).to(manager.prototypes)
-        if manager.anchor_features is None or manager.anchor_ids is None or manager.anchor_cells is None:
-            return
-        if self.features is not None:
-            manager.anchor_features[row] = _vector_of(self.features).to(manager.anchor_features)
-        manager.anchor_ids[row] = -1 if self.features is None or self.index is None else self.index
-        manager.anchor_cells[row] = self.anchor.cell if self.anchor.grid != (1, 1) else POOLED
-
-    def replacement(self, class_name: str, manager: PrototypeManager, row: int) -> Replacement:
-        """The record of a prototype that stood here and has another anchor now."""
-        c, k = manager.slot(row)
-        new = Place.of(manager, row).anchor
-        return Replacement(c, class_name, k, self.anchor, new, self.vector, self.features, self.index)
-
-
-def _text_of(vector: Tensor) -> str:
-    values = vector.detach().float().cpu().numpy().astype("<f4")
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def _vector_of(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))
-
-
+Grid = tuple[int, int]
+Slot = tuple[int, int]  # (class, prototype)
 LEVELS = ("group", "image", "patch")  # of what no two prototypes of a class share one, most to least
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a replacement works with.
+class Barred:
+    """Images, groups and patches that may not become anchors.
 
-    Attributes:
-        run: its model is changed, the folder isn't.
-        train: the images to choose from.
-        allowed: which of their patches may be chosen.
-        device: of the model.
-        num_workers: processes that read images.
+    An image is known by its name and by its SHA-256: under another name, or below another root, it is still the same.
     """
 
-    run: Run
-    train: ImageDataset
-    allowed: Allowed
-    device: torch.device
-    num_workers: int = 0
+    def __init__(self) -> None:
+        self.images: set[str] = set()
+        self.groups: set[str] = set()
+        self.patches: dict[str, set[tuple[Grid | None, int | None]]] = defaultdict(set)
 
-    def push(self, rows: Sequence[int], use_local: bool, level: str) -> list[int]:
-        """One hard push of some prototypes, away from what the others stand for; returns those that found nothing."""
-        manager = self.run.head.proto_manager
-        places = _places(manager, rows)
-        classes = {c for c, _ in places}
-        images = [i for i, label in enumerate(self.train.labels) if label in classes]
-        if not images:
-            return list(rows)
-        loader: DataLoader[Any] = DataLoader(
-            self.train,
-            batch_size=inference_batch_size(self.device),
-            sampler=SubsetRandomSampler(images),  # the push reads them in order
-            num_workers=self.num_workers,
-        )
-        report = push_prototypes(
-            self.run.model,
-            loader,
-            self.device,
-            use_local=use_local,
-            momentum=0.0,
-            unique=level,
-            prototypes=places,
-            allow=self.allowed.rule(self.train.samples, _taken(manager, rows, classes, level)),
-        )
-        found = {(record.class_index, record.prototype) for record in report.prototypes}
-        return [row for row, place in zip(rows, places, strict=True) if place not in found]
+    def add(self, what: Anchor | Decision, level: str) -> None:
+        """Bar the patch, the image or the group of an anchor or a decision; ``level`` is one of :data:`LEVELS`."""
+        for key in (what.file, what.sha256):
+            if key is not None:
+                self.patches[key].add((what.grid, what.cell))
+                if level != "patch":
+                    self.images.add(key)
+        if level == "group" and isinstance(what, Anchor) and what.group is not None:
+            self.groups.add(what.group)
+
+    def cells(self, keys: Sequence[str | None], group: str | None, grid: Grid) -> Tensor:
+        """Bool (L,), True where a patch of the image (its name and SHA-256 are ``keys``) may be chosen."""
+        size = grid[0] * grid[1]
+        if not self.images.isdisjoint(keys) or group in self.groups:
+            return torch.zeros(size, dtype=torch.bool)
+        barred = {place for key in keys for place in self.patches.get(key or "", ())}
+        return torch.tensor([(grid, cell) not in barred for cell in range(size)])
 
 
-def replace_anchors(bench: Bench, rows: Sequence[int]) -> list[Replacement]:
+class Allowed:
+    """What those of some decisions that were not undone let a push choose among images.
+
+    The transform is that of the model's images: it says where in the picture a patch lies.
+    """
+
+    def __init__(self, decisions: Sequence[Decision], transform: EvalTransform) -> None:
+        self.transform = transform
+        self.barred = Barred()
+        holding = in_force(decisions)
+        for made in holding:
+            if made.kind != "mask":
+                self.barred.add(made, "image" if made.kind == "image" else "patch")
+        self.min_share = max((made.min_share or 0.0 for made in holding if made.kind == "mask"), default=0.0)
+        self._digest = lru_cache(maxsize=None)(lambda sample: sha256_of(sample.image))
+
+    def rule(self, samples: Sequence[Sample], more: Barred | None = None) -> Allow:
+        """The ``allow`` of a push over these samples, whose places are the ids; ``more`` is barred as well."""
+
+        def cells(sample: Sample, grid: Grid) -> Tensor:
+            names = sample.name, self._digest(sample)
+            free = self._inside(self.barred.cells(names, sample.group, grid), sample, grid)
+            return free if more is None else free & more.cells(names, sample.group, grid)
+
+        return lambda ids, grid: torch.stack([cells(samples[i], grid) for i in ids.tolist()])
+
+    def forbids(self, anchor: Anchor, sample: Sample | None) -> bool:
+        """Whether an anchor may not stay; ``sample`` is its image, where the data still has it."""
+        free = self.barred.cells((anchor.file, anchor.sha256), anchor.group, anchor.grid)
+        free = self._inside(free, sample, anchor.grid)
+        return 0 <= anchor.cell < len(free) and not bool(free[anchor.cell])
+
+    def _inside(self, free: Tensor, sample: Sample | None, grid: Grid) -> Tensor:
+        """Those cells alone of whose box at least ``min_share`` lies where the sample's mask, if any, is not 0."""
+        if sample is None or sample.mask is None or not self.min_share or not bool(free.any()):
+            return free
+        mask = read_mask(sample)
+        height, width = mask.shape
+        view = self.transform.view((width, height))
+        boxes = [view.cell_box(cell, grid) for cell in range(len(free))]
+        shares = [mask[min(y0, height - 1) : y1, min(x0, width - 1) : x1].mean() for x0, y0, x1, y1 in boxes]
+        return free & torch.from_numpy(np.array(shares) >= self.min_share)
+
+
+def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | None:
+    """The ``allow`` of a push over a dataset, None where nothing is forbidden; masks that it needs are checked."""
+    holding = in_force(decisions)
+    if not holding:
+        return None
+    if any(made.kind == "mask" for made in holding):
+        logger.info("Decisions keep anchors inside masks; %d images have none", check_masks(dataset.samples))
+    return Allowed(holding, dataset.eval_transform).rule(dataset.samples)
+
+
+def replace_anchors(
+    run: Run, train: ImageDataset, allowed: Allowed, slots: Sequence[Slot], device: torch.device, num_workers: int
+) -> list[Replacement]:
     """Push prototypes onto the nearest patches that are allowed and that no other prototype of their class stands for.
 
     Where the run was trained with another image or group for each prototype of a class, that holds on while there are
-    enough. A prototype that stood for a pooled feature stands for one again. Connections stay as they are.
-
-    Args:
-        bench: model, images and rules.
-        rows: the prototypes, as rows of the manager; each has an anchor.
-
-    Raises:
-        InputError: no patch is left for some of them.
+    enough. A prototype that stood for a pooled feature stands for one again. Connections stay as they are. The run's
+    model is changed, its folder isn't. Where no patch is left for some, an InputError names them.
     """
-    run, manager = bench.run, bench.run.head.proto_manager
+    manager = run.head.proto_manager
+
+    def push(slots: Sequence[Slot], use_local: bool, level: str) -> list[Slot]:
+        """One hard push, away from what the others of these classes stand for; returns those that found nothing."""
+        classes = {c for c, _ in slots}
+        images = [i for i, label in enumerate(train.labels) if label in classes]
+        if not images:
+            return list(slots)
+        others = [slot for slot in manager.used_slots() if slot[0] in classes and slot not in slots]
+        size, sampler = inference_batch_size(device), SubsetRandomSampler(images)  # the push reads them in order
+        loader: DataLoader[Any] = DataLoader(train, size, sampler=sampler, num_workers=num_workers)
+        rule = allowed.rule(train.samples, taken([manager.anchor(*slot) for slot in others], level))
+        report = push_prototypes(
+            run.model, loader, device, use_local=use_local, momentum=0.0, unique=level, prototypes=list(slots),
+            allow=rule,
+        )  # fmt: skip
+        found = {(record.class_index, record.prototype) for record in report.prototypes}
+        return [slot for slot in slots if slot not in found]
+
     run.head.sync_prototypes()
-    old = {row: Place.of(manager, row) for row in rows}
+    old = [standing(run, slot) for slot in slots]
     for use_local in (True, False):
-        missing = [row for row in rows if (old[row].anchor.grid != (1, 1)) == use_local]
+        missing = [one.slot for one in old if (one.old.grid != (1, 1)) == use_local]
         for level in LEVELS[LEVELS.index(level_of(run.folder)) :]:
-            missing = bench.push(missing, use_local, level) if missing else []
+            missing = push(missing, use_local, level) if missing else []
         if missing:
-            names = [f"{run.class_names[c]}:{k}" for c, k in _places(manager, missing)]
+            names = listing([f"{run.class_names[c]}:{k}" for c, k in missing])
             raise InputError(
-                f"no allowed patch is left for {listing(names)}; add training images or forbid less; "
-                "nothing was changed"
+                f"no allowed patch is left for {names}; add training images or forbid less; nothing was changed"
             )
-    return [old[row].replacement(run.class_names[manager.slot(row)[0]], manager, row) for row in rows]
-
-
-def _taken(manager: PrototypeManager, rows: Sequence[int], classes: set[int], level: str) -> Barred:
-    """What the other prototypes of these classes stand for."""
-    others = enumerate(manager.anchors)
-    return taken([a for row, a in others if row not in rows and manager.slot(row)[0] in classes], level)
+    return [replace(one, new=standing(run, one.slot).old) for one in old]
 
 
 def taken(anchors: Sequence[Anchor | None], level: str) -> Barred:
     """Where nobody else of the class may stand beside these anchors; ``level`` is one of :data:`LEVELS`."""
     barred = Barred()
     for anchor in anchors:
-        if anchor is None:
-            continue
-        barred.add_patch(anchor.grid, anchor.cell, anchor.file, anchor.sha256)
-        if level != "patch":
-            barred.add_image(anchor.file, anchor.sha256)
-        if level == "group" and anchor.group is not None:
-            barred.groups.add(anchor.group)
+        if anchor is not None:
+            barred.add(anchor, level)
     return barred
 
 
 def level_of(folder: Path) -> str:
     """Of what no two prototypes of a class share one, as the run was trained; at least ``patch``."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        level = config["push"]["unique"]
+        level = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["push"]["unique"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return "patch"
     return level if level in LEVELS else "patch"
 
 
-def _places(manager: PrototypeManager, rows: Sequence[int]) -> list[tuple[int, int]]:
-    return [manager.slot(row) for row in rows]
+def standing(run: Run, slot: Slot) -> Replacement:
+    """Where a prototype, that has an anchor, stands now, as a move away from there; live ones must be in sync."""
+    manager = run.head.proto_manager
+    row, anchor = manager.index(*slot), manager.anchor(*slot)
+    if anchor is None:
+        raise ValueError(f"prototype {slot} has no anchor")
+    here = Replacement(slot[0], run.class_names[slot[0]], slot[1], anchor, anchor, text_of(manager.prototypes[row]))
+    if manager.anchor_features is None or manager.anchor_ids is None or int(manager.anchor_ids[row]) < 0:
+        return here
+    features, index = text_of(manager.anchor_features[row]), int(manager.anchor_ids[row])
+    return replace(here, old_features=features, old_index=index)
+
+
+@torch.no_grad()
+def put_back(manager: PrototypeManager, move: Replacement) -> None:
+    """Give a prototype the anchor and the numbers that it had before a move."""
+    row = manager.index(*move.slot)
+    manager.anchors[row] = move.old
+    manager.prototypes[row] = _vector_of(move.old_vector).to(manager.prototypes)
+    if manager.anchor_features is None or manager.anchor_ids is None or manager.anchor_cells is None:
+        return
+    if move.old_features is not None:
+        manager.anchor_features[row] = _vector_of(move.old_features).to(manager.anchor_features)
+    manager.anchor_ids[row] = -1 if move.old_features is None or move.old_index is None else move.old_index
+    manager.anchor_cells[row] = move.old.cell if move.old.grid != (1, 1) else POOLED
+
+
+def text_of(vector: Tensor) -> str:
+    """Base64 of the numbers as float32, little-endian."""
+    return base64.b64encode(vector.detach().float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _vector_of(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from protopush.data.dataset import check_masks
+from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample
 from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
-from protopush.runs.allowed import Allowed
-from protopush.runs.decisions import Decision, in_force, load_decisions, login, now, state_of, write_decision
-from protopush.runs.reanchor import Bench, replace_anchors
-from protopush.runs.splits import open_split, scores, validation_of
+from protopush.runs.decisions import (
+    Decision,
+    Replacement,
+    in_force,
+    load_decisions,
+    new_decision,
+    state_of,
+    write_decision,
+)
+from protopush.runs.reanchor import Allowed, Slot, replace_anchors
+from protopush.runs.run import check_samples, open_split, scores_of
 
 
 def named_prototype(run: Run, words: str) -> dict[str, Any]:
-    """Class, prototype and patch of ``mel:3``, or ``4:3`` (the class's number), for a decision.
-
-    Raises:
-        InputError: there is no such class or prototype, or it has no anchor in a file.
-    """
+    """Class, prototype and patch, in a file, of ``mel:3``, or ``4:3`` (the class's number), for a decision."""
     name, colon, number = words.rpartition(":")
     if not colon or not number.isdecimal():
         raise InputError(f"prototype {words!r}; expected CLASS:NUMBER, such as {run.class_names[0]}:0")
-    manager = run.head.proto_manager
-    c, k, names = _class_index(name, run.class_names), int(number), run.class_names
+    manager, names, k = run.head.proto_manager, run.class_names, int(number)
+    if name in names:
+        c = names.index(name)
+    elif name.isdecimal() and int(name) < len(names):
+        c = int(name)
+    else:
+        hint = did_you_mean(name, names, f"expected one of: {listing(names)}", cutoff=0.4)
+        raise InputError(f"unknown class {name!r}; {hint}")
     used = manager.used_of(c)
     if k not in used:
         raise InputError(f"no prototype {names[c]}:{k}; expected one of: {listing([f'{names[c]}:{i}' for i in used])}")
@@ -47,33 +57,17 @@ def named_prototype(run: Run, words: str) -> dict[str, Any]:
     return {"class_name": names[c], "prototype": k, **place}
 
 
-def _class_index(name: str, names: Sequence[str]) -> int:
-    """A class by its name or, where none is called so, by its number."""
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) < len(names):
-        return int(name)
-    hint = did_you_mean(name, names, f"expected one of: {listing(names)}", cutoff=0.4)
-    raise InputError(f"unknown class {name!r}; {hint}")
-
-
 def named_image(run: Run, words: str, samples: Sequence[Sample], root: Path) -> dict[str, Any]:
-    """Name, hash and class of an image file, for a decision.
+    """Name, hash and class of a training image, for a decision.
 
-    Args:
-        run: an image that its anchors stand for is known, even if the training data no longer has it.
-        words: the path, relative to ``root`` or to the working folder, or absolute.
-        samples: the training images.
-        root: the folder that their names are relative to.
-
-    Raises:
-        InputError: the path leads out of the root, or isn't one of a training image.
+    The path is relative to ``root``, as the names of the training samples are, or to the working folder, or absolute.
+    An image that the run's anchors stand for is known, even if the training data no longer has it.
     """
     classes = {sample.name: sample.label for sample in samples}
     manager, digests = run.head.proto_manager, dict[str, str | None]()
-    for row, anchor in enumerate(manager.anchors):
-        if anchor is not None and anchor.file is not None:
-            classes.setdefault(anchor.file, manager.slot(row)[0])
+    for c, k in manager.used_slots():
+        if (anchor := manager.anchor(c, k)) is not None and anchor.file is not None:
+            classes.setdefault(anchor.file, c)
             digests[anchor.file] = anchor.sha256
     inside = [name for name in (_relative(path, root) for path in (root / words, Path(words))) if name]
     name = next((name for name in inside if name in classes), None)
@@ -116,11 +110,7 @@ class Wish:
     who: str = ""
 
     def kind(self) -> str:
-        """``prototype``, ``image`` or ``mask``.
-
-        Raises:
-            InputError: none or several of them, no reason, a share that is none.
-        """
+        """``prototype``, ``image`` or ``mask``; none or several of them, or no reason, is an InputError."""
         said = {"prototype": self.prototype is not None, "image": self.image is not None, "mask": self.masks}
         kinds = [kind for kind, wished in said.items() if wished]
         if len(kinds) != 1:
@@ -152,65 +142,79 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
         InputError: what is named isn't there, is forbidden already, or leaves a class without a patch; the run is as
             it was.
     """
-    kind, state = wish.kind(), state_of(run.folder)
-    past = load_decisions(run.folder)
+    kind, state, past = wish.kind(), state_of(run.folder), load_decisions(run.folder)
     holding = in_force(past)
     named = named_prototype(run, wish.prototype) if wish.prototype is not None else {}
-    config = DataConfig(**data, num_workers=num_workers)
-    train, catalog = open_split(config, "train", run.class_names, run.transform)
+    train, catalog = open_split(DataConfig(**data), "train", run.class_names, run.transform)
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)
     if wish.masks or any(made.kind == "mask" for made in holding):
         unmasked = check_masks(train.samples)
         named = named or {"min_share": wish.min_share, "unmasked": unmasked}
-    decision = Decision(len(past) + 1, now(), wish.who or login(), kind, wish.reason.strip(), **named)
+    decision = new_decision(past, kind, wish.reason, wish.who, **named)
     allowed = Allowed([*holding, decision], run.transform)
-    rows = _forbidden_rows(run, allowed, catalog)
-    _refuse_again(decision, holding, rows)
-    refuse_other_images(run, catalog.root, rows)
-    val = validation_of(run, config, catalog)
-    bench, old_head = Bench(run, train, allowed, device, num_workers), copy.deepcopy(run.head)
-    replaced = replace_anchors(bench, rows)
-    heads = [old_head, run.head] if replaced else [old_head]
-    before, *after = scores(run, val, heads, device, num_workers)
-    decision = replace(decision, replaced=tuple(replaced), val_before=before, val_after=after[0] if after else before)
-    write_decision(replace(run, root=catalog.root.resolve(), data=data), decision, state)
+    sample_of = {sample.name: sample for sample in catalog.samples}
+    anchors = {slot: run.head.proto_manager.anchor(*slot) for slot in run.head.proto_manager.used_slots()}
+    slots = [
+        slot
+        for slot, anchor in anchors.items()
+        if anchor is not None and allowed.forbids(anchor, sample_of.get(anchor.file or ""))
+    ]
+    if not slots:
+        _refuse_again(decision, holding)
+    refuse_other_images(run, catalog.root, slots)
+    new_run = replace(run, root=catalog.root.resolve(), data=data)
+    change = partial(replace_anchors, run, train, allowed, slots, device, num_workers)
+    return carry_out(new_run, decision, change, catalog, device, num_workers, state)
+
+
+def carry_out(
+    run: Run, decision: Decision, change: Callable[[], list[Replacement]], catalog: Catalog, device: torch.device,
+    num_workers: int, state: list[bytes],
+) -> Decision:  # fmt: skip
+    """Change a run's model, measure that on the validation images, and write it and the decision into the run.
+
+    ``change`` moves prototypes of the model; ``state`` is of the folder before anything was worked out.
+    """
+    val = [sample for sample in catalog.samples if sample.split == "val"]
+    check_samples(val)
+    old_head = copy.deepcopy(run.head)
+    replaced = tuple(change())
+    before, after = None, None
+    if val:
+        heads = [old_head, run.head] if replaced else [old_head]
+        images = ImageDataset(val, run.transform)
+        scores = scores_of(run, images, heads, device, num_workers)
+        before, after = scores[0], scores[-1]
+    decision = replace(decision, replaced=replaced, val_before=before, val_after=after)
+    write_decision(run, decision, state)
     return decision
 
 
-def _forbidden_rows(run: Run, allowed: Allowed, catalog: Catalog) -> list[int]:
-    """The prototypes whose present anchors may not stay."""
-    sample_of = {sample.name: sample for sample in catalog.samples}
-    manager = run.head.proto_manager
-    return [
-        row
-        for row in manager.valid_mask.nonzero().flatten().tolist()
-        if (anchor := manager.anchors[row]) is not None and allowed.forbids(anchor, sample_of.get(anchor.file or ""))
-    ]
-
-
-def _refuse_again(decision: Decision, holding: Sequence[Decision], rows: list[int]) -> None:
-    """What is forbidden already is refused, unless there is an anchor to be replaced all the same."""
+def _refuse_again(decision: Decision, holding: Sequence[Decision]) -> None:
+    """What is forbidden already, and no anchor stands there, is refused."""
     for made in holding:
-        same = made.kind == decision.kind and (
-            (made.kind == "image" and (made.file == decision.file))
-            or (made.kind == "mask" and (made.min_share or 0) >= (decision.min_share or 0))
+        if made.kind != decision.kind:
+            continue
+        if made.kind == "image" and made.file == decision.file:
+            what = made.file
+        elif made.kind == "mask" and (made.min_share or 0) >= (decision.min_share or 0):
+            what = f"less than {made.min_share:g} of a patch inside its mask"
+        else:
+            continue
+        raise InputError(
+            f"already forbidden: {what} (decision {made.id}, {made.time}, by {made.who}: {made.reason!r}); no anchor "
+            "stands there"
         )
-        if same and not rows:
-            what = made.file if made.kind == "image" else f"less than {made.min_share:g} of a patch inside its mask"
-            raise InputError(
-                f"already forbidden: {what} (decision {made.id}, {made.time}, by {made.who}: {made.reason!r}); no "
-                "anchor stands there"
-            )
 
 
-def refuse_other_images(run: Run, root: Path, rows: Sequence[int]) -> None:
+def refuse_other_images(run: Run, root: Path, leaving: Sequence[Slot]) -> None:
     """Images from a new place must be those that the anchors that stay were taken from."""
     if root.resolve() == run.root.resolve():
         return
     manager = run.head.proto_manager
-    stay = {anchor for row, anchor in enumerate(manager.anchors) if anchor is not None and row not in rows}
-    wrong = sorted({a.file for a in stay if a.file and not holds(root, a.file, a.sha256)})
+    stay = {manager.anchor(*slot) for slot in manager.used_slots() if slot not in leaving}
+    wrong = sorted({a.file for a in stay if a is not None and a.file and not holds(root, a.file, a.sha256)})
     if wrong:
         raise InputError(
             f"{len(wrong)} anchors' files are missing or changed below {root}: {listing(wrong, 3)}; expected the "
@@ -225,21 +229,14 @@ def holds(root: Path, name: str, digest: str | None) -> bool:
 
 
 def keep(run: Run, prototype: str, reason: str, who: str = "") -> Decision:
-    """Record that a prototype was reviewed and is to stay; it may still be forbidden later.
+    """Record that a prototype (``class:number``) was reviewed and is to stay; it may still be forbidden later.
 
-    Args:
-        run: as opened, with :func:`protopush.runs.decisions.alone` held since before.
-        prototype: ``class:number``.
-        reason: why.
-        who: by default the user's login name.
+    As for :func:`forbid`, :func:`protopush.runs.decisions.alone` is held since before the run was opened.
 
     Raises:
         InputError: there is no such prototype, it has no anchor, or there is no reason.
     """
     state, past = state_of(run.folder), load_decisions(run.folder)
-    named = named_prototype(run, prototype)
-    if not reason.strip():
-        raise InputError("no reason given; expected one, for those who read the log later")
-    decision = Decision(len(past) + 1, now(), who.strip() or login(), "keep", reason.strip(), **named)
+    decision = new_decision(past, "keep", reason, who, **named_prototype(run, prototype))
     write_decision(run, decision, state)
     return decision

@@ -1,20 +1,40 @@
-"""Folder of a run: opened, or made ready for a new run."""
+"""Run opened again: its folder, its images, each checked, and the devices and processes that it works on."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from protopush._compat import ensure_torchvision
+from protopush.data.dataset import ImageDataset
+from protopush.data.features import inference_batch_size
 from protopush.data.files import read_json
-from protopush.data.images import sha256_of
-from protopush.errors import InputError
+from protopush.data.images import check_images, sha256_of
+from protopush.data.manifest import Catalog, DataConfig, Sample
+from protopush.data.sources import load_catalog
+from protopush.data.transforms import EvalTransform
+from protopush.errors import InputError, first_line
+from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run, read_run
+from protopush.nn.head import HeadOptimal
+from protopush.preserve_state import iterate_outputs
+from protopush.runs.progress import bar
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# How long a process waits for the others: one of them computes features, which takes hours where images are many.
+PATIENCE = timedelta(hours=12)
 
 
 def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weights: bool = True) -> Run:
@@ -31,78 +51,84 @@ def open_run(folder: str | Path, backbone: nn.Module | None = None, check_weight
     return read_run(folder, ProtoModel, backbone, check_weights)
 
 
+def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:
+    """The model of a run folder, in eval mode, with ``class_names``; the rest is as in :func:`open_run`."""
+    return open_run(folder, backbone).model
+
+
 def same_weights(folder: Path) -> bool:
     """Whether a run's weights are those that its ``config.json`` and ``prototypes.json`` were written for."""
     recorded = [read_json(folder / name).get("weights_sha256") for name in ("config.json", "prototypes.json")]
     return recorded == [sha256_of(folder / "model.safetensors")] * 2
 
 
-def load(folder: str | Path, backbone: nn.Module | None = None) -> ProtoModel:
-    """The model of a run folder, in eval mode, with ``class_names``.
+def make_fabric(device: str, precision: str = "32-true", devices: int = 1, num_nodes: int = 1) -> Fabric:
+    """Lightning Fabric on one device or several, if they are there; under torchrun, on as many as it has processes."""
+    ensure_torchvision()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    with quiet():
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
 
-    Args:
-        folder: as ``protopush train --out`` wrote it.
-        backbone: the module itself, where it is one of your own, which no name could build again.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    return open_run(folder, backbone).model
-
-
-def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    """Add one line to ``metrics.jsonl``."""
-    try:
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {folder / 'metrics.jsonl'} ({error.strerror}); make room") from error
-
-
-def fresh_folder(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is a run to be overwritten.
-
-    Raises:
-        InputError: the folder isn't empty, isn't a folder, or can't be written.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; expected a folder for the run; choose another --out")
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    try:
-        tempfile.TemporaryFile(dir=there).close()  # what os.access says isn't always so
-    except OSError as error:
-        raise InputError(f"cannot write in {there} ({error.strerror}); choose another --out") from error
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    is_run = any((out / name).is_file() for name in ("config.json", "metrics.jsonl"))
-    if not overwrite:
-        if not is_run:
-            raise InputError(f"{out} is not empty; choose another --out")
-        if not (out / "config.json").is_file():
-            raise InputError(f"{out} holds a run that was cut off; add --resume to go on with it, or --overwrite")
-        raise InputError(f"{out} holds a run already; choose another --out, or add --overwrite")
-    if not is_run:
-        raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")
+        strategy = DDPStrategy(timeout=PATIENCE) if devices * num_nodes > 1 else "auto"
+        try:
+            return Fabric(
+                accelerator=device, devices=devices, num_nodes=num_nodes, precision=precision, strategy=strategy  # type: ignore[arg-type]
+            )  # fmt: skip
+        except Exception as error:
+            raise InputError(
+                f"cannot run on device {device!r} ({devices} of {num_nodes} nodes) with {precision} "
+                f"({first_line(error)}); try --trainer.device cpu"
+            ) from error
 
 
-def clear_folder(out: Path) -> None:
-    """Make a folder that holds an empty ``metrics.jsonl`` alone of what :func:`fresh_folder` let pass.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that Fabric and its imports give about other people's settings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    Cut off at any moment, it leaves what is still known as a run, but not as a whole one.
+
+def open_split(
+    data: DataConfig, split: str, class_names: list[str], transform: EvalTransform
+) -> tuple[ImageDataset, Catalog]:
+    """One split of a source for a trained model, each of its images checked.
 
     Raises:
-        InputError: the folder can't be written.
+        InputError: unknown labels, unreadable images, an empty split.
     """
-    metrics = out / "metrics.jsonl"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        metrics.touch()
-        (out / "config.json").unlink(missing_ok=True)
-        for entry in out.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != metrics:
-                entry.unlink()
-        metrics.write_bytes(b"")
-    except OSError as error:
-        raise InputError(f"cannot write {out} ({error.strerror}); make room or choose another --out") from error
+    catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
+    samples = catalog.split(split)
+    check_samples(samples)
+    return ImageDataset(samples, transform), catalog
+
+
+def check_samples(samples: Sequence[Sample]) -> dict[str, str]:
+    """Decode every image once; its SHA-256 by its name."""
+    with bar("Checking images", len(samples)) as advance:
+        digests = check_images([sample.image for sample in samples], lambda: advance(1))
+    return {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}
+
+
+def scores_of(
+    run: Run, images: ImageDataset, heads: Sequence[HeadOptimal], device: torch.device, num_workers: int
+) -> list[dict[str, Any]]:
+    """``n``, ``balanced_accuracy`` and ``auroc`` of each head, as if the run's model had it: features are made once.
+
+    The model and the heads, in eval mode, are on ``device``.
+    """
+    loader: DataLoader[Any] = DataLoader(images, batch_size=inference_batch_size(device), num_workers=num_workers)
+    probabilities: list[list[Tensor]] = [[] for _ in heads]
+    with (
+        bar("Evaluating", len(images)) as advance,
+        iterate_outputs(run.model, loader, device, advance, call=run.model.backbone) as batches,
+    ):
+        for features, *_ in batches:
+            for head, found in zip(heads, probabilities, strict=True):
+                found.append(head(features).logits.float().softmax(dim=1).cpu())
+    labels = torch.tensor(images.labels)
+    metrics = [classification_metrics(torch.cat(found), labels, run.class_names) for found in probabilities]
+    return [{name: one[name] for name in ("n", "balanced_accuracy", "auroc")} for one in metrics]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,32 +18,19 @@ from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.certificate import file_within
-from protopush.runs.allowed import Allowed
-from protopush.runs.decisions import (
-    FORBIDDING,
-    Decision,
-    Replacement,
-    in_force,
-    load_decisions,
-    login,
-    now,
-    state_of,
-    write_decision,
-)
-from protopush.runs.reanchor import Place, level_of, taken
-from protopush.runs.review import holds, refuse_other_images
-from protopush.runs.splits import scores, validation_of
+from protopush.runs.decisions import FORBIDDING, Decision, Replacement, in_force, load_decisions, new_decision, state_of
+from protopush.runs.reanchor import Allowed, Slot, level_of, put_back, standing, taken, text_of
+from protopush.runs.review import carry_out, holds, refuse_other_images
+
+Move = tuple[int, Replacement]  # away from a place, with its decision's place in the log
+Moves = dict[Slot, list[Move]]
+Here = dict[Slot, Replacement]  # where each prototype stands
 
 
 def undo(
-    run: Run,
-    decision_id: int,
-    data: dict[str, Any],
-    device: torch.device,
-    reason: str,
-    who: str = "",
+    run: Run, decision_id: int, data: dict[str, Any], device: torch.device, reason: str, who: str = "",
     num_workers: int = 0,
-) -> Decision:
+) -> Decision:  # fmt: skip
     """Undo one decision, and write that into the run as a decision of its own; the first stays in the log.
 
     A prototype goes back to the first place it ever stood at that this decision alone has forbidden: the very anchor
@@ -52,15 +38,7 @@ def undo(
     has taken it since (the patch; the image or group where the run gives each prototype its own), or if a push has
     moved it on.
 
-    Args:
-        run: as opened, with :func:`protopush.runs.decisions.alone` held since before; its model is on ``device`` and
-            is changed.
-        decision_id: the number of a decision that forbids something.
-        data: where the training images are, as :attr:`Run.data`.
-        device: of the model.
-        reason: why.
-        who: by default the user's login name.
-        num_workers: processes that read images.
+    The arguments are those of :func:`protopush.runs.review.forbid`; ``who`` is by default the user's login name.
 
     Raises:
         InputError: no such decision, it forbids nothing or was undone before, or an image that a prototype would go
@@ -68,20 +46,14 @@ def undo(
     """
     state, past = state_of(run.folder), load_decisions(run.folder)
     undone = _to_undo(past, decision_id)
-    if not reason.strip():
-        raise InputError("no reason given; expected --reason TEXT, for those who read the log later")
-    config = DataConfig(**data, num_workers=num_workers)
+    named = {name: getattr(undone, name) for name in ("class_name", "prototype", "file", "sha256")}
+    decision = new_decision(past, "undo", reason, who, undoes=undone.id, **named)
+    config = DataConfig(**data)
     catalog = load_catalog(config.path, config.source, classes=run.class_names, seed=config.split_seed)
     refuse_other_images(run, catalog.root, [])
-    val = validation_of(run, config, catalog)
-    named = {name: getattr(undone, name) for name in ("class_name", "prototype", "file", "sha256")}
-    decision = Decision(len(past) + 1, now(), who.strip() or login(), "undo", reason.strip(), undoes=undone.id, **named)
-    old_head = copy.deepcopy(run.head)
-    replaced = _go_back(run, [*past, decision], undone, catalog, device)
-    before, *after = scores(run, val, [old_head, run.head] if replaced else [old_head], device, num_workers)
-    decision = replace(decision, replaced=tuple(replaced), val_before=before, val_after=after[0] if after else before)
-    write_decision(replace(run, root=catalog.root.resolve(), data=data), decision, state)
-    return decision
+    new_run = replace(run, root=catalog.root.resolve(), data=data)
+    change = partial(_go_back, run, [*past, decision], undone, catalog, device)
+    return carry_out(new_run, decision, change, catalog, device, num_workers, state)
 
 
 def _to_undo(past: Sequence[Decision], number: int) -> Decision:
@@ -98,39 +70,17 @@ def _to_undo(past: Sequence[Decision], number: int) -> Decision:
     raise InputError(f"decision {number} was undone already (decision {by.id}, {by.time}, by {by.who}); {known}")
 
 
-@dataclass(frozen=True)
-class _Trail:
-    """Where a prototype has stood since the last push, the oldest place first.
-
-    Attributes:
-        row: of the manager.
-        moves: each away from a place, with its decision's place in the log.
-        now: where it stands.
-    """
-
-    row: int
-    moves: list[tuple[int, Replacement]]
-    now: Anchor
-
-    @classmethod
-    def of(cls, run: Run, row: int, log: Sequence[Decision]) -> _Trail | None:
-        manager = run.head.proto_manager
-        here, place = manager.anchors[row], manager.slot(row)
-        if here is None or not manager.valid_mask[row]:
-            return None
-        moves, last = list[tuple[int, Replacement]](), here
-        for time in range(len(log) - 1, -1, -1):
-            for one in log[time].replaced:
-                if (one.class_index, one.prototype) == place:
-                    if one.new != last:  # a push came between: what was before is past
-                        return cls(row, moves, here)
-                    moves.insert(0, (time, one))
-                    last = one.old
-        return cls(row, moves, here)
-
-    def at(self, time: int) -> Anchor:
-        """Where it stood when a decision was made."""
-        return next((one.old for when, one in self.moves if when >= time), self.now)
+def _moves(slot: Slot, now: Anchor, log: Sequence[Decision]) -> list[Move]:
+    """How a prototype has come to where it stands now since the last push, the oldest move first."""
+    moves, last = list[Move](), now
+    for time in range(len(log) - 1, -1, -1):
+        for one in log[time].replaced:
+            if one.slot == slot:
+                if one.new != last:  # a push came between: what was before is past
+                    return moves
+                moves.insert(0, (time, one))
+                last = one.old
+    return moves
 
 
 def _go_back(
@@ -139,84 +89,72 @@ def _go_back(
     """Put prototypes back in the model; returns the records, and changes nothing where it fails."""
     manager = run.head.proto_manager
     run.head.sync_prototypes()
-    trails = [found for row in range(len(manager.anchors)) if (found := _Trail.of(run, row, log)) is not None]
-    places = {trail.row: _open_places(run, trail, log, undone, catalog) for trail in trails}
-    chosen = _without_conflict(trails, places, manager.max_prototypes, level_of(run.folder))
-    back = {row: Place.before(move) for row, (_, move) in chosen.items()}
-    wrong = sorted({p.anchor.file or "" for p in back.values() if not _is_there(p.anchor, catalog.root)})
+    here = {slot: standing(run, slot) for slot in manager.used_slots() if manager.anchor(*slot) is not None}
+    moves = {slot: _moves(slot, one.old, log) for slot, one in here.items()}
+    places = _open_places(run, here, moves, log, undone, catalog)
+    chosen = _without_conflict(here, moves, places, level_of(run.folder))
+    old = [move.old for move in chosen]
+    wrong = {a.file or "" for a in old if a.file is None or not holds(catalog.root, a.file, a.sha256)}
     if wrong:
         raise InputError(
             f"prototypes would go back to images that are missing or changed below {catalog.root}: "
-            f"{listing(wrong, 3)}; expected the files as they were; nothing was changed"
+            f"{listing(sorted(wrong), 3)}; expected the files as they were; nothing was changed"
         )
-    back = {row: _with_features(run, place, catalog, device) for row, place in back.items()}
-    here = {row: Place.of(manager, row) for row in back}
-    for row, place in back.items():
-        place.take(manager, row)
+    for move in [_with_features(run, move, catalog, device) for move in chosen]:
+        put_back(manager, move)
     run.head.sync_prototypes()
-    return [here[row].replacement(run.class_names[manager.slot(row)[0]], manager, row) for row in back]
+    return [replace(here[one.slot], new=standing(run, one.slot).old) for one in chosen]
 
 
 def _open_places(
-    run: Run, trail: _Trail, log: Sequence[Decision], undone: Decision, catalog: Catalog
-) -> list[tuple[int, Replacement]]:
-    """The places on a trail that only the undone decision forbade, the first first; none later than where it stands."""
+    run: Run, here: Here, moves: Moves, log: Sequence[Decision], undone: Decision, catalog: Catalog
+) -> Moves:
+    """The places that only the undone decision forbade, the first first; none later than where a prototype stands."""
     sample_of = {sample.name: sample for sample in catalog.samples}
     alone, rest = Allowed([undone], run.transform), Allowed(log, run.transform)
-    found = []
-    for time, move in trail.moves:
-        sample = sample_of.get(move.old.file or "")
-        if _patch(move.old) == _patch(trail.now):
-            break
-        if alone.forbids(move.old, sample) and not rest.forbids(move.old, sample):
-            found.append((time, move))
+    found: Moves = {}
+    for slot, trail in moves.items():
+        for time, move in trail:
+            sample = sample_of.get(move.old.file or "")
+            if _patch(move.old) == _patch(here[slot].old):
+                break
+            if alone.forbids(move.old, sample) and not rest.forbids(move.old, sample):
+                found.setdefault(slot, []).append((time, move))
     return found
 
 
-def _without_conflict(
-    trails: Sequence[_Trail], places: dict[int, list[tuple[int, Replacement]]], slots: int, level: str
-) -> dict[int, tuple[int, Replacement]]:
-    """The first place of each prototype that has some, unless another of its class has come there since."""
-    left = {row: list(some) for row, some in places.items() if some}
-    while True:
-        wrong = [row for row in left if _in_the_way(row, left, trails, slots, level)]
-        if not wrong:
-            return {row: some[0] for row, some in left.items()}
-        row = wrong[-1]
-        left[row].pop(0)
-        if not left[row]:
-            del left[row]
+def _without_conflict(here: Here, moves: Moves, left: Moves, level: str) -> list[Replacement]:
+    """The first of each prototype's open places, unless another of its class has come there since."""
 
+    def in_the_way(slot: Slot) -> bool:
+        """Whether another prototype would stand where this one wants to, and did not stand there beside it before."""
+        time, move = left[slot][0]
+        others = []
+        for other in moves:
+            if other != slot and other[0] == slot[0]:
+                there = left[other][0][1].old if other in left else here[other].old
+                before = next((one.old for when, one in moves[other] if when >= time), here[other].old)
+                if _patch(there) != _patch(before):
+                    others.append(there)
+        anchor = move.old
+        free = taken(others, level).cells((anchor.file, anchor.sha256), anchor.group, anchor.grid)
+        return not bool(free[anchor.cell])
 
-def _in_the_way(
-    row: int, left: dict[int, list[tuple[int, Replacement]]], trails: Sequence[_Trail], slots: int, level: str
-) -> bool:
-    """Whether another prototype would stand where this one wants to, and did not stand there beside it before."""
-    time, move = left[row][0]
-    others = []
-    for trail in trails:
-        if trail.row != row and trail.row // slots == row // slots:
-            there = left[trail.row][0][1].old if trail.row in left else trail.now
-            if _patch(there) != _patch(trail.at(time)):
-                others.append(there)
-    anchor = move.old
-    free = taken(others, level).cells((anchor.file, anchor.sha256), anchor.group, anchor.grid)
-    return not bool(free[anchor.cell])
+    while wrong := [slot for slot in left if in_the_way(slot)]:
+        left[wrong[-1]].pop(0)
+        left = {slot: some for slot, some in left.items() if some}
+    return [some[0][1] for some in left.values()]
 
 
 def _patch(anchor: Anchor) -> tuple[object, ...]:
     return anchor.file, anchor.sha256, anchor.grid, anchor.cell
 
 
-def _is_there(anchor: Anchor, root: Path) -> bool:
-    return anchor.file is not None and holds(root, anchor.file, anchor.sha256)
-
-
-def _with_features(run: Run, place: Place, catalog: Catalog, device: torch.device) -> Place:
-    """The place with what a live anchor needs; a log of an older version doesn't have it, so it is computed again."""
-    manager, anchor = run.head.proto_manager, place.anchor
-    if manager.anchor_features is None or place.features is not None:
-        return place
+def _with_features(run: Run, move: Replacement, catalog: Catalog, device: torch.device) -> Replacement:
+    """The move with what a live anchor needs; a log of an older version doesn't have it, so it is computed again."""
+    anchor = move.old
+    if not run.head.proto_manager.is_live or move.old_features is not None:
+        return move
     names = [sample.name for sample in catalog.split("train")]
     file = file_within(catalog.root, anchor.file or "")
     if file is None or anchor.file not in names:
@@ -225,4 +163,5 @@ def _with_features(run: Run, place: Place, catalog: Catalog, device: torch.devic
         pooled, patches = run.model.extract_features(run.transform(read_image(file)).unsqueeze(0).to(device))
         features = pooled[0, 0] if anchor.grid == (1, 1) else patches[0, anchor.cell]
         vector = F.normalize(run.head.proj(features), dim=-1)
-    return Place.made_of(anchor, vector, features, names.index(anchor.file))
+    index = names.index(anchor.file)
+    return replace(move, old_vector=text_of(vector), old_features=text_of(features), old_index=index)

@@ -217,11 +217,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
-        """Refuse what lies outside its range, and options that contradict each other.
-
-        Raises:
-            InputError: the option, its value and what was expected.
-        """
+        """Refuse, in an InputError, what lies outside its range, and options that contradict each other."""
         for group in fields(self):
             check_fields(getattr(self, group.name), f"{group.name}.")
         from protopush.push import check_settings  # here: it needs torch

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from protopush.evaluation.evaluate import in_short, predict
 from protopush.nn.head import HeadOptimal
-from protopush.push import PushReport, push_prototypes, refresh_anchors
-from protopush.push.resize import grow_prototypes, prune_prototypes
+from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
 from protopush.training.phases import Stage, on_validation
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job
@@ -22,30 +21,24 @@ from protopush.training.setup import Job
 logger = logging.getLogger("protopush.training")
 
 FITTED = {"biases": ("bias",), "connections": ("bias", "log_temperature", "connections")}
+ROW = (
+    "use_local", "momentum", "min_dist", "mean_dist", "mean_dist_after", "mean_similarity_after", "duplicates_avoided",
+    "notes",
+)  # fmt: skip
 MOMENTUM = {"hard": 0.0, "none": 1.0}  # of the final push; else the run's own
 
 
 def push_now(
-    job: Job,
-    model: nn.Module,
-    loader: Iterable[Any],
-    momentum: float,
-    optimizer: torch.optim.Optimizer | None = None,
+    job: Job, model: nn.Module, loader: Iterable[Any], momentum: float, optimizer: torch.optim.Optimizer | None = None,
     val_loader: Iterable[Any] | None = None,
-) -> PushReport:
+) -> PushReport:  # fmt: skip
     """A push as the run's configuration asks for it; without ``val_loader`` there is no guard."""
-    settings = job.config.push.settings() | {"momentum": momentum}
+    settings = job.config.push.settings() | {"momentum": momentum, "seed": job.config.train.seed}
     if val_loader is None:
         settings["guard"] = "off"
+    local, device = _use_local(job), job.fabric.device
     return push_prototypes(
-        model,
-        loader,
-        job.fabric.device,
-        use_local=_use_local(job),
-        seed=job.config.train.seed,
-        optimizer=optimizer,
-        val_loader=val_loader,
-        **settings,
+        model, loader, device, use_local=local, optimizer=optimizer, val_loader=val_loader, **settings
     )
 
 
@@ -71,21 +64,10 @@ def push_row(
     report: PushReport, epoch: int, before: dict[str, Any] | None, after: dict[str, Any] | None
 ) -> dict[str, Any]:
     """A push as one line of ``metrics.jsonl``."""
-    return {
-        "push": epoch,
-        "use_local": report.use_local,
-        "momentum": report.momentum,
-        "min_dist": report.min_dist,
-        "mean_dist": report.mean_dist,
-        "mean_dist_after": report.mean_dist_after,
-        "mean_similarity_after": report.mean_similarity_after,
-        "duplicates_avoided": report.duplicates_avoided,
-        "notes": report.notes,
-        "guard": None if report.guard is None else asdict(report.guard),
-        "seconds": report.seconds,
-        "val_before": before,
-        "val_after": after,
-    }
+    guard = None if report.guard is None else asdict(report.guard)
+    numbers = {name: getattr(report, name) for name in ROW}
+    times = {"guard": guard, "seconds": report.seconds}
+    return {"push": epoch, **numbers, **times, "val_before": before, "val_after": after}
 
 
 def final_push(job: Job, stage: Stage, writer: RunWriter) -> None:
@@ -124,15 +106,9 @@ def fit_to_prototypes(job: Job, stage: Stage) -> None:
 
 
 def refit(
-    head: HeadOptimal,
-    similarities: Tensor,
-    labels: Tensor,
-    class_weights: Tensor | None,
-    what: str = "biases",
-    steps: int = 100,
-    lr: float = 0.02,
-    decay: float = 0.1,
-) -> None:
+    head: HeadOptimal, similarities: Tensor, labels: Tensor, class_weights: Tensor | None, what: str = "biases",
+    steps: int = 100, lr: float = 0.02, decay: float = 0.1,
+) -> None:  # fmt: skip
     """Fit biases, or all of the head but its prototypes, to fixed similarities, full batch.
 
     A hard push keeps the ranking of a class's images but shifts its similarities, so that the biases are off. On
@@ -141,8 +117,7 @@ def refit(
 
     Args:
         head: is changed in place.
-        similarities: (N, num_classes, K) of the training images, from the pushed model in eval mode.
-        labels: (N,).
+        similarities, labels: (N, num_classes, K) from the pushed model in eval mode; (N,).
         class_weights: (num_classes,) of the cross-entropy, or None.
         what: a key of :data:`FITTED`.
         steps, lr: of Adam.

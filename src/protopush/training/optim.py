@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,24 +35,24 @@ CONNECTIONS = ("connections", "log_temperature", "bias")  # of the head itself, 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors, prototypes and connections don't; each part has its own learning rate.
 
-    Args:
-        model: with ``head`` and, where it is trained, ``backbone``.
-        config: the rates.
+    The model has a ``head`` and, where it is trained, a ``backbone``.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for group in _backbone_groups(model, config):
         groups[config.backbone_lr * group["lr_scale"], group["weight_decay"]] += group["params"]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith("backbone."):
-            rate = _head_rate(name.removeprefix("head."), config)
+            rate = config.connection_lr if name.removeprefix("head.") in CONNECTIONS else None
+            if name.endswith(PROTOTYPES):
+                rate = config.prototype_lr
+            rate = config.lr if rate is None else rate
             plain = parameter.ndim < 2 or name.endswith((PROTOTYPES, "connections"))
             groups[rate, 0.0 if plain else config.weight_decay].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
-        ]
-    )
+    options = [
+        {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(options)
 
 
 def _backbone_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -62,8 +62,17 @@ def _backbone_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ensure_torchvision()
     from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
+    layered: dict[
+        str, Any
+    ] = {}  # the models whose layers have an order: the parts of a fusion, else the backbone itself
+    for name, module in backbone.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in layered)
+        if hasattr(module, "group_matcher") and not inside:
+            layered[name] = module
     groups, grouped = [], set[nn.Parameter]()
-    for part in _layered(backbone):
+    for part in layered.values() or [backbone]:
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            continue
         exempt = part.no_weight_decay() if hasattr(part, "no_weight_decay") else ()
         groups += param_groups_layer_decay(part, config.weight_decay, exempt, layer_decay=config.layer_decay)
         grouped.update(part.parameters())
@@ -72,24 +81,6 @@ def _backbone_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             decay = 0.0 if parameter.ndim < 2 else config.weight_decay
             groups.append({"params": [parameter], "lr_scale": 1.0, "weight_decay": decay})
     return groups
-
-
-def _layered(backbone: nn.Module) -> list[Any]:
-    """The models whose layers have an order: the parts of a fusion, else the backbone itself."""
-    found: dict[str, nn.Module] = {}
-    for name, module in backbone.named_modules():
-        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
-        if hasattr(module, "group_matcher") and not inside:
-            found[name] = module
-    layered = list(found.values()) or [backbone]
-    return [part for part in layered if any(parameter.requires_grad for parameter in part.parameters())]
-
-
-def _head_rate(name: str, config: TrainConfig) -> float:
-    special = config.connection_lr if name in CONNECTIONS else None
-    if name.endswith(PROTOTYPES):
-        special = config.prototype_lr
-    return config.lr if special is None else special
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -102,11 +93,8 @@ class Ema:
     """The moving average of a model's parameters and buffers, which often does better than the last step's weights.
 
     (Polyak and Juditsky, 1992.) Its decay rises from 0.1 to the one asked for, so that it soon forgets the first,
-    random weights. What can't be averaged (counts, masks) is taken as it is.
-
-    Args:
-        model: is followed from step to step.
-        decay: what is left of the average after a step; 0.999 goes back about a thousand steps.
+    random weights. What can't be averaged (counts, masks) is taken as it is. ``decay`` is what is left of the average
+    after a step; 0.999 goes back about a thousand steps.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -122,7 +110,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)  # has the state to be saved
         self.update()  # the first only copies
 
     def update(self) -> None:
@@ -153,14 +141,6 @@ class Ema:
             yield
         finally:
             _copy(now, stepped)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors."""
-        return self.averaged.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
-        self.averaged.load_state_dict(state)
 
 
 def _values(module: nn.Module) -> list[Tensor]:

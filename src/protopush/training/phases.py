@@ -21,67 +21,64 @@ from protopush.training.config import RunConfig
 from protopush.training.setup import Job
 
 
-class Joint:
-    """What is trained when the backbone learns too: the model itself, on images."""
+class Stage:
+    """A model in training, and its loaders: training images in random order, in order, and validation images."""
 
     weights = ""  # which epoch's they are at the end, in words
 
-    def __init__(self, job: Job) -> None:
-        self.model: nn.Module = job.model
-        self.train_loader = job.loader(job.train, train=True)
-        self.val_loader = job.loader(job.val) if job.val else None
-        self.plain_train_loader = job.loader(job.train.eval_view())
-        self.job = job
+    def __init__(self, job: Job, model: nn.Module, train: ImageDataset, val: ImageDataset | None) -> None:
+        self.job, self.model = job, model
+        self.train_loader = job.loader(train, train=True)
+        self.plain_train_loader = job.loader(train.eval_view())
+        self.val_loader = job.loader(val) if val else None
+
+    def train(self) -> None:
+        """Dropout and the like on."""
+        self.model.train()
 
     def refresh(self) -> None:
-        """Embed the images of live anchors again: the backbone has moved."""
+        """Embed live anchors again where the backbone has moved; features of a frozen one don't grow old."""
+
+
+class Joint(Stage):
+    """What is trained when the backbone learns too: the model itself, on images."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job, job.model, job.train, job.val)
+
+    def refresh(self) -> None:
         if self.job.head.anchoring == "live":
             refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
 
     def train(self) -> None:
-        """Dropout and the like on; batch norms go on with their statistics where the run wants that."""
-        self.model.train()
+        super().train()
         if self.job.config.train.freeze_norms:
             for module in self.job.model.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
 
-class Frozen:
+class Frozen(Stage):
     """What is trained when the backbone is frozen: the head, on features that were computed once."""
-
-    weights = ""  # which epoch's they are at the end, in words
 
     def __init__(self, job: Job) -> None:
         train = self.features(job, job.train, "training")
         val = self.features(job, job.val, "validation") if job.val else None
-        self.model: nn.Module = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
-        self.train_loader = job.loader(train, train=True)
-        self.val_loader = job.loader(val) if val else None
-        self.plain_train_loader = job.loader(train)
-
-    def train(self) -> None:
-        """Dropout on."""
-        self.model.train()
-
-    def refresh(self) -> None:
-        """Nothing: features of a frozen backbone don't grow old."""
+        model = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
+        super().__init__(job, model, train, val)
 
     def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
         """The features of a data set, from the cache where they are there; else the first process computes them."""
         config = job.config
 
         def cached() -> CachedFeatures:
+            hashes = [job.hashes[sample.name] for sample in images.samples]
+            place, workers = config.trainer.cache_dir, config.data.num_workers
             with bar(f"Features of the {what} images", len(images)) as advance:
                 return cache_features(
-                    job.model.backbone,
-                    images,
-                    [job.hashes[sample.name] for sample in images.samples],
-                    Path(config.trainer.cache_dir) if config.trainer.cache_dir else None,
-                    job.fabric.device,
-                    num_workers=config.data.num_workers,
-                    advance=advance,
-                )
+                    job.model.backbone, images, hashes, Path(place) if place else None, job.fabric.device,
+                    num_workers=workers, advance=advance,
+                )  # fmt: skip
 
         raise_on_all_ranks(lambda: cached() if job.fabric.local_rank == 0 else None)
         return raise_on_all_ranks(cached)
@@ -99,13 +96,10 @@ class FeatureReader(nn.Module):
         return Features(patches.mean(dim=1, keepdim=True), patches, self.grid)
 
 
-Stage = Joint | Frozen
-
-
 class Phase(NamedTuple):
     """Epochs (from ``start``, before ``end``) of one kind of stage."""
 
-    stage: type[Stage]
+    stage: type[Joint | Frozen]
     start: int
     end: int
 
@@ -113,9 +107,8 @@ class Phase(NamedTuple):
 def phases(config: RunConfig) -> list[Phase]:
     """The head alone, then the whole model, as the run asks for them."""
     train = config.train
-    if train.freeze_backbone:
-        return [Phase(Frozen, 0, train.epochs)]
-    both = [Phase(Frozen, 0, train.head_epochs), Phase(Joint, train.head_epochs, train.epochs)]
+    frozen = train.epochs if train.freeze_backbone else train.head_epochs
+    both = [Phase(Frozen, 0, frozen), Phase(Joint, frozen, train.epochs)]
     return [phase for phase in both if phase.start < phase.end]
 
 
@@ -128,14 +121,7 @@ def on_validation(job: Job, stage: Stage) -> dict[str, Any] | None:
 
 
 class Best:
-    """The best state on the validation images; without any, the last one.
-
-    Attributes:
-        score: the best one.
-        metrics: what it scored with; None without validation images.
-        where: the epoch, in words.
-        stale: epochs since.
-    """
+    """The best state on the validation images; without any, the last one."""
 
     PLAIN = ("score", "metrics", "where", "stale", "state")
 
@@ -144,9 +130,9 @@ class Best:
         self.manager = manager
         self.metric = metric
         self.score = float("-inf")
-        self.metrics: dict[str, Any] | None = None
-        self.where = "the first weights"
-        self.stale = 0
+        self.metrics: dict[str, Any] | None = None  # with which it scored; None without validation images
+        self.where = "the first weights"  # the epoch, in words
+        self.stale = 0  # epochs since
         self.state: dict[str, Tensor] = {}
         self.anchors: list[Anchor | None] = []
 

@@ -1,10 +1,12 @@
-"""Run folder while the run goes on: its rows, its checkpoint, and the trackers that mirror the rows."""
+"""Run folder that is being written: made ready, its rows and checkpoint, and the trackers that mirror the rows."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from protopush.data.files import write_atomic
+from protopush.data.files import atomic
 from protopush.distributed import broadcast_from_rank_zero, rank_and_size
 from protopush.errors import InputError, first_line, listing
-from protopush.models.versions import current_versions, version_change
+from protopush.models.stored_run import current_versions, version_change
 from protopush.push.certificate import refuse_newer
-from protopush.runs.run import append_metrics, clear_folder
 from protopush.training.config import RunConfig
 from protopush.training.tracking import Trackers
 
@@ -28,14 +29,61 @@ FILE = Path("checkpoints") / "last.pt"
 FREE = {"data.num_workers", *(f"trainer.{key}" for key in ("device", "precision", "compile", "cache_dir", "track"))}
 
 
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Add one line to ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); make room") from error
+
+
+def fresh_folder(out: Path, overwrite: bool) -> None:
+    """Refuse, in an InputError, what is no folder, can't be written, or isn't empty and no run to be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; expected a folder for the run; choose another --out")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # what os.access says isn't always so
+    except OSError as error:
+        raise InputError(f"cannot write in {there} ({error.strerror}); choose another --out") from error
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    whole, started = ((out / name).is_file() for name in ("config.json", "metrics.jsonl"))
+    if not whole and not started:
+        raise InputError(f"{out} is not empty and holds no run; nothing is deleted there; choose another --out")
+    if not overwrite and not whole:
+        raise InputError(f"{out} holds a run that was cut off; add --resume to go on with it, or --overwrite")
+    if not overwrite:
+        raise InputError(f"{out} holds a run already; choose another --out, or add --overwrite")
+
+
+def clear_folder(out: Path) -> None:
+    """Make a folder that holds an empty ``metrics.jsonl`` alone of what :func:`fresh_folder` let pass.
+
+    Cut off at any moment, it leaves what is still known as a run, but not as a whole one.
+    """
+    metrics = out / "metrics.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.touch()
+        (out / "config.json").unlink(missing_ok=True)
+        for entry in out.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != metrics:
+                entry.unlink()
+        metrics.write_bytes(b"")
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({error.strerror}); make room or choose another --out") from error
+
+
 class RunWriter:
     """Written by the first process alone; the others wait, so that a full disk ends them all.
 
     As a context manager it closes the trackers, which get the picture of the prototypes, or learn that the run failed.
-
-    Args:
-        folder: of the run; nothing is written there before :meth:`start` or :meth:`resume`.
-        config: of the run.
+    Nothing is written before :meth:`start` or :meth:`resume`.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
@@ -45,14 +93,25 @@ class RunWriter:
 
     def start(self) -> None:
         """An empty folder with ``config.yaml``: every option as it was resolved."""
-        text = yaml.safe_dump(asdict(self.config), sort_keys=False)
-        file = self.folder / "config.yaml"
-        broadcast_from_rank_zero(lambda: clear_folder(self.folder))
-        broadcast_from_rank_zero(lambda: write_atomic(file, lambda path: path.write_text(text, encoding="utf-8")))
+
+        def write() -> None:
+            clear_folder(self.folder)
+            with atomic(self.folder / "config.yaml") as file:
+                file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+
+        broadcast_from_rank_zero(write)
         self._track(None)
 
-    def resume(self, saved: Mapping[str, Any]) -> None:
-        """Forget what was written after a checkpoint."""
+    def resume(self, saved: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], None]) -> None:
+        """Restore a checkpoint, if it fits (else an InputError names the versions), and forget what came after it."""
+        try:
+            restore(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            change = version_change(saved.get("versions", {})) or "take it from a copy"
+            raise InputError(
+                f"{self.folder / FILE} does not fit the model and optimizer of this run "
+                f"({' '.join(str(error).split())[:300]}); {change}, or train again with --overwrite"
+            ) from error
 
         def cut() -> None:
             os.truncate(self.folder / "metrics.jsonl", saved["metrics_bytes"])
@@ -67,20 +126,12 @@ class RunWriter:
             self.trackers = Trackers(self.config.trainer.track, self.folder, asdict(self.config), resumed_at)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row to ``metrics.jsonl``.
-
-        Raises:
-            InputError: it can't be written.
-        """
+        """Add a row to ``metrics.jsonl``, and mirror it."""
         broadcast_from_rank_zero(lambda: append_metrics(self.folder, row))
         self.trackers.log(row)
 
     def checkpoint(self, epoch: int, state: Mapping[str, Any]) -> None:
-        """Keep what the run needs to go on after this epoch, counted from 1.
-
-        Raises:
-            InputError: there is no room; the last good one is still there.
-        """
+        """Keep what the run needs to go on after this epoch, counted from 1."""
 
         def save() -> None:
             length = (self.folder / "metrics.jsonl").stat().st_size
@@ -98,28 +149,17 @@ class RunWriter:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``checkpoints/last.pt``, which ``torch.load(weights_only=True)`` reads.
-
-    Raises:
-        InputError: there is no room; the last good one is still there.
-    """
-
-    def write(file: Path) -> None:
+    """Write ``checkpoints/last.pt``, for ``torch.load(weights_only=True)``; a full disk leaves the old one."""
+    with atomic(folder / FILE) as file:
         try:
             with file.open("wb") as opened:  # through Python's file, so that a full disk is an OSError
                 torch.save({"format": FORMAT, "versions": current_versions(), **state}, opened)
         except RuntimeError as error:
-            raise OSError(f"{first_line(error)}") from error
-
-    write_atomic(folder / FILE, write)
+            raise OSError(first_line(error)) from error
 
 
 def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The state to go on with, or None where the run must start from the beginning.
-
-    Raises:
-        InputError: the checkpoint is damaged, or the run was started with other options.
-    """
+    """The state to go on with, if the run was started with these options; None: it starts from the beginning."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -134,29 +174,8 @@ def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     return state
 
 
-@contextmanager
-def restoring(saved: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Restore the state of a checkpoint; where it does not fit, the versions between which it changed are named.
-
-    Raises:
-        InputError: it doesn't fit.
-    """
-    try:
-        yield
-    except (KeyError, RuntimeError, ValueError) as error:
-        change = version_change(saved.get("versions", {})) or "take it from a copy"
-        raise InputError(
-            f"{folder / FILE} does not fit the model and optimizer of this run ({' '.join(str(error).split())[:300]}); "
-            f"{change}, or train again with --overwrite"
-        ) from error
-
-
 def refuse_other_options(folder: Path, config: RunConfig) -> None:
-    """A run goes on with the options that it was started with.
-
-    Raises:
-        InputError: some are different, or ``config.yaml`` can't be read.
-    """
+    """A run goes on with the options that it was started with, but for :data:`FREE`; others are an InputError."""
     file = folder / "config.yaml"
     try:
         before = _options(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from protopush.backbones.create import Backbone, create_backbone
+from protopush.backbones.create import create_backbone
 from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
+from protopush.data.features import CachedFeatures, inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig, require_training_images
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
@@ -22,8 +22,7 @@ from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, 
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
-from protopush.runs.fabric import make_fabric
-from protopush.runs.splits import check_samples
+from protopush.runs.run import check_samples, make_fabric
 from protopush.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         labels: of the samples.
-        seed: together with the epoch it decides the order.
+        seed: decides the order, together with the epoch.
         balanced: each draw takes each class with the same chance; in an epoch there are as many draws as samples.
 
     Example:
@@ -85,7 +84,7 @@ class EpochSampler(Sampler[int]):
 
 @dataclass
 class Job:
-    """A run that is ready to begin."""
+    """A run that is ready to start."""
 
     config: RunConfig
     catalog: Catalog
@@ -108,7 +107,7 @@ class Job:
         sample once over all processes, in order, in batches of the run's size (stored features) or of what suits the
         device (images).
         """
-        reads_files = isinstance(dataset, ImageDataset)
+        reads_files = not isinstance(dataset, CachedFeatures)
         config = self.config.train
         if train:
             sampler: Any = EpochSampler(dataset.labels, config.seed, config.sampling == "balanced")
@@ -139,19 +138,14 @@ class Job:
         c = self.config.loss
         labels, classes = torch.tensor(self.train.labels), len(self.catalog.classes)
         shift = logit_shift(labels, classes, c.logit_adjustment) if c.logit_adjustment else None
-        loss = PrototypeLoss(
+        return PrototypeLoss(
             self.class_weights(), c.grounding, c.cluster, c.separation, c.orthogonality, c.consistency,
             c.separation_margin, c.label_smoothing, shift,
-        )  # fmt: skip
-        return loss.to(self.fabric.device)
+        ).to(self.fabric.device)  # fmt: skip
 
 
 def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
-    """Read the data's table, check every image, build the model.
-
-    Args:
-        config: everything that decides the run.
-        fabric: launched already; by default on one device.
+    """Read the data's table, check every image, build the model; ``fabric``, launched already, is else one device's.
 
     Raises:
         InputError: anything that would make the run fail or mean nothing.
@@ -162,16 +156,15 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
     fabric.seed_everything(config.train.seed, verbose=False)
     model = raise_on_all_ranks(lambda: _model(config, catalog))
-    backbone: Backbone = model.backbone
-    data, augment = config.data, None
-    transform = EvalTransform(backbone.preprocessing, data.crop_pct)
+    preprocessing, data, augment = model.backbone.preprocessing, config.data, None
+    transform = EvalTransform(preprocessing, data.crop_pct)
     if data.augment and not config.train.freeze_backbone:
-        augment = TrainTransform(backbone.preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
+        augment = TrainTransform(preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
     train = ImageDataset(catalog.split("train"), transform, augment)
-    has_val = any(sample.split == "val" for sample in catalog.samples)
-    if not has_val:
+    held = [sample for sample in catalog.samples if sample.split == "val"]
+    if not held:
         logger.warning("no validation images: the last epoch is taken as the best one")
-    val = ImageDataset(catalog.split("val"), transform) if has_val else None
+    val = ImageDataset(held, transform) if held else None
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
 
 
@@ -186,15 +179,9 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     size = {} if c.image_size is None else {"size": (c.image_size, c.image_size)}
     backbone = create_backbone(c.backbone, pretrained=c.pretrained, **size)
     head = HeadOptimal(
-        backbone.channels,
-        len(catalog.classes),
-        num_prototypes=c.num_prototypes,
-        embed_dim=c.embed_dim,
-        max_prototypes=c.max_prototypes,
-        dropout=c.dropout,
-        match=c.match,
-        anchoring=config.push.anchoring,
-    )
+        backbone.channels, len(catalog.classes), num_prototypes=c.num_prototypes, embed_dim=c.embed_dim,
+        max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, anchoring=config.push.anchoring,
+    )  # fmt: skip
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)
     if config.train.freeze_backbone:

@@ -52,15 +52,12 @@ class Tracker:
     package: ClassVar[str]  # must be importable
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resumed_at: int | None) -> None: ...
-
     @classmethod
     def check(cls) -> None:
         """Raise what would keep it from starting, as far as that can be known before."""
 
     def log(self, values: Mapping[str, float], epoch: int) -> None: ...
-
     def picture(self, name: str, path: Path, epoch: int) -> None: ...
-
     def close(self, failed: bool) -> None: ...
 
 
@@ -164,9 +161,6 @@ class Trackers:
         folder: the run folder; must exist.
         config: everything that decides the run; shown beside the numbers.
         resumed_at: the epochs that an interrupted run had done; the same curves go on from there. None: a fresh run.
-
-    Raises:
-        InputError: an unknown name, or a package that isn't installed.
     """
 
     def __init__(
@@ -215,10 +209,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Find out before the long work whether trackers can be started; W&B may ask for its key here.
-
-    Raises:
-        InputError: an unknown name, a package that isn't installed, or no login.
+    """Refuse, before the long work, trackers that can't be started; W&B may ask for its key here.
 
     Example:
         >>> check_trackers(["tensorbord"])

@@ -20,15 +20,14 @@ from protopush.models.model_folder import Run, save_run
 from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push import PushSchedule
-from protopush.push.nearest_patches import NonFinite
-from protopush.runs.fabric import make_fabric, quiet
+from protopush.push.embedding import NonFinite
 from protopush.runs.progress import bar
-from protopush.runs.run import fresh_folder, open_run
+from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
 from protopush.training.final_push import final_push, push_now, push_row, resize
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
 from protopush.training.phases import Best, Phase, Stage, on_validation, phases
-from protopush.training.run_writer import RunWriter, load_checkpoint, refuse_other_options, restoring
+from protopush.training.run_writer import RunWriter, fresh_folder, load_checkpoint, refuse_other_options
 from protopush.training.setup import Job, prepare, seed_of
 from protopush.training.tracking import check_trackers
 
@@ -88,13 +87,7 @@ def _save(job: Job, out: Path) -> Run:
 
 
 def fit(job: Job, writer: RunWriter, saved: dict[str, Any] | None = None) -> Stage:
-    """The epochs of all phases; leaves the model at its best epoch on the validation images.
-
-    Args:
-        job: the run.
-        writer: where its rows go.
-        saved: a checkpoint's state to go on with.
-    """
+    """The epochs of all phases, from a saved checkpoint's on; leaves the model at its best on the validation images."""
     best, done = None, saved["epoch"] if saved else 0
     for phase in phases(job.config):
         if done > phase.end:
@@ -104,9 +97,7 @@ def fit(job: Job, writer: RunWriter, saved: dict[str, Any] | None = None) -> Sta
         job.fabric.seed_everything(job.config.train.seed, verbose=False)
         trainer = Trainer(job, stage, phase.start, phase.end)
         if saved and phase.start < done:
-            with restoring(saved, writer.folder):
-                trainer.load_state_dict(saved)
-            writer.resume(saved)
+            writer.resume(saved, trainer.load_state_dict)
         elif best is not None:  # what the head alone reached is to be beaten
             trainer.best.see(best, "the head alone")
         fit_phase(trainer, phase, writer, max(done, phase.start))
@@ -144,18 +135,12 @@ def fit_phase(trainer: Trainer, phase: Phase, writer: RunWriter, start: int) -> 
 
 
 class Trainer:
-    """A stage in training: its optimizer, its average, its best state, and the steps of an epoch.
-
-    Args:
-        job: the run.
-        stage: the model and its loaders.
-        start: epochs that came before this stage.
-        end: the last of its epochs.
-    """
+    """A stage in training, from an epoch to another: optimizer, average, best state, and the steps of an epoch."""
 
     def __init__(self, job: Job, stage: Stage, start: int, end: int) -> None:
-        config = job.config.train
-        self.job, self.stage, self.start = job, stage, start
+        self.job, self.fabric, self.config = job, job.fabric, job.config.train
+        config = self.config
+        self.stage, self.start = stage, start
         self.batches = len(stage.train_loader)
         self.steps = -(-self.batches // config.accumulate)  # of the optimizer, in an epoch
         self.total, self.warmup = (end - start) * self.steps, round(config.warmup_epochs * self.steps)
@@ -172,18 +157,22 @@ class Trainer:
     def epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training images, counted from 0 over the run; the mean of each loss term.
 
-        Raises:
-            InputError: embeddings became NaN or infinite; the samples are named.
+        Where embeddings become NaN or infinite, an InputError names the samples.
         """
-        self._seed(epoch)
-        start, count, sums = time.perf_counter(), 0, dict[str, Tensor]()
-        non_finite = NonFinite(self.job.fabric.device, first_batch_only=True)
+        # An epoch's randomness depends on nothing that came before it, so that a run can go on from any epoch.
+        seed = seed_of(self.config.seed, epoch, rank_and_size()[0])
+        self.stage.train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.stage.train_loader.generator.manual_seed(seed)
+        self.fabric.seed_everything(seed, verbose=False)
+        start, count, sums, every = time.perf_counter(), 0, dict[str, Tensor](), self.config.accumulate
+        non_finite = NonFinite(self.fabric.device, first_batch_only=True)
         self.stage.train()
         with bar(f"Epoch {epoch + 1}", self.batches) as advance:
             for number, (images, labels, ids) in enumerate(self.stage.train_loader):
-                step, place = divmod(number, self.job.config.train.accumulate)
-                terms, rows = self._batch(number, images, labels, ids, non_finite)
-                if place + 1 == self._parts(number):
+                step, place = divmod(number, every)
+                parts = min(every, self.batches - step * every)
+                terms, rows = self._batch(images, labels, ids, non_finite, parts, place + 1 == parts)
+                if place + 1 == parts:
                     self._step(self.rate_after(epoch - 1, step))
                 for name, value in terms.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value * rows
@@ -195,40 +184,29 @@ class Trainer:
         means = {name: float(value) / count for name, value in sums.items()}
         return means | {"images_per_second": count / (time.perf_counter() - start)}
 
-    def _seed(self, epoch: int) -> None:
-        """An epoch's randomness depends on nothing that came before it, so that a run can go on from any epoch."""
-        self.stage.train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        seed = seed_of(self.job.config.train.seed, epoch, rank_and_size()[0])
-        self.stage.train_loader.generator.manual_seed(seed)
-        self.job.fabric.seed_everything(seed, verbose=False)
-
-    def _parts(self, number: int) -> int:
-        """How many batches make the step that a batch belongs to."""
-        every = self.job.config.train.accumulate
-        return min(every, self.batches - number // every * every)
-
     def _batch(
-        self, number: int, images: Tensor, labels: Tensor, ids: Tensor, non_finite: NonFinite
+        self, images: Tensor, labels: Tensor, ids: Tensor, non_finite: NonFinite, parts: int, last: bool
     ) -> tuple[dict[str, Tensor], int]:
-        """Forwards and backwards; the loss and its terms, and the batch's size, over all processes."""
-        device = self.job.fabric.device
+        """Forwards and backwards; the loss and its terms, and the batch's size, over all processes.
+
+        ``parts`` batches make the step that the batch belongs to, of which it may be the last.
+        """
+        device = self.fabric.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        parts = self._parts(number)
-        waits = rank_and_size()[1] > 1 and number % self.job.config.train.accumulate + 1 < parts
-        with self.job.fabric.no_backward_sync(self.model) if waits else nullcontext():
+        waits = rank_and_size()[1] > 1 and not last
+        with self.fabric.no_backward_sync(self.model) if waits else nullcontext():
             out: HeadOutput = self.model(images)
             non_finite.update(out.embeddings, ids.to(device))
             out = out._replace(logits=all_gather_rows(out.logits), similarities=all_gather_rows(out.similarities))
             labels = all_gather_rows(labels)
             loss, terms = self.loss(out, labels, self.job.head.proto_manager)
-            self.job.fabric.backward(loss / parts)
+            self.fabric.backward(loss / parts)
         return {"loss": loss.detach(), **terms}, len(labels)
 
     def _step(self, rate: float) -> None:
         set_rate(self.optimizer, rate)
-        norm = self.job.config.train.clip_norm
-        if norm is not None:
-            self.job.fabric.clip_gradients(self.model, self.wrapped, max_norm=norm, error_if_nonfinite=False)
+        if (norm := self.config.clip_norm) is not None:
+            self.fabric.clip_gradients(self.model, self.wrapped, max_norm=norm, error_if_nonfinite=False)
         self.wrapped.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -254,7 +232,7 @@ class Trainer:
 
     def push(self, epoch: int, before: dict[str, Any] | None) -> dict[str, Any]:
         """A push after an epoch, counted from 1, guarded; its line of ``metrics.jsonl``."""
-        with self.job.fabric.autocast():
+        with self.fabric.autocast():
             momentum, stage = self.job.config.push.momentum, self.stage
             report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
             resized = resize(self.job, stage, self.optimizer)
@@ -275,5 +253,5 @@ class Trainer:
 
     def _saved(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"model": self.stage.model, "optimizer": self.optimizer, "best": self.best}
-        parts["scaler"] = self.job.fabric.strategy.precision
-        return parts if self.ema is None else parts | {"ema": self.ema}
+        parts["scaler"] = self.fabric.strategy.precision
+        return parts if self.ema is None else parts | {"ema": self.ema.averaged}

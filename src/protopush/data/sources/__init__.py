@@ -7,13 +7,11 @@ from pathlib import Path
 
 from protopush.data.manifest import Catalog, read_manifest, with_splits
 from protopush.data.sources.dermoscopy import ham10000, is_ham10000, is_isic2018, isic2018
-from protopush.data.sources.elpv import elpv
 from protopush.data.sources.folder import folder, imagefolder, is_imagefolder
-from protopush.data.sources.medmnist import medmnist
+from protopush.data.sources.packaged import elpv, medmnist
 from protopush.errors import InputError
 
 Source = Callable[[str, Sequence[str] | None], Catalog]
-
 
 SOURCES: dict[str, Source] = {
     "folder": folder,
@@ -52,22 +50,16 @@ def load_catalog(
     Raises:
         InputError: an unknown source, or what the source itself raises.
     """
-    if callable(source):
-        found = source(path, classes)
-    else:
+    if not callable(source):
         name = recognise(path) if source == "auto" else source
         if name not in SOURCES:
             raise InputError(f"unknown data source {name!r}; expected one of: auto, {', '.join(SOURCES)}")
-        found = SOURCES[name](path, classes)
-    return with_splits(found, seed=seed, refuse_leaks=refuse_leaks)
+        source = SOURCES[name]
+    return with_splits(source(path, classes), seed=seed, refuse_leaks=refuse_leaks)
 
 
 def recognise(path: str) -> str:
-    """The source that a path must be meant for: a layout of :data:`LAYOUTS`, else ``folder``; .npz or ``manifest``.
-
-    Raises:
-        InputError: there is no path, or it fits several layouts.
-    """
+    """The one source that a path must be meant for: a layout of :data:`LAYOUTS`, else ``folder``; a file's ending."""
     if not path:
         raise InputError("no data given; expected --data.path FOLDER or MANIFEST.csv")
     place = Path(path)

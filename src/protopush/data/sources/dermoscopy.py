@@ -73,7 +73,15 @@ def ham10000(path: str, classes: Sequence[str] | None = None) -> Catalog:
     table = _find_table(root, METADATA) or root / f"{METADATA}.csv"
     rows = _read_metadata(table)
     refuse_missing([row["image_id"] for row in rows], images, table, str(root / "HAM10000_images_part_1, _part_2"))
-    test = _test_rows(root, images)
+    test: list[dict[str, str]] = []
+    if (test_table := _find_table(root, TEST)) is not None:
+        test = _read_metadata(test_table)
+        ids = [row["image_id"] for row in test]
+        if images.keys().isdisjoint(ids):
+            logger.warning("no image of %s is under %s: images are held out for testing instead", test_table.name, root)
+            test = []
+        else:
+            refuse_missing(ids, images, test_table, str(root / "ISIC2018_Task3_Test_Images"))
     number = numbering((row["dx"] for row in (*rows, *test)), classes, table)
     samples = []
     for split, part in (("train" if test else "", rows), ("test", test)):
@@ -146,31 +154,18 @@ def _read_metadata(table: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _test_rows(root: Path, images: dict[str, Path]) -> list[dict[str, str]]:
-    """The rows of the test set; none where its images haven't been fetched."""
-    table = _find_table(root, TEST)
-    if table is None:
-        return []
-    rows = _read_metadata(table)
-    ids = [row["image_id"] for row in rows]
-    if not any(name in images for name in ids):
-        logger.warning("no image of %s is under %s: images are held out for testing instead", table.name, root)
-        return []
-    refuse_missing(ids, images, table, str(root / "ISIC2018_Task3_Test_Images"))
-    return rows
-
-
 def _images_and_masks(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Image and mask files by the image's id; of copies (resized, or Kaggle's twice) the published folder's counts."""
     images: dict[str, Path] = {}
     masks: dict[str, Path] = {}
-    for file in sorted(images_of(root), key=lambda file: not _is_published(file.relative_to(root))):
+
+    def published(file: Path) -> bool:
+        folders = file.relative_to(root).parts[:-1]
+        return any(name.casefold().startswith(("ham10000_images", "isic2018_task3_test")) for name in folders)
+
+    for file in sorted(images_of(root), key=lambda file: not published(file)):
         if file.stem.endswith(MASK):
             masks.setdefault(file.stem.removesuffix(MASK), file)
         else:
             images.setdefault(file.stem, file)
     return images, masks
-
-
-def _is_published(place: Path) -> bool:
-    return any(part.casefold().startswith(("ham10000_images", "isic2018_task3_test")) for part in place.parts[:-1])

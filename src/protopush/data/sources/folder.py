@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from protopush.data.images import EXTENSIONS
@@ -82,11 +82,7 @@ def is_imagefolder(root: Path) -> bool:
 
 
 def existing_folder(path: str, expected: str) -> Path:
-    """The folder of a path.
-
-    Raises:
-        InputError: it isn't there.
-    """
+    """The folder of a path; an InputError says what is ``expected`` where it isn't there."""
     root = Path(path)
     if not path or not root.is_dir():
         raise InputError(f"no such folder: {root if path else '(none given)'}; expected {expected}")
@@ -106,11 +102,7 @@ def find_file(root: Path, *names: str, depth: int = DEPTH) -> Path | None:
 
 
 def refuse_missing(ids: Sequence[str], found: dict[str, Path], table: Path, where: str) -> None:
-    """Name all images that a table lists and that aren't there, at once.
-
-    Raises:
-        InputError: some aren't there.
-    """
+    """Name, in one InputError, all images that a table lists and that aren't there."""
     if missing := [name for name in ids if name not in found]:
         raise InputError(
             f"{len(missing)} of {len(ids)} images listed in {table} are missing: {listing(missing, 20)}; "
@@ -119,11 +111,7 @@ def refuse_missing(ids: Sequence[str], found: dict[str, Path], table: Path, wher
 
 
 def refuse_twice(ids: Iterable[str], table: Path) -> None:
-    """Name the images that a table lists more than once.
-
-    Raises:
-        InputError: there are some.
-    """
+    """Name, in one InputError, the images that a table lists more than once."""
     if twice := [name for name, count in Counter(ids).items() if count > 1]:
         raise InputError(f"{table} lists {len(twice)} images more than once: {listing(twice)}; keep one row for each")
 
@@ -136,14 +124,11 @@ def _class_folders(root: Path, top: Path, split_words: Sequence[str], classes: S
     if not labelled:
         raise InputError(f"no images under {top}; expected one folder of images per class")
     # A class folder without a single image is still a class: the check of the training images names it.
-    found = {kind.name for _, kind in kinds}
-    names = tuple(classes) if classes is not None else tuple(sorted(found))
-    if unknown := sorted(found - set(names)):
-        raise InputError(f"unknown class folders in {top}: {listing(unknown)}; the model knows: {listing(names)}")
+    number = numbering((kind.name for _, kind in kinds), classes, top)
     samples = tuple(
-        Sample(image, image.relative_to(root).as_posix(), names.index(kind), split) for split, kind, image in labelled
+        Sample(image, image.relative_to(root).as_posix(), number[kind], split) for split, kind, image in labelled
     )
-    return Catalog(samples, names, root)
+    return Catalog(samples, tuple(number), root)
 
 
 def _folders_of(root: Path) -> list[Path]:
@@ -152,19 +137,17 @@ def _folders_of(root: Path) -> list[Path]:
 
 def _metadata(table: Path) -> list[dict[str, str]]:
     """The rows of metadata, each with a file and a label."""
-    rows = read_table(table, NEEDED, "metadata") if table.suffix == ".csv" else list(_json_lines(table))
+    if table.suffix == ".csv":
+        rows = read_table(table, NEEDED, "metadata")
+    else:
+        try:
+            lines = [json.loads(line) for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            rows = [{key: "" if value is None else str(value).strip() for key, value in line.items()} for line in lines]
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"not JSON lines: {table} ({error}); expected one object a line, in UTF-8") from error
     require_columns(table, list(rows[0]) if rows else [], NEEDED)
     refuse_empty(table, rows, NEEDED, "file_name or no label in rows", start=1)
     return rows
-
-
-def _json_lines(table: Path) -> Iterator[dict[str, str]]:
-    try:
-        for line in table.read_text(encoding="utf-8-sig").splitlines():
-            if line.strip():
-                yield {key: "" if value is None else str(value).strip() for key, value in json.loads(line).items()}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"not JSON lines: {table} ({error}); expected one object a line, in UTF-8") from error
 
 
 def _has_needed_columns(table: Path) -> bool:

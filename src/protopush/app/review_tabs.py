@@ -1,7 +1,10 @@
-"""The tab *Prototypes*: what each one stands for, all that is known of it, and whether it is to stay."""
+"""The tabs *Prototypes*, to keep or forbid what each one stands for, and *Decisions*, to take that back or save it."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,9 +33,9 @@ INTRO = (
 
 def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
     """Each prototype of a class: its part beside its training image, and its name."""
-    found, cards = [], Cards(run, run.root)
-    for k in run.head.proto_manager.used_of(c):
-        part, whole = part_and_whole(run.picture(c, k), cards.anchor(c, k), COLOURS[c % len(COLOURS)], TILE, 22)
+    found, manager = [], run.head.proto_manager
+    for k in manager.used_of(c):
+        part, whole = part_and_whole(run.picture(c, k), manager.anchor(c, k), COLOURS[c % len(COLOURS)], TILE, 22)
         both = Image.new("RGB", (2 * TILE + 8, TILE), (255, 255, 255))
         both.paste(part, (0, 0))
         both.paste(whole, (TILE + 8, 0))
@@ -45,24 +48,18 @@ def details(
 ) -> str:
     """One prototype as HTML: its part and image, where it comes from, how much it is used, what else it is like."""
     near, use, why = found
-    cards = Cards(run, root, {(c, k): near} if near is not None else {}, sides=(TILE, TILE, NEAR))
-    card = cards.card(c, k)
-    card["facts"] += _decided(run.class_names[c], k, card["file"], use, past)
-    return render("details", card, why)
-
-
-def _decided(name: str, k: int, file: str, use: Use | None, past: Sequence[Decision]) -> list[tuple[str, str]]:
-    """How much a prototype is used, and what people have decided about it."""
-    facts = []
+    card = Cards(run, root, {(c, k): near} if near is not None else {}, sides=(TILE, TILE, NEAR)).card(c, k)
+    name, facts = run.class_names[c], card["facts"]
     if use is not None:
         often = f"the strongest evidence in {use.strongest} of the {use.predicted} validation images that the model "
         facts.append(("use", f"{often}calls {name} ({use.images} in all)"))
-    kept = [made for made in past if (made.kind, made.class_name, made.prototype, made.file) == ("keep", name, k, file)]
+    this = ("keep", name, k, card["file"])
+    kept = [made for made in past if (made.kind, made.class_name, made.prototype, made.file) == this]
     facts += [("kept", f"by {made.who}: {made.reason}") for made in kept[-1:]]
     moves = [one for made in in_force(past) for one in made.replaced if (one.class_name, one.prototype) == (name, k)]
     if moves:
         facts.append(("replaced before", f"{len(moves)} times; see Decisions" if moves[1:] else "once; see Decisions"))
-    return facts
+    return render("details", card, why)
 
 
 def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> None:
@@ -127,3 +124,80 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
     for button, forbids in ((forbid, True), (keep, False)):
         after = [result, pictures, known, again, reason]
         button.click(partial(decide, forbids=forbids), [chosen, reason, who], after, **PRIVATE)
+
+
+COLUMNS = (
+    "id", "time", "who", "kind", "reason", "class", "prototype", "file", "cell", "min_share", "undoes", "in_force",
+    "replaced", "n_val", "balanced_accuracy_before", "balanced_accuracy_after", "auroc_before", "auroc_after",
+)  # fmt: skip
+EXPORTS = (
+    '<div class="pp-links"><a class="pp-button" href="decisions.csv" download="decisions.csv">Save as table (CSV)</a>'
+    '<a class="pp-button" href="decisions.json" download="decisions.json">Save all details (JSON)</a></div>'
+)
+
+
+def as_json(decisions: Sequence[Decision]) -> str:
+    """All that is recorded of every decision."""
+    return json.dumps([made.to_dict() for made in decisions], indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_csv(decisions: Sequence[Decision]) -> str:
+    """A table with one decision a line, for a spreadsheet; no cell is a formula there, no matter who wrote what."""
+    text, holding = io.StringIO(), {made.id for made in in_force(decisions)}
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for made in decisions:
+        before, after = made.val_before or {}, made.val_after or {}
+        moved = "; ".join(
+            f"{one.class_name} #{one.prototype}: {one.old.file} cell {one.old.cell} -> {one.new.file} cell "
+            f"{one.new.cell}"
+            for one in made.replaced
+        )
+        what = [made.id, made.time, made.who, made.kind, made.reason, made.class_name, made.prototype, made.file]
+        how = [made.cell, made.min_share, made.undoes, "yes" if made.id in holding else "no", moved, before.get("n")]
+        scores = [some.get(name) for name in ("balanced_accuracy", "auroc") for some in (before, after)]
+        writer.writerow([_cell(value) for value in (*what, *how, *scores)])
+    return "\ufeff" + text.getvalue()  # so that Excel reads UTF-8
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return "" if value is None else value
+
+
+def decisions_tab(store: RunStore, tab: gr.Tab) -> None:
+    """Build the tab; the list is read again whenever somebody comes to it."""
+    log = gr.HTML(elem_id="pp-log")
+    gr.HTML(EXPORTS)
+    with gr.Column(visible=False, elem_id="pp-take-back") as form:
+        gr.HTML("<h3>Undo a decision</h3>")
+        number = gr.Dropdown(label="Decision", choices=[], elem_id="pp-number", filterable=False)
+        who, reason = decision_fields("pp-undo")
+        undo = gr.Button("Undo", elem_id="pp-undo")
+    result = gr.HTML(elem_id="pp-undo-result")
+
+    def show() -> list[Any]:
+        try:
+            past = store.decisions()
+        except InputError as error:
+            return [message(str(error), "bad"), gr.Column(visible=False), gr.Dropdown(choices=[], value=None)]
+        holding = [(f"No. {made.id}: {made.summary}", made.id) for made in reversed(in_force(past))]
+        return [render("log", past), gr.Column(visible=bool(holding)), gr.Dropdown(choices=holding, value=None)]
+
+    def take_back(chosen: int | None, why: str, name: str) -> Iterator[list[Any]]:
+        same = [gr.skip()] * 4
+        if chosen is None:
+            yield [message("Choose the decision that is to be undone.", "bad"), *same]
+            return
+        yield [message("Undoing, and measuring the effect; this may take a minute."), *same]
+        try:
+            made = store.undo(chosen, why, name)
+        except InputError as error:
+            yield [message(str(error), "bad"), *show(), gr.skip()]
+            return
+        done = f"Decision no. {chosen} is undone (decision no. {made.id}). {made.effect}"
+        yield [message(done, "good"), *show(), ""]
+
+    tab.select(show, None, [log, form, number], **PRIVATE).then(lambda: "", None, result, **PRIVATE)
+    undo.click(take_back, [number, reason, who], [result, log, form, number, reason], **PRIVATE)

@@ -1,4 +1,4 @@
-"""MedMNIST: arrays of small images in one .npz, taken out once as PNG files."""
+"""Data sets that come as one file or package: MedMNIST's arrays, taken out once as PNG files, and elpv-dataset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ from protopush.errors import InputError, listing
 logger = logging.getLogger("protopush.data")
 
 AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
+
+BLOCK = 60
+# Every fifth block that holds sure monocrystalline cells, counted from the second: validation; from the third: test.
+# With this choice both hold about as many defective as functional cells.
+FOLDS = {1: "val", 2: "test"}
 
 _ORGANS = (
     "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
@@ -82,16 +88,12 @@ def medmnist(path: str, classes: Sequence[str] | None = None) -> Catalog:
     own = published if highest < len(published) else tuple(str(number) for number in range(highest + 1))
     number = numbering(own, own if classes is None else classes, file)
     root = _extracted(file, key, {split: len(values) for split, values in labels.items()})
-    samples = tuple(
-        Sample(root / _name(split, index), _name(split, index), number[own[label]], split)
-        for split, values in labels.items()
-        for index, label in enumerate(values.tolist())
-    )
-    return Catalog(samples, tuple(number), root)
-
-
-def _name(split: str, index: int) -> str:
-    return f"{split}/{index:06d}.png"
+    samples = []
+    for split, values in labels.items():
+        for index, label in enumerate(values.tolist()):
+            name = f"{split}/{index:06d}.png"
+            samples.append(Sample(root / name, name, number[own[label]], split))
+    return Catalog(tuple(samples), tuple(number), root)
 
 
 def _labels_and_key(file: Path) -> tuple[dict[str, NDArray[Any]], str]:
@@ -113,8 +115,8 @@ def _labels_and_key(file: Path) -> tuple[dict[str, NDArray[Any]], str]:
             raise InputError(
                 f"{file}: {split}_labels has shape {values.shape}, several labels an image; expected (N, 1)"
             )
-    key = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-    return {split: values.flatten().astype(np.int64) for split, values in labels.items()}, key
+    labels = {split: values.flatten().astype(np.int64) for split, values in labels.items()}
+    return labels, hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 def _extracted(file: Path, key: str, counts: dict[str, int]) -> Path:
@@ -176,3 +178,38 @@ def _pictures(file: Path, split: str, count: int) -> Iterator[NDArray[Any]]:
             if len(data) < math.prod(shape[1:]):
                 raise EOFError("the array ends too early")
             yield np.frombuffer(data, dtype=np.uint8).reshape(shape[1:])
+
+
+def elpv(path: str = "", classes: Sequence[str] | None = None) -> Catalog:
+    """Solar cells in electroluminescence (Buerhop-Lutz et al. 2018): functional against defective, monocrystalline.
+
+    Only the sure labels are taken (defect probability 0 or 1). The files are ordered by solar module, so cells are
+    held out in contiguous blocks of 60: never at random, which would put one module in two splits.
+
+    Raises:
+        InputError: neither a path nor the package ``elpv-dataset`` is there.
+    """
+    root = Path(path)
+    if not path:
+        spec = find_spec("elpv_dataset")
+        if spec is None or spec.origin is None:
+            raise InputError(
+                "the package elpv-dataset is not installed; pip install 'protopush[demo]', or give --data.path"
+            )
+        root = Path(spec.origin).parent / "data"
+    table = root / "labels.csv"
+    if not table.is_file():
+        raise InputError(f"no such file: {table}; expected the elpv data folder (pip install 'protopush[demo]')")
+    names = tuple(classes) if classes is not None else ("functional", "defective")
+    rows = [line.split() for line in table.read_text().splitlines()]
+    sure = [
+        (index // BLOCK, name, float(probability))
+        for index, (name, probability, kind) in enumerate(rows)
+        if kind == "mono" and float(probability) in (0.0, 1.0)
+    ]
+    fold = {block: place % 5 for place, block in enumerate(sorted({block for block, _, _ in sure}))}
+    samples = tuple(
+        Sample(root / name, name, int(defect), FOLDS.get(fold[block], "train"), f"block {block}")
+        for block, name, defect in sure
+    )
+    return Catalog(samples, names, root)

@@ -4,7 +4,7 @@ The sum over a class's samples of their best cosine to any prototype is a submod
 a patch adds less the more prototypes there are. So taking, again and again, the patch that adds most comes within a
 factor 1 - 1/e of the best set (Nemhauser, Wolsey and Fisher, 1978). Every patch of the worst covered samples is a
 candidate, and its cosines to all of these samples are computed once; after each choice the coverage of a sample is the
-larger of what it was and its cosine to the chosen patch, which is all that the next choice depends on.
+larger of what it was and its cosine to the chosen patch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather_objects
 from protopush.errors import InputError, listing
+from protopush.push.embedding import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
 from protopush.push.options import Allow
 from protopush.push.protocol import Pushable, Slots
-from protopush.push.reader import DatasetReader, Reader
-from protopush.push.resize.coverage import Embedded, OwnSimilarity, in_order, own_similarity, quantile_of, read_embedded
+from protopush.push.reader import DatasetReader, Reader, describe_all
 from protopush.push.top_candidates import TIE
 
 CLASSES_AT_ONCE = 16  # whose patches are in memory
@@ -29,7 +29,7 @@ BLOCK = 2**22  # cosines computed at a time
 
 
 class Wish(NamedTuple):
-    """What growth is asked for; see :func:`protopush.push.resize.grow.grow_prototypes`."""
+    """What growth is asked for; see :func:`protopush.grow_prototypes`."""
 
     per_class: int
     quantile: float
@@ -39,7 +39,7 @@ class Wish(NamedTuple):
     allow: Allow | None
 
     def badly_covered(self, coverage: Tensor) -> bool:
-        """Whether a class is badly covered, from the coverage of its samples (n,)."""
+        """From the coverage of a class's samples (n,)."""
         level = quantile_of(coverage, self.quantile)
         return level is not None and level < self.min_coverage - TIE
 
@@ -49,11 +49,10 @@ class Gain(NamedTuple):
 
     Attributes:
         class_index, slot: where to.
-        sample, cell, grid: the patch.
+        sample, cell, grid, origin: the patch.
         gain: what it adds to the sum of the coverage of ``ids``.
         unit: (D,), its embedding.
         ids, reach: (n,), the worst covered samples, ascending, and their best cosines to it.
-        origin: of its sample.
     """
 
     class_index: int
@@ -76,10 +75,6 @@ class _Sample(NamedTuple):
     allowed: Tensor
     label: int
     grid: tuple[int, int]
-
-
-# A chosen patch: the row and the cell of its sample; gain and reach as in Gain.
-_Choice = tuple[int, int, float, Tensor]
 
 
 def find_gains(
@@ -114,48 +109,36 @@ def _gains_of(
     """The gains of some classes."""
     samples, read_here = _read_again(net, source, before, torch.cat(list(worst.values())), wish)
     device, coverage = net.head.proto_manager.prototypes.device, before.coverage()
-    choices: dict[int, list[_Choice]] = {}
+    gains: list[Gain] = []
     for c, rows in worst.items():
-        own = (before.labels == c).nonzero().flatten()
-        patches = [samples[i] for i in before.ids[rows].tolist()]
-        limit = min(wish.per_class, int(free[c].sum()))
-        choices[c] = _best_patches(patches, coverage[own], torch.isin(own, rows), limit, wish, device)
-    choices = all_gather_objects(choices)[0]  # other hardware may round otherwise: all take those of one rank
-    new = [
-        (c, slot, int(before.ids[worst[c][choice[0]]]), choice)
-        for c, of_class in choices.items()
-        for slot, choice in zip(free[c].nonzero().flatten().tolist(), of_class, strict=False)
-    ]
-    described = all_gather_objects({i: source.describe(i) for _, _, i, _ in new if i in read_here})
-    origins = {i: origin for of_rank in reversed(described) for i, origin in of_rank.items()}
-    return [
-        Gain(c, slot, i, cell, samples[i].grid, gain, samples[i].unit[cell], before.ids[worst[c]], reach, origins[i])
-        for c, slot, i, (_, cell, gain, reach) in new
-    ]
+        own, ids = (before.labels == c).nonzero().flatten(), before.ids[rows]
+        patches = [samples[i] for i in ids.tolist()]
+        slots = free[c].nonzero().flatten().tolist()[: wish.per_class]
+        best = _best_patches(patches, coverage[own], torch.isin(own, rows), len(slots), wish, device)
+        for slot, (row, cell, gain, reach) in zip(slots, best, strict=False):
+            one, i = patches[row], int(ids[row])
+            gains.append(Gain(c, slot, i, cell, one.grid, gain, one.unit[cell].clone(), ids, reach, Provenance(i)))
+    gains = all_gather_objects(gains)[0]  # other hardware may round otherwise: all take those of one rank
+    origins = describe_all(source, read_here & {one.sample for one in gains})
+    return [one._replace(origin=origins[one.sample]) for one in gains]
 
 
 def _read_again(
     net: Pushable, source: Reader, before: OwnSimilarity, rows: Tensor, wish: Wish
 ) -> tuple[dict[int, _Sample], set[int]]:
-    """The patches of some samples, on every rank, and the samples that this rank has read.
-
-    Raises:
-        InputError: the loader gives other samples than before.
-    """
+    """The patches of some samples, on every rank, and the samples that this rank has read."""
     label_of = dict(zip(before.ids[rows].tolist(), before.labels[rows].tolist(), strict=True))
     here: dict[int, _Sample] = {}
-
-    def keep(batch: Embedded) -> None:
-        allowed = batch.valid
-        if wish.allow is not None:
-            allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
-        for row, number in enumerate(batch.ids.tolist()):
-            if number in label_of:
-                # Copies: a view would keep its whole batch in memory.
-                unit, valid, may = (part[row].to("cpu", copy=True) for part in (batch.unit, batch.valid, allowed))
-                here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
-
-    read_embedded(net, source, source.subset(sorted(label_of)).batches(), wish.use_local, keep)
+    with embedded(net, source.subset(sorted(label_of)), wish.use_local) as batches:
+        for batch in batches:
+            allowed = batch.valid
+            if wish.allow is not None:
+                allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
+            tensors = batch.unit(), batch.valid, allowed
+            for row, number in enumerate(batch.ids.tolist()):
+                if number in label_of:  # copies: a view would keep its whole batch in memory
+                    unit, valid, may = (part[row].to("cpu", copy=True) for part in tensors)
+                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
     of_all = {number: sample for of_rank in reversed(all_gather_objects(here)) for number, sample in of_rank.items()}
     other = [i for i, label in sorted(label_of.items()) if i not in of_all or of_all[i].label != label]
     if other:
@@ -168,26 +151,22 @@ def _read_again(
 
 def _best_patches(
     samples: list[_Sample], coverage: Tensor, worst: Tensor, limit: int, wish: Wish, device: torch.device
-) -> list[_Choice]:
-    """The patches of one class that help most, each after the ones before it.
+) -> list[tuple[int, int, float, Tensor]]:
+    """The patches of one class that help most, each after the ones before it: (row, cell, gain, reach).
 
     Args:
         samples: the worst covered ones, n of them, by ascending id.
         coverage: (m,) of all samples of the class, by ascending id.
         worst: bool (m,), where the n are among them.
         limit: the most to find.
-        wish: as asked.
-        device: where to compute.
     """
-    tensors = list(zip(*samples, strict=True))[:3]
-    unit, valid, allowed = (
-        pad_sequence(list(part), batch_first=True) for part in tensors
-    )  # cells may differ in number
-    candidates = (allowed & valid).nonzero()  # (P, 2): sample and cell, in the order that settles ties
+    tensors = list(zip(*samples, strict=True))[:3]  # cells may differ in number
+    unit, valid, allowed = (pad_sequence(list(part), batch_first=True) for part in tensors)
+    candidates = allowed.nonzero()  # (P, 2): sample and cell, in the order that settles ties
     reach = _reach(unit.to(device), valid.to(device), candidates.to(device))
     coverage = coverage.clone()
     tie = TIE * len(samples)
-    found: list[_Choice] = []
+    found: list[tuple[int, int, float, Tensor]] = []
     while len(candidates) and len(found) < limit and wish.badly_covered(coverage):
         gains = (reach - coverage[worst]).clamp(min=0).sum(dim=1, dtype=torch.float64)
         first = int((gains >= gains.max() - tie).to(torch.uint8).argmax())
