@@ -40,8 +40,6 @@ if __name__ == "__main__":
     anchors = [anchor for anchor in about["anchors"] if anchor["class_index"] == c]
     for anchor in sorted(anchors, key=lambda anchor: -contributions[anchor["prototype"]])[:3]:
         k = anchor["prototype"]
-        row, column = divmod(int(cells[0, c, k]), about["grid"][1])
-        print(
-            f"  {contributions[k]:+.2f}: row {row}, column {column} looks ({similarities[0, c, k]:.2f}) like", end=" "
-        )
+        box = about["regions"]["boxes"][int(cells[0, c, k])]  # in pixels of the model's input
+        print(f"  {contributions[k]:+.2f}: {box} is similar ({similarities[0, c, k]:.2f}) to", end=" ")
         print(f"prototype {k}, {anchor['file']} at {anchor['box']}")

@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing, nn
 
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
-from protopush.backbones.regions import Regions
+from protopush.data.regions import Regions
 from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 from protopush.data.transforms import View
 from protopush.nn.prototypes import PrototypeManager

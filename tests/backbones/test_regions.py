@@ -13,8 +13,8 @@ from protopush._compat import ensure_torchvision
 from protopush.backbones import windows as windows_module
 from protopush.backbones.create import Backbone, create_backbone
 from protopush.backbones.receptive_field import receptive_fields
-from protopush.backbones.regions import Regions
 from protopush.backbones.windows import Windows
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 
 ensure_torchvision()

@@ -14,6 +14,7 @@ from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import Sample
+from protopush.data.regions import Regions
 from protopush.data.transforms import EvalTransform, Preprocessing, View
 from protopush.errors import InputError
 from protopush.explain import explain_batch, explain_image
@@ -155,7 +156,7 @@ class Elsewhere(nn.Module):
         red = images[:, 0, :16, :16].mean(dim=(1, 2)).view(-1, 1, 1).expand(-1, 4, 1)
         order = torch.tensor([0.0, 0.0, 0.0, 1e-3]).view(1, 4, 1)  # the peak is in the lower right
         patches = torch.cat([red + order, torch.full_like(red, 0.2)], dim=-1)
-        return Features(patches.mean(1, keepdim=True), patches, (2, 2))
+        return Features(patches.mean(1, keepdim=True), patches, Regions.grid((2, 2), tuple(images.shape[2:])))
 
 
 def elsewhere_model():
@@ -199,7 +200,9 @@ def test_no_block_of_a_region_can_be_spared(seed):
         def forward(self, images):
             maps = backbone(images)
             patches = maps.flatten(2).transpose(1, 2)
-            return Features(patches.mean(1, keepdim=True), patches, maps.shape[2:])
+            return Features(
+                patches.mean(1, keepdim=True), patches, Regions.grid(tuple(maps.shape[2:]), tuple(images.shape[2:]))
+            )
 
     model = ProtoModel(Net(), HeadOptimal(6, 2, 2, embed_dim=4)).eval()
     pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
+from protopush.data.regions import Regions
 from protopush.data.transforms import EvalTransform, Preprocessing, View
 from protopush.errors import InputError
 from protopush.explain import explain_image
@@ -33,7 +34,7 @@ class Brightness(nn.Module):
     def forward(self, images):
         mean = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), GRID).flatten(2).transpose(1, 2)
         patches = torch.cat([mean, 1 - mean], dim=-1)
-        return Features(patches.mean(1, keepdim=True), patches, GRID)
+        return Features(patches.mean(1, keepdim=True), patches, Regions.grid(GRID, tuple(images.shape[2:])))
 
 
 def brightness_model(match="local"):

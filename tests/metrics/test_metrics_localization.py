@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from protopush.backbones.regions import Regions
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 from protopush.metrics.localization import (
     activation_share,

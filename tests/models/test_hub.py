@@ -125,7 +125,7 @@ def test_after_another_push_pictures_and_numbers_are_not_those_of_before(home, m
     allowed = torch.tensor([name not in forbidden for name in names])
     model.push_prototypes(
         torch.utils.data.DataLoader(dataset, batch_size=8), "cpu", momentum=0.0,
-        allow=lambda ids, grid: allowed[torch.as_tensor(ids)].unsqueeze(1).expand(-1, grid[0] * grid[1]),
+        allow=lambda ids, regions: allowed[torch.as_tensor(ids)].unsqueeze(1).expand(-1, len(regions)),
     )  # fmt: skip
     before = {path.name: path.read_bytes() for path in (shared / "prototypes").iterdir()}
     model.save_pretrained(shared)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from protopush import InputError
 from protopush.backbones.create import Features
+from protopush.data.regions import Regions
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import (
@@ -27,7 +28,7 @@ from protopush.nn.prototypes import Anchor, PrototypeManager
 
 def features(batch: int = 3, cells: int = 49, channels: int = 16) -> Features:
     patches = torch.randn(batch, cells, channels)
-    return Features(patches.mean(1, keepdim=True), patches, (7, cells // 7))
+    return Features(patches.mean(1, keepdim=True), patches, Regions.grid((7, cells // 7), (224, 224)))
 
 
 def slow_logits(head: HeadOptimal, patches: np.ndarray) -> np.ndarray:

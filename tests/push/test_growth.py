@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from helpers import ToyNet, start_ranks
 from protopush import HeadOptimal, InputError, push_prototypes
 from protopush.backbones.create import Features
+from protopush.data.regions import Regions
 from protopush.nn.prototypes import Anchor, PrototypeManager
 from protopush.push import grow_prototypes, prune_prototypes, refresh_anchors
 from protopush.push.guard import Validation
@@ -266,7 +267,7 @@ class Net(nn.Module):
         return patches.mean(1, keepdim=True), patches
 
     def forward(self, patches):
-        return self.head(Features(*self.extract_features(patches), (2, 2)))
+        return self.head(Features(*self.extract_features(patches), Regions.grid((2, 2), (2, 2))))
 
 
 def head_model(counts, slots, patches=None, labels=None, **options):
@@ -303,7 +304,7 @@ def test_head_after_growth_and_pruning_is_still_a_sum_of_contributions(use_local
     refilled = grow_prototypes(model, loader, "cpu", min_coverage=1.0, use_local=use_local).added
     assert {(new.class_index, new.prototype) for new in refilled} == free  # freed slots are filled again
     if not use_local:
-        assert {new.anchor.grid for new in refilled} == {(1, 1)}
+        assert {new.anchor.pooled for new in refilled} == {True}
 
 
 def test_moments_of_new_prototypes_are_reset():
@@ -371,7 +372,8 @@ def test_reports_as_data_and_as_tables():
     model, loader = head_model([1, 4, 2], 4)
     loader.dataset.tensors[1][loader.dataset.tensors[1] == 2] = 0  # no cat
     grown = grow_prototypes(model, loader, "cpu", min_coverage=1.0)
-    assert json.loads(json.dumps(grown.to_dict(), allow_nan=False))["added"][0]["anchor"]["grid"] == [2, 2]
+    first = json.loads(json.dumps(grown.to_dict(), allow_nan=False))["added"][0]["anchor"]
+    assert first["region"] == list(Regions.grid((2, 2), (2, 2)).boxes[first["cell"]])
     lines = str(grown).splitlines()
     assert lines[0].startswith("growth, coverage at quantile 0.1 below 1: 1 prototypes added in")
     assert lines[2].startswith("ant                       20     1 -> 2/4")
@@ -393,8 +395,8 @@ def test_no_slot_at_all_is_told():
 
 def test_allow_decides_which_patches_may_become_prototypes():
     model, loader = head_model([1, 1, 1], 3)
-    second = lambda ids, grid: torch.arange(grid[0] * grid[1]).expand(len(ids), -1) == 1  # noqa: E731
-    none = lambda ids, grid: torch.zeros(len(ids), grid[0] * grid[1], dtype=torch.bool)  # noqa: E731
+    second = lambda ids, regions: torch.arange(len(regions)).expand(len(ids), -1) == 1  # noqa: E731
+    none = lambda ids, regions: torch.zeros(len(ids), len(regions), dtype=torch.bool)  # noqa: E731
     refused = grow_prototypes(model, loader, "cpu", min_coverage=1.0, allow=none)
     assert refused.added == []
     assert {c.note for c in refused.classes} == {"badly covered, no patch helps"}
@@ -412,7 +414,7 @@ def test_streams_grow_too_and_batches_may_differ_in_their_cells():
         model, _ = head_model([1, 1], 3)
         report = grow_prototypes(model, loader, "cpu", per_class=2, min_coverage=1.0)
         results.append([(a.class_index, a.prototype, a.anchor.sample_id, a.anchor.cell) for a in report.added])
-        assert {a.anchor.grid for a in report.added} <= {(3, 3), (2, 2)}
+        assert {a.anchor.region[3] - a.anchor.region[1] for a in report.added} <= {1.0}
         assert len(prune_prototypes(model, loader, "cpu", max_cosine=0.0).removed) > 0
     assert len(results[0]) == 4
     assert results[0] == results[1]

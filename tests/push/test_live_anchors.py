@@ -15,6 +15,7 @@ from helpers import make_images
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.cli import main
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 from protopush.nn.losses import PrototypeLoss
 from protopush.runs.run import open_run
@@ -29,7 +30,9 @@ class Cells(nn.Module):
 
     def forward(self, images):
         patches = self.layer(images.flatten(2).transpose(1, 2))
-        return Features(patches.mean(1, keepdim=True), patches, tuple(images.shape[-2:]))
+        return Features(
+            patches.mean(1, keepdim=True), patches, Regions.grid(tuple(images.shape[-2:]), tuple(images.shape[-2:]))
+        )
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def embedded_anchors(model, data) -> torch.Tensor:
     with torch.no_grad():
         for anchor in model.head.proto_manager.anchors:
             x_fu, x_fu1 = model.extract_features(data[anchor.sample_id][0].unsqueeze(0))
-            feature = x_fu[0, 0] if anchor.grid == (1, 1) else x_fu1[0, anchor.cell]
+            feature = x_fu[0, 0] if anchor.pooled else x_fu1[0, anchor.cell]
             found.append(F.normalize(model.head.proj(feature), dim=-1))
     return torch.stack(found)
 

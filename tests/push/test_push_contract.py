@@ -27,6 +27,7 @@ from torch.utils.data import (
 import protopush
 from protopush import InputError, push_prototypes
 from protopush.data.dataset import Provenance
+from protopush.data.regions import Regions
 from protopush.nn.head import HeadOptimal
 
 
@@ -86,7 +87,8 @@ def test_report_as_data_and_as_table(model, data):
     first = values["prototypes"][0]
     assert {"distance_before", "distance_after", "anchor", "duplicate_avoided"} <= first.keys()
     assert first["distance_after"] < first["distance_before"]
-    assert first["anchor"]["grid"] == [7, 7]
+    row, column = divmod(first["anchor"]["cell"], 7)  # a patch is a pixel of its image here
+    assert first["anchor"]["region"] == [column, row, column + 1, row + 1]
     assert report.min_dist == min(r.distance_before for r in report.prototypes)
     assert len(str(report).splitlines()) == 2 + 20
 
@@ -369,5 +371,5 @@ def test_half_precision_prototypes_and_images_of_other_shapes(toy, data):
     model.head.proto_manager.prototypes.data = model.head.proto_manager.prototypes.data.bfloat16()
     wide = TensorDataset(torch.randn(8, 6, 3, 12), torch.arange(8) % 4)
     report = model.push_prototypes(DataLoader(wide, 3), "cpu", momentum=0.0)
-    assert {r.anchor.grid for r in report.prototypes} == {(3, 12)}
+    assert {r.anchor.region for r in report.prototypes} <= set(Regions.grid((3, 12), (3, 12)).boxes)
     assert model.head.proto_manager.prototypes.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 from helpers import ToyNet, python, start_ranks
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 
 COUNT = 31  # divides by nothing
@@ -55,7 +56,7 @@ class Cells(nn.Module):
 
     def forward(self, images):
         patches = self.layer(images.flatten(2).transpose(1, 2))
-        return Features(patches.mean(1, keepdim=True), patches, (5, 5))
+        return Features(patches.mean(1, keepdim=True), patches, Regions.grid((5, 5), (5, 5)))
 
 
 def told(report) -> list[tuple[object, ...]]:

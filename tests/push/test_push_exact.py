@@ -196,7 +196,7 @@ def test_global_push_equals_brute_force_on_the_pooled_feature(toy):
     pooled = torch.from_numpy(patches).mean(1, keepdim=True).numpy()
     expected = {key: best[0][1] for key, best in brute_force(pooled, labels, prototypes).items() if best}
     assert {(r.class_index, r.prototype): r.anchor.sample_id for r in report.prototypes} == expected
-    assert {r.anchor.grid for r in report.prototypes} == {(1, 1)}
+    assert {r.anchor.pooled for r in report.prototypes} == {True}
 
 
 def test_min_dist_falls_from_push_to_push(toy):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from protopush import HeadOptimal, ProtoModel
 from protopush.backbones.create import Features
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.push.guard import guarded
@@ -22,7 +23,9 @@ class Cells(nn.Module):
 
     def forward(self, images):
         patches = images.flatten(2).transpose(1, 2)
-        return Features(patches.mean(1, keepdim=True), patches, tuple(images.shape[-2:]))
+        return Features(
+            patches.mean(1, keepdim=True), patches, Regions.grid(tuple(images.shape[-2:]), tuple(images.shape[-2:]))
+        )
 
 
 def striped(count: int, seed: int) -> TensorDataset:

@@ -56,7 +56,7 @@ def run_loop(model, key="image", width=None, **options):
 
 @pytest.mark.parametrize("options", [
     {}, {"key": "patch"}, {"key": "group"}, {"max_patches_per_class": 100}, {"width": 6}, {"use_local": False},
-    {"allow": lambda ids, grid: torch.ones(len(ids), grid[0] * grid[1], dtype=torch.bool)},
+    {"allow": lambda ids, regions: torch.ones(len(ids), len(regions), dtype=torch.bool)},
 ], ids=lambda options: "-".join(options) or "plain")  # fmt: skip
 def test_nothing_in_the_batch_loop_waits(model, options):
     assert run_loop(model, **options).ranked.similarity.shape == (3, 4, 4)

@@ -183,8 +183,8 @@ def test_unknown_word(toy):
 def test_allow_bounds_what_may_be_chosen(toy):
     patches, labels, groups, prototypes = random_case(2)
 
-    def allow(ids, grid):
-        assert grid[0] * grid[1] == patches.shape[1]
+    def allow(ids, regions):
+        assert len(regions) == patches.shape[1]
         return (ids % 2 == 0).unsqueeze(1) & (torch.arange(patches.shape[1]) > 0)
 
     report, _ = push(toy, patches, labels, groups, prototypes, allow=allow)

@@ -112,7 +112,8 @@ def test_the_file_says_what_the_run_says(home):
     assert told["class_names"] == CLASSES
     assert told["format"] == 1
     assert told["weights_sha256"] == sha256_of(home / "run" / "model.safetensors")
-    assert told["grid"] == list(run.model.backbone.grid) == [2, 3]
+    assert told["regions"]["boxes"] == [list(box) for box in run.model.backbone.regions.boxes]
+    assert len(told["regions"]["boxes"]) == 6
     recorded = json.loads((home / "run" / "prototypes.json").read_text())["prototypes"]
     assert len(told["anchors"]) == len(recorded) == 6
     for entry, record in zip(told["anchors"], recorded, strict=True):
@@ -154,7 +155,7 @@ def test_backbones(tmp_path, case):
     for batch in (1, 4):
         assert_same(done.file, run.model, torch.randn(batch, 3, *backbone.preprocessing.size))
     told = about(done.file)
-    assert told["grid"] == ([1, 1] if "global" in case else list(backbone.grid))
+    assert len(told["regions"]["boxes"]) == (1 if "global" in case else len(backbone.regions))
     assert {entry["file"] for entry in told["anchors"]} == {None}  # never pushed
     assert len(told["anchors"]) == 6
 
@@ -323,6 +324,6 @@ def test_the_example_needs_neither_torch_nor_protopush(home, tmp_path):
     matches = wanted.classes[0].matches[:3]
     assert len(rest) == len(matches)
     for line, match in zip(rest, matches, strict=True):
-        row, column = divmod(match.cell, match.grid[1])
-        assert f"{match.contribution:+.2f}: row {row}, column {column} looks ({match.similarity:.2f}) like" in line
+        box = list(run.model.backbone.regions.boxes[match.cell])
+        assert f"{match.contribution:+.2f}: {box} is similar ({match.similarity:.2f}) to" in line
         assert line.endswith(f"prototype {match.prototype}, {match.anchor.file} at {list(match.anchor.box)}")

@@ -85,8 +85,8 @@ def test_a_forbidden_prototype_gets_the_next_best_patch(run, capsys):
         "id": 1, "who": "dr. who", "kind": "prototype", "class": "cat", "prototype": 1, "reason": "a ruler"
     }  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", made["time"])
-    assert {k: made[k] for k in ("file", "cell", "grid", "box")} == {
-        k: old["cat", 1][k] for k in ("file", "cell", "grid", "box")
+    assert {k: made[k] for k in ("file", "cell", "region", "box")} == {
+        k: old["cat", 1][k] for k in ("file", "cell", "region", "box")
     }
     (one,) = made["replaced"]
     assert (one["class"], one["prototype"], one["old"], one["new"]) == ("cat", 1, old["cat", 1], new["cat", 1])

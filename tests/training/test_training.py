@@ -149,7 +149,7 @@ def test_a_model_that_matches_the_pooled_feature_is_pushed_onto_pooled_features(
     config.model.match = "global"
     run = train(config, tmp_path / "run")
     manager = run.head.proto_manager
-    assert {anchor.grid for anchor in manager.anchors} == {(1, 1)}
+    assert {anchor.pooled for anchor in manager.anchors} == {True}
     assert {anchor.box for anchor in manager.anchors} == {(4, 0, 36, 32)}  # all that the centre crop of 40x32 shows
     reopened = open_run(tmp_path / "run")
     assert reopened.head.match == "global"
@@ -214,7 +214,7 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
     first, passes = cached()
     assert passes == 2
     assert first.array.dtype == np.float16
-    assert first.grid == (5, 5)
+    assert first.regions == backbone.regions
     with torch.no_grad():
         image = ImageDataset(samples, first.eval_transform)[5][0].unsqueeze(0)
         np.testing.assert_allclose(first[5][0].float(), backbone(image).patches[0], rtol=2e-3, atol=2e-3)

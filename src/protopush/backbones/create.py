@@ -22,10 +22,10 @@ from protopush.backbones.fusion import fused_model
 from protopush.backbones.hugging_face import hugging_face_model
 from protopush.backbones.layouts import LAYOUTS, dry_run, features_of, layout_of, stop_unused
 from protopush.backbones.receptive_field import receptive_fields
-from protopush.backbones.regions import Region, Regions
 from protopush.backbones.timm_models import BuiltModel, preprocessing_of, timm_model
 from protopush.backbones.weights import load_weights
 from protopush.backbones.windows import WindowedModel, Windows
+from protopush.data.regions import Region, Regions
 from protopush.data.transforms import Preprocessing
 from protopush.errors import InputError, first_line, listing
 
@@ -101,6 +101,7 @@ class Backbone(nn.Module):
         output = dry_run(model, preprocessing.size, name, with_graph=only_used)
         self.layout, self.tokens = layout_of(model, output, preprocessing.size, name, layout, prefix_tokens)
         self._sees: tuple[Region, ...] | None = None
+        self._other_sizes: dict[tuple[int, int], Regions] = {}
         patches, self.regions = self._read(output, preprocessing.size)
         if sees is not None:
             self._set_sees([(x0, y0, x1, y1) for x0, y0, x1, y1 in sees])
@@ -121,6 +122,15 @@ class Backbone(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)  # convolutions: about a third faster on CPUs
         patches, regions = self._read(self._extract(images), (images.shape[2], images.shape[3]))
         return Features(patches.mean(dim=1, keepdim=True), patches, regions)
+
+    def regions_of(self, size: tuple[int, int]) -> Regions:
+        """The regions of images of ``size`` (height, width)."""
+        size = (int(size[0]), int(size[1]))
+        if size == self.preprocessing.size:
+            return self.regions
+        if size not in self._other_sizes:
+            self._other_sizes[size] = self._read(dry_run(self.model, size, self.name, with_graph=False), size)[1]
+        return self._other_sizes[size]
 
     @property
     def is_local(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from protopush.backbones.regions import Region
+from protopush.data.regions import Region
 from protopush.preserve_state import preserve_state
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from protopush.backbones.regions import Region, Regions
+from protopush.data.regions import Region, Regions
 from protopush.errors import InputError
 
 FULL = "full"

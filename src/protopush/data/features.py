@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic, default_cache_dir, write_json
+from protopush.data.regions import Regions
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
 
-FORMAT = 1
+FORMAT = 2
 MANY_BAD = 20  # samples with NaN after which the search for more ends
 
 
@@ -44,10 +45,10 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
 class CachedFeatures(ImageDataset):
     """The same samples as their images, but items are (patches float16 (L, C), label, index)."""
 
-    def __init__(self, images: ImageDataset, file: Path, grid: tuple[int, int]) -> None:
+    def __init__(self, images: ImageDataset, file: Path, regions: Regions) -> None:
         super().__init__(images.samples, images.eval_transform)
         self.file = file
-        self.grid = grid
+        self.regions = regions
         self.array = np.load(file, mmap_mode="r")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
@@ -67,7 +68,7 @@ def cache_features(
     """The features of all images, from disk where they were computed before from these weights, transform and files.
 
     Args:
-        backbone: returns an object with ``patches`` (B, L, C) and ``grid``.
+        backbone: returns an object with ``patches`` (B, L, C) and ``regions``.
         images: read through its deterministic view.
         hashes: SHA-256 of each image file, from :func:`protopush.data.images.check_images`.
         folder: where the files are kept; by default :func:`default_cache_dir`.
@@ -84,10 +85,9 @@ def cache_features(
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
         loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
-        grid = _compute(backbone, view, loader, array, device, advance)
-        write_json(meta, {"grid": list(grid), "images": len(view)})
-    rows, columns = json.loads(meta.read_text())["grid"]
-    return CachedFeatures(view, array, (rows, columns))
+        regions = _compute(backbone, view, loader, array, device, advance)
+        write_json(meta, {"regions": regions, "images": len(view)})
+    return CachedFeatures(view, array, Regions.from_dict(json.loads(meta.read_text())["regions"]))
 
 
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
@@ -110,8 +110,8 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
 def _compute(
     backbone: nn.Module, view: ImageDataset, loader: DataLoader[Any], file: Path, device: torch.device,
     advance: Callable[[int], None],
-) -> tuple[int, int]:  # fmt: skip
-    grid, done, bad = (0, 0), 0, list[str]()
+) -> dict[str, Any]:  # fmt: skip
+    regions, done, bad = dict[str, Any](), 0, list[str]()
     with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
         for images, _, ids in loader:
@@ -121,7 +121,7 @@ def _compute(
             if len(bad) >= MANY_BAD:
                 break
             if array is None:
-                grid, shape = features.grid, (len(view), *patches.shape[1:])
+                regions, shape = features.regions.to_dict(), (len(view), *patches.shape[1:])
                 needed, free = math.prod(shape) * 2, shutil.disk_usage(temporary.parent).free
                 if needed > free:
                     raise InputError(
@@ -140,4 +140,4 @@ def _compute(
             )
         if array is not None:
             array.flush()
-    return grid
+    return regions

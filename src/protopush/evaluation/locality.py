@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from protopush.backbones.create import Features
 from protopush.preserve_state import preserve_state
@@ -111,13 +112,12 @@ def _similarities(
     """The patches, their similarities (B,) to the prototypes of their places, float64, and the boxes of all patches."""
     features: Features = model.backbone(images)
     embeddings, prototypes = model.head.embed_features(features).double(), model.head.prototypes().double()
-    every = torch.stack(
-        [embeddings[i] @ torch.nn.functional.normalize(prototypes[place.prototype], dim=0) for i, place in enumerate(places)]
-    )
+    wanted = torch.stack([prototypes[place.prototype] for place in places])
+    every = (embeddings @ F.normalize(wanted, dim=1).unsqueeze(2)).squeeze(2)  # (B, L)
     if cells is None:
         cells = [int(every[i].argmax()) if place.cell is None else place.cell for i, place in enumerate(places)]
-    regions = features.regions if model.head.match == "local" else type(features.regions).whole(features.regions.size)
-    return list(cells), every[torch.arange(len(places)), torch.tensor(cells)].cpu(), regions.boxes
+    found = every[torch.arange(len(places)), torch.tensor(cells)].cpu()
+    return list(cells), found, model.head.compared(features.regions).boxes
 
 
 def _outside(box: tuple[float, float, float, float], size: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from protopush.backbones.regions import Regions
+from protopush.data.regions import Regions
 from protopush.data.transforms import Box, EvalTransform, View, to_tensor
 from protopush.errors import InputError
 from protopush.explain.explanation import Match

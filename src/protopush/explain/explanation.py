@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from protopush.backbones.create import Features
-from protopush.backbones.regions import Regions
 from protopush.data.images import read_image
 from protopush.data.transforms import Box, EvalTransform, View
 from protopush.errors import InputError, listing
@@ -245,7 +244,7 @@ def explain_batch(
         features: Features = model.backbone(images)
         output: HeadOutput = head(features)
         weights = head.weights().tolist()
-    regions = features.regions if head.match == "local" else Regions.whole(features.regions.size)
+    regions = head.compared(features.regions)
     logits, biases = output.logits.double().cpu(), head.bias.tolist()
     # (B, C, K) each, brought over from the device at once
     maps = regions.map(output.maps)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from protopush.backbones.create import Features
-from protopush.backbones.regions import Regions
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.images import image_size
+from protopush.data.regions import Regions
 from protopush.data.transforms import Box
 from protopush.nn.head import HeadOutput
 from protopush.preserve_state import iterate_outputs
@@ -89,13 +89,13 @@ def find_neighbours(
     anchored = [place.get(str(anchor.sample_id), -1) if anchor is not None else -1 for anchor in manager.anchors]
     anchor_of, class_of = torch.tensor(anchored).view(shape), torch.arange(shape[0]).unsqueeze(1)
     best = _Best(shape, own), _Best(shape, others)
-    regions: Regions | None = None
+    regions = Regions.whole((1, 1))
     loader: DataLoader[Any] = DataLoader(view, batch_size=inference_batch_size(device), num_workers=num_workers)
     features: Features
     with iterate_outputs(model, loader, device, advance, call=model.backbone) as outputs:
         for features, labels, ids in outputs:
             output: HeadOutput = head(features)
-            regions = features.regions if head.match == "local" else Regions.whole(features.regions.size)
+            regions = head.compared(features.regions)
             found, cells = output.similarities.float().cpu(), output.cells.cpu()
             of_class = labels.view(-1, 1, 1) == class_of
             best[0].add(found.masked_fill(~of_class | (ids.view(-1, 1, 1) == anchor_of), -torch.inf), cells, ids)
@@ -103,7 +103,7 @@ def find_neighbours(
     used = manager.mask().tolist()
     return [
         [
-            Neighbours(*(some.neighbours(view, c, k, regions) for some in best)) if used[c][k] and regions is not None else None
+            Neighbours(*(some.neighbours(view, c, k, regions) for some in best)) if used[c][k] else None
             for k in range(shape[1])
         ]
         for c in range(shape[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from protopush.backbones import Backbone, Features, create_backbone
+from protopush.data.regions import Regions
 from protopush.models.pretrained import PretrainedMixin
 from protopush.nn.head import HeadOptimal, HeadOutput
 from protopush.push import PushMixin
@@ -61,3 +63,8 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         """``x_fu`` (B, 1, C) and ``x_fu1`` (B, L, C): what the push reads."""
         features: Features = self.backbone(images)
         return features.pooled, features.patches
+
+    def regions_of(self, images: Tensor) -> Regions | None:
+        """Where the patches of such images lie, for the push's records; None where the backbone does not say."""
+        known: Callable[[tuple[int, int]], Regions] | None = getattr(self.backbone, "regions_of", None)
+        return known((images.shape[-2], images.shape[-1])) if known else None

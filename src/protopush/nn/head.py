@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from protopush.data.regions import Regions
 from protopush.errors import InputError
 from protopush.nn.prototypes import PrototypeManager
 
@@ -72,9 +73,10 @@ class HeadOptimal(nn.Module):
 
     Example:
         >>> from protopush.backbones import Features
+        >>> from protopush.data.regions import Regions
         >>> head = HeadOptimal(in_dim=16, num_classes=3, num_prototypes=2, embed_dim=8).eval()
         >>> patches = torch.randn(4, 49, 16)
-        >>> out = head(Features(patches.mean(1, keepdim=True), patches, (7, 7)))
+        >>> out = head(Features(patches.mean(1, keepdim=True), patches, Regions.grid((7, 7), (224, 224))))
         >>> out.logits.shape, out.contributions.shape
         (torch.Size([4, 3]), torch.Size([4, 3, 2]))
     """
@@ -132,6 +134,10 @@ class HeadOptimal(nn.Module):
         if manager.anchor_ids is not None:
             live = (manager.anchor_ids >= 0).unsqueeze(1)
             manager.prototypes.copy_(torch.where(live, self.prototypes().flatten(0, 1), manager.prototypes))
+
+    def compared(self, regions: Regions) -> Regions:
+        """Where that lies which prototypes are compared with: the patches, or the image as one."""
+        return regions if self.match == "local" else Regions.whole(regions.size)
 
     def weights(self) -> Tensor:
         """What a similarity of 1 contributes, (num_classes, K): temperature, connection and mean; 0 in unused slots."""

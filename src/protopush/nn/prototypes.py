@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protopush.data.dataset import Provenance
+from protopush.data.regions import Region, Regions
 from protopush.errors import InputError
-
-if TYPE_CHECKING:
-    from protopush.backbones.regions import Region, Regions
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def verify_anchors(
         if anchor is None:
             checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
             continue
-        key = (str(anchor.file), anchor.grid != (1, 1))
+        key = (str(anchor.file), anchor.pooled)
         if key not in embedded:
             embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
         patches, fault = embedded[key]
@@ -207,5 +207,5 @@ def _embed(
         return None, "file_unreadable"
     with preserve_state(model):  # type: ignore[arg-type]
         pooled, patches = model.extract_features(transform(picture).unsqueeze(0).to(device))
-        projected = model.head.proj(pooled if anchor.grid == (1, 1) else patches)[0]
+        projected = model.head.proj(pooled if anchor.pooled else patches)[0]
     return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1), ""

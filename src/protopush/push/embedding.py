@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protopush.data.regions import Regions
 from protopush.distributed import all_gather_objects, raising_on_all_ranks
 from protopush.errors import InputError, listing
 from protopush.push.protocol import Pushable, Slots
@@ -31,7 +32,7 @@ class Embedded(NamedTuple):
         embeddings: float32 (B, L, D), of any norm.
         norm: float32 (B, L), their norms.
         valid: bool (B, L), embeddings that have a direction.
-        grid: (rows, columns) of the L patches.
+        regions: of the L patches.
     """
 
     labels: Tensor
@@ -40,7 +41,7 @@ class Embedded(NamedTuple):
     embeddings: Tensor
     norm: Tensor
     valid: Tensor
-    grid: tuple[int, int]
+    regions: Regions
 
     def unit(self) -> Tensor:
         """The embeddings with unit norm; 0 where one has no direction."""
@@ -69,8 +70,8 @@ def embedded(net: Pushable, reader: Reader, use_local: bool) -> Iterator[Iterato
             embeddings = net.head.proj(features).float()
             norm = torch.linalg.vector_norm(embeddings, dim=2)
             bad.update(norm, ids.to(device, non_blocking=True))
-            grid = grid_of(features.shape[1], images) if use_local else (1, 1)
-            yield Embedded(labels, ids, features, embeddings, norm, norm.isfinite() & (norm > 0), grid)
+            regions = regions_of(net, images, patches.shape[1], use_local)
+            yield Embedded(labels, ids, features, embeddings, norm, norm.isfinite() & (norm > 0), regions)
 
     with raising_on_all_ranks():
         yield batches()
@@ -117,11 +118,22 @@ def refuse_non_finite(bad: NonFinite, reader: Reader) -> None:
         )
 
 
-def grid_of(cells: int, images: Tensor) -> tuple[int, int]:
-    """(rows, columns) with rows * columns == cells, of the shape nearest to the images' (or to a square)."""
-    height, width = images.shape[-2:] if images.ndim == 4 else (1, 1)
-    shapes = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
-    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+def regions_of(net: Pushable, images: Tensor, count: int, use_local: bool = True) -> Regions:
+    """Where ``count`` patches of images lie: as the module says, else guessed to be the cells of a grid.
+
+    The guess is a grid of the shape nearest to the images' (or to a square), each cell of which sees the whole image.
+    """
+    own: Callable[[Tensor], Regions | None] | None = getattr(net, "regions_of", None)
+    regions = own(images) if own else None
+    if regions is None:
+        size = (images.shape[2], images.shape[3]) if images.ndim == 4 else None
+        height, width = size or (1, 1)
+        shapes = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+        grid = min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+        regions = Regions.grid(grid, size or grid)
+    if use_local and len(regions) != count:
+        raise InputError(f"{count} patches, but the model says where {len(regions)} lie; expected as many")
+    return regions if use_local else Regions.whole(regions.size)
 
 
 def log_shapes(pooled: Tensor, patches: Tensor, use_local: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from protopush.data.dataset import Provenance
+from protopush.data.regions import Regions
 from protopush.distributed import all_gather_objects
 from protopush.errors import InputError, listing
 from protopush.push.embedding import OwnSimilarity, embedded, in_order, own_similarity, quantile_of
@@ -49,7 +50,7 @@ class Gain(NamedTuple):
 
     Attributes:
         class_index, slot: where to.
-        sample, cell, grid, origin: the patch.
+        sample, cell, regions, origin: the patch.
         gain: what it adds to the sum of the coverage of ``ids``.
         unit: (D,), its embedding.
         ids, reach: (n,), the worst covered samples, ascending, and their best cosines to it.
@@ -59,7 +60,7 @@ class Gain(NamedTuple):
     slot: int
     sample: int
     cell: int
-    grid: tuple[int, int]
+    regions: Regions
     gain: float
     unit: Tensor
     ids: Tensor
@@ -74,7 +75,7 @@ class _Sample(NamedTuple):
     valid: Tensor
     allowed: Tensor
     label: int
-    grid: tuple[int, int]
+    regions: Regions
 
 
 def find_gains(
@@ -117,7 +118,7 @@ def _gains_of(
         best = _best_patches(patches, coverage[own], torch.isin(own, rows), len(slots), wish, device)
         for slot, (row, cell, gain, reach) in zip(slots, best, strict=False):
             one, i = patches[row], int(ids[row])
-            gains.append(Gain(c, slot, i, cell, one.grid, gain, one.unit[cell].clone(), ids, reach, Provenance(i)))
+            gains.append(Gain(c, slot, i, cell, one.regions, gain, one.unit[cell].clone(), ids, reach, Provenance(i)))
     gains = all_gather_objects(gains)[0]  # other hardware may round otherwise: all take those of one rank
     origins = describe_all(source, read_here & {one.sample for one in gains})
     return [one._replace(origin=origins[one.sample]) for one in gains]
@@ -133,12 +134,12 @@ def _read_again(
         for batch in batches:
             allowed = batch.valid
             if wish.allow is not None:
-                allowed = allowed & wish.allow(batch.ids, batch.grid).to(allowed.device)
+                allowed = allowed & wish.allow(batch.ids, batch.regions).to(allowed.device)
             tensors = batch.unit(), batch.valid, allowed
             for row, number in enumerate(batch.ids.tolist()):
                 if number in label_of:  # copies: a view would keep its whole batch in memory
                     unit, valid, may = (part[row].to("cpu", copy=True) for part in tensors)
-                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.grid)
+                    here[number] = _Sample(unit, valid, may, int(batch.labels[row]), batch.regions)
     of_all = {number: sample for of_rank in reversed(all_gather_objects(here)) for number, sample in of_rank.items()}
     other = [i for i, label in sorted(label_of.items()) if i not in of_all or of_all[i].label != label]
     if other:

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 GUARDS = ("off", "report", "rollback", "budget")
 
-Allow = Callable[[Any, tuple[int, int]], Any]
-"""ids (B,) and grid (rows, columns) to bool (B, L), on the CPU: the patches that may become anchors."""
+Allow = Callable[[Any, Any], Any]
+"""ids (B,) and the regions of L patches to bool (B, L), on the CPU: the patches that may become anchors."""
 
 
 class OptimizerLike(Protocol):

@@ -100,7 +100,7 @@ def push_prototypes(
             finally:
                 move.undo()
     final = momentum if decision is None else decision.momentum
-    records = _records(slots, chosen, move.at(final), move, origins, reader.verified)
+    records = _records(slots, chosen, move.at(final), move, origins, reader.verified, not options.use_local)
     pushed = {record.class_index for record in records}
     report = PushReport(
         use_local=use_local,
@@ -158,7 +158,13 @@ def check_settings(settings: PushSettings, live: bool = False, prefix: str = "")
 
 
 def _records(
-    slots: Slots, chosen: Candidates, moved: Tensor, move: Move, origins: dict[int, Provenance], verified: bool
+    slots: Slots,
+    chosen: Candidates,
+    moved: Tensor,
+    move: Move,
+    origins: dict[int, Provenance],
+    verified: bool,
+    pooled: bool,
 ) -> list[PushedPrototype]:
     """One record for each prototype that found a patch."""
     ranked, hit = chosen.ranked, move.hit
@@ -176,9 +182,10 @@ def _records(
         anchor = Anchor.at(
             origins[sample],
             cell,
-            chosen.grid,
+            chosen.regions,
             similarity=1.0 - before * before / 2.0,
             similarity_after=1.0 - after * after / 2.0,
+            pooled=pooled,
             verified=verified,
             runner_up=other if math.isfinite(other) else None,
         )

@@ -97,7 +97,14 @@ def grow_prototypes(
         gains, why = find_gains(net, source, slots, before, wish)
         coverage, runner_ups = coverage_after(net, source, slots, before, gains, wish)
         anchors = [
-            Anchor.at(gain.origin, gain.cell, gain.grid, verified=source.verified, runner_up=runner_up)
+            Anchor.at(
+                gain.origin,
+                gain.cell,
+                gain.regions,
+                pooled=not use_local,
+                verified=source.verified,
+                runner_up=runner_up,
+            )
             for gain, runner_up in zip(gains, runner_ups, strict=True)
         ]
         change = partial(move_in, net, source, slots, gains, anchors, use_local) if gains else None
@@ -257,7 +264,7 @@ def _duplicates(members: _Members, max_cosine: float) -> list[PrunedPrototype]:
     best = members.contributions.amax(dim=1, keepdim=True)
     wins = (members.contributions >= best - members.tie).sum(dim=0).tolist()
     cosine = (members.unit @ members.unit.T).clamp(max=1.0).tolist()  # rounding goes beyond 1
-    patches = [a and (a.sample_id, a.file, a.sha256, a.cell, a.grid) for a in members.anchors]
+    patches = [a and (a.sample_id, a.file, a.sha256, a.region) for a in members.anchors]
     stay: list[int] = []
     doubles = []
     for j in sorted(range(len(members.slots)), key=lambda j: (-wins[j], j)):

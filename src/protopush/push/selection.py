@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from protopush.data.dataset import Provenance
+from protopush.data.regions import Regions
 from protopush.distributed import all_gather, all_gather_objects, all_reduce_sum, raising_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
 from protopush.push.embedding import embedded
@@ -60,7 +61,7 @@ class Candidates:
         ranked: (C, M, K), best first.
         mine: bool (C, M, K), those that this rank has read.
         vectors: float32 (C, M, K, W), their embeddings, or the features they were made of; 0 where not ``mine``.
-        grid: (rows, columns) of the patches.
+        regions: of the patches.
         patches, images: int64 (C,), how many were seen.
         taken: int64 (C, K): 0 for the nearest, 1 where that one went to another prototype, ...
         unique: the selection rule that holds, a word for each class.
@@ -70,7 +71,7 @@ class Candidates:
     ranked: Ranked
     mine: Tensor
     vectors: Tensor
-    grid: tuple[int, int]
+    regions: Regions
     patches: Tensor
     images: Tensor
     taken: Tensor
@@ -125,14 +126,14 @@ def nearest_patches(
     """
     device, live = slots.unit.device, live_features_of(net)  # live anchors keep features, not embeddings
     top = TopM(slots.unit, slots.used, depth, None if live is None else live.shape[1])
-    grid: tuple[int, int] | None = None
+    regions: Regions | None = None
     with raising_on_all_ranks():
         reader, cap = _capped(net, reader, options, len(slots.rows))
     with embedded(net, reader, options.use_local) as batches:
         for number, batch in enumerate(batches, start=1):
-            grid, ids, allowed = grid or batch.grid, batch.ids, batch.valid
+            regions, ids, allowed = regions or batch.regions, batch.ids, batch.valid
             cells = allowed.shape[1]
-            for limit in (cap.take(batch.labels, ids, cells), options.allow and options.allow(ids, grid)):
+            for limit in (cap.take(batch.labels, ids, cells), options.allow and options.allow(ids, regions)):
                 if limit is not None:
                     allowed = allowed & limit.to(device, non_blocking=True)
             keys = rule(reader, ids.unsqueeze(1), torch.arange(cells)).to(device, non_blocking=True)
@@ -144,8 +145,8 @@ def nearest_patches(
             if cap.filled():
                 break
         top.flush()
-    grids = [other for other in all_gather_objects(grid) if other is not None]
-    if not grids:
+    known = [other for other in all_gather_objects(regions) if other is not None]
+    if not known:
         raise InputError("the loader yields no batch; expected training images; nothing was changed")
     rank, _ = rank_and_size()
     ranked, keep = Ranked(*(torch.cat(all_gather(values), dim=1) for values in top.ranked)).best(depth)
@@ -154,7 +155,7 @@ def nearest_patches(
     vectors = top.vectors.gather(1, at).masked_fill(~mine.unsqueeze(3), 0.0)
     counts = torch.stack([cap.patches, cap.images])
     patches, images = all_reduce_sum(counts if reader.divided or rank == 0 else torch.zeros_like(counts))
-    return Candidates(ranked, mine, vectors, grids[0], patches, images, torch.zeros_like(keep[:, 0]))
+    return Candidates(ranked, mine, vectors, known[0], patches, images, torch.zeros_like(keep[:, 0]))
 
 
 class PatchCap:

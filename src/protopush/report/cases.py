@@ -72,7 +72,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "probability": first.probability,
         "right": first.class_name == truth,
         "picture": _numbered(image, name, [match.box for match in shown]),
-        "heat": framed(warm, [shown[0].box], image.size, ["1"]) if shown[0].grid != (1, 1) else None,
+        "heat": framed(warm, [shown[0].box], image.size, ["1"]) if len(shown[0].map) > 1 else None,
         "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
         "rows": [_with_pictures(row, image, name, cards) for row in contribution_rows(first)[:ROWS]],
         "others": len(rest),

@@ -46,10 +46,11 @@ def _lead(run: Run) -> list[str]:
     counts = manager.mask().sum(dim=1).tolist()
     each = f"{counts[0]} for each class" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)} for each class"
     anchors = [anchor for anchor in manager.anchors if anchor is not None]
-    grids, divides = {anchor.grid for anchor in anchors}, "divides the image into parts"
-    if len(grids) == 1:
-        rows, columns = grids.pop()
-        divides = f"divides the image into {rows * columns} parts ({rows} by {columns})"
+    regions = run.model.backbone.regions
+    rows, columns = regions.raster
+    divides = f"divides the image into {len(regions)} parts ({rows} by {columns})"
+    if regions.is_local:
+        divides = f"cuts the image into {len(regions)} windows, each of which is seen alone,"
     return [
         f"The model sorts an image into one of {len(run.class_names)} classes. It "
         f"{'takes the image as a whole' if whole else divides} and compares {'it' if whole else 'each part'} "

@@ -76,7 +76,7 @@ class Decision:
         class_name, prototype: for a prototype, which one; for an image, its class; for an undo, as in what it undoes.
         file: the image, relative to the data's root.
         sha256: of that file.
-        cell, grid, box: the patch, as in :class:`protopush.nn.prototypes.Anchor`.
+        cell, region, box: the patch, as in :class:`protopush.nn.prototypes.Anchor`.
         min_share: for masks: the share of a patch's box that must lie inside.
         unmasked: for masks: how many of the training images have none, and are not restricted.
         undoes: for an undo: the number of the decision that no longer holds.
@@ -94,7 +94,7 @@ class Decision:
     file: str | None = None
     sha256: str | None = None
     cell: int | None = None
-    grid: tuple[int, int] | None = None
+    region: tuple[float, float, float, float] | None = None
     box: tuple[int, int, int, int] | None = None
     min_share: float | None = None
     unmasked: int | None = None
@@ -141,7 +141,7 @@ class Decision:
         if values["kind"] not in KINDS:
             raise ValueError(f"the kind {values['kind']!r} is none of: {', '.join(KINDS)}")
         plain = _fields(cls, values)
-        for name in ("grid", "box"):
+        for name in ("region", "box"):
             plain[name] = tuple(values[name]) if values.get(name) is not None else None
         plain["replaced"] = tuple(Replacement.from_dict(one) for one in values["replaced"])
         return cls(**plain)

@@ -28,7 +28,7 @@ NEEDED = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4
 BATCHES = (1, 3)  # other ones than the graph was traced with
 FORMAT = 1  # of the metadata
-PATCH = ("file", "sha256", "cell", "grid", "box", "image_size")  # of an anchor, in the metadata
+PATCH = ("file", "sha256", "cell", "box", "sees", "image_size")  # of an anchor, in the metadata
 LARGEST = 2_000_000_000  # bytes of weights; a protobuf message holds 2 GiB
 
 
@@ -181,8 +181,9 @@ def metadata_of(run: Run) -> dict[str, str]:
     class_names         in the order of the logits
     preprocessing       from a picture to ``images``, step by step; ``size`` is (height, width), ``mean`` and ``std``
                         are in units of 0..1 pixels, ``crop_pct`` is the share of the resized short side that is kept
-    grid                (rows, columns) of the cells: cell = row * columns + column
-    match               ``local`` or ``global`` (one cell, the whole picture)
+    regions             ``boxes``, one for each patch (``cells`` counts them), and what each ``sees``: (x0, y0, x1, y1)
+                        in pixels of ``images``; equal where nothing outside a box can change its similarity
+    match               ``local`` or ``global`` (one patch, the whole picture)
     weights, bias       (C, K), (C): logits = (weights * similarities).sum(-1) + bias; weights are 0 in unused slots
     anchors             a list, one entry for each prototype in use, and the patch that it stands for (None: unknown):
                         ``file`` is relative to the folder of the training images, ``box`` is (x0, y0, x1, y1) in pixels
@@ -210,7 +211,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "weights_sha256": sha256_of(run.folder / "model.safetensors"),
         "class_names": run.class_names,
         "preprocessing": {**steps, **preprocessing, "crop_pct": run.transform.crop_pct},
-        "grid": run.model.backbone.grid if head.match == "local" else (1, 1),
+        "regions": head.compared(run.model.backbone.regions).to_dict(),
         "match": head.match,
         "weights": head.weights().tolist(),
         "bias": head.bias.tolist(),

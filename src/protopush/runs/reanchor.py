@@ -21,6 +21,7 @@ from protopush.data.dataset import ImageDataset, check_masks, read_mask
 from protopush.data.features import inference_batch_size
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
+from protopush.data.regions import Region
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
@@ -32,7 +33,6 @@ from protopush.runs.decisions import Decision, Replacement, in_force
 
 logger = logging.getLogger("protopush.training")
 
-Grid = tuple[int, int]
 Slot = tuple[int, int]  # (class, prototype)
 LEVELS = ("group", "image", "patch")  # of what no two prototypes of a class share one, most to least
 
@@ -46,25 +46,24 @@ class Barred:
     def __init__(self) -> None:
         self.images: set[str] = set()
         self.groups: set[str] = set()
-        self.patches: dict[str, set[tuple[Grid | None, int | None]]] = defaultdict(set)
+        self.patches: dict[str, set[Region | None]] = defaultdict(set)
 
     def add(self, what: Anchor | Decision, level: str) -> None:
         """Bar the patch, the image or the group of an anchor or a decision; ``level`` is one of :data:`LEVELS`."""
         for key in (what.file, what.sha256):
             if key is not None:
-                self.patches[key].add((what.grid, what.cell))
+                self.patches[key].add(what.region)
                 if level != "patch":
                     self.images.add(key)
         if level == "group" and isinstance(what, Anchor) and what.group is not None:
             self.groups.add(what.group)
 
-    def cells(self, keys: Sequence[str | None], group: str | None, grid: Grid) -> Tensor:
+    def cells(self, keys: Sequence[str | None], group: str | None, boxes: Sequence[Region]) -> Tensor:
         """Bool (L,), True where a patch of the image (its name and SHA-256 are ``keys``) may be chosen."""
-        size = grid[0] * grid[1]
         if not self.images.isdisjoint(keys) or group in self.groups:
-            return torch.zeros(size, dtype=torch.bool)
-        barred = {place for key in keys for place in self.patches.get(key or "", ())}
-        return torch.tensor([(grid, cell) not in barred for cell in range(size)])
+            return torch.zeros(len(boxes), dtype=torch.bool)
+        barred = {box for key in keys for box in self.patches.get(key or "", ())}
+        return torch.tensor([box not in barred for box in boxes])
 
 
 class Allowed:
@@ -86,27 +85,26 @@ class Allowed:
     def rule(self, samples: Sequence[Sample], more: Barred | None = None) -> Allow:
         """The ``allow`` of a push over these samples, whose places are the ids; ``more`` is barred as well."""
 
-        def cells(sample: Sample, grid: Grid) -> Tensor:
+        def cells(sample: Sample, boxes: Sequence[Region]) -> Tensor:
             names = sample.name, self._digest(sample)
-            free = self._inside(self.barred.cells(names, sample.group, grid), sample, grid)
-            return free if more is None else free & more.cells(names, sample.group, grid)
+            free = self._inside(self.barred.cells(names, sample.group, boxes), sample, boxes)
+            return free if more is None else free & more.cells(names, sample.group, boxes)
 
-        return lambda ids, grid: torch.stack([cells(samples[i], grid) for i in ids.tolist()])
+        return lambda ids, regions: torch.stack([cells(samples[i], regions.boxes) for i in ids.tolist()])
 
     def forbids(self, anchor: Anchor, sample: Sample | None) -> bool:
         """Whether an anchor may not stay; ``sample`` is its image, where the data still has it."""
-        free = self.barred.cells((anchor.file, anchor.sha256), anchor.group, anchor.grid)
-        free = self._inside(free, sample, anchor.grid)
-        return 0 <= anchor.cell < len(free) and not bool(free[anchor.cell])
+        free = self.barred.cells((anchor.file, anchor.sha256), anchor.group, [anchor.region])
+        return not bool(self._inside(free, sample, [anchor.region]))
 
-    def _inside(self, free: Tensor, sample: Sample | None, grid: Grid) -> Tensor:
-        """Those cells alone of whose box at least ``min_share`` lies where the sample's mask, if any, is not 0."""
+    def _inside(self, free: Tensor, sample: Sample | None, regions: Sequence[Region]) -> Tensor:
+        """Those patches alone of whose box at least ``min_share`` lies where the sample's mask, if any, is not 0."""
         if sample is None or sample.mask is None or not self.min_share or not bool(free.any()):
             return free
         mask = read_mask(sample)
         height, width = mask.shape
         view = self.transform.view((width, height))
-        boxes = [view.cell_box(cell, grid) for cell in range(len(free))]
+        boxes = map(view.original_box, regions)
         shares = [mask[min(y0, height - 1) : y1, min(x0, width - 1) : x1].mean() for x0, y0, x1, y1 in boxes]
         return free & torch.from_numpy(np.array(shares) >= self.min_share)
 
@@ -152,7 +150,7 @@ def replace_anchors(
     run.head.sync_prototypes()
     old = [standing(run, slot) for slot in slots]
     for use_local in (True, False):
-        missing = [one.slot for one in old if (one.old.grid != (1, 1)) == use_local]
+        missing = [one.slot for one in old if one.old.pooled != use_local]
         for level in LEVELS[LEVELS.index(level_of(run.folder)) :]:
             missing = push(missing, use_local, level) if missing else []
         if missing:
@@ -205,7 +203,7 @@ def put_back(manager: PrototypeManager, move: Replacement) -> None:
     if move.old_features is not None:
         manager.anchor_features[row] = _vector_of(move.old_features).to(manager.anchor_features)
     manager.anchor_ids[row] = -1 if move.old_features is None or move.old_index is None else move.old_index
-    manager.anchor_cells[row] = move.old.cell if move.old.grid != (1, 1) else POOLED
+    manager.anchor_cells[row] = move.old.cell if not move.old.pooled else POOLED
 
 
 def text_of(vector: Tensor) -> str:

@@ -53,7 +53,7 @@ def named_prototype(run: Run, words: str) -> dict[str, Any]:
         raise InputError(
             f"prototype {names[c]}:{k} {what}, so that there is nothing to forbid; protopush push it first"
         )
-    place = {name: getattr(anchor, name) for name in ("file", "sha256", "cell", "grid", "box")}
+    place = {name: getattr(anchor, name) for name in ("file", "sha256", "cell", "region", "box")}
     return {"class_name": names[c], "prototype": k, **place}
 
 

@@ -137,8 +137,8 @@ def _without_conflict(here: Here, moves: Moves, left: Moves, level: str) -> list
                 if _patch(there) != _patch(before):
                     others.append(there)
         anchor = move.old
-        free = taken(others, level).cells((anchor.file, anchor.sha256), anchor.group, anchor.grid)
-        return not bool(free[anchor.cell])
+        free = taken(others, level).cells((anchor.file, anchor.sha256), anchor.group, [anchor.region])
+        return not bool(free)
 
     while wrong := [slot for slot in left if in_the_way(slot)]:
         left[wrong[-1]].pop(0)
@@ -147,7 +147,7 @@ def _without_conflict(here: Here, moves: Moves, left: Moves, level: str) -> list
 
 
 def _patch(anchor: Anchor) -> tuple[object, ...]:
-    return anchor.file, anchor.sha256, anchor.grid, anchor.cell
+    return anchor.file, anchor.sha256, anchor.region
 
 
 def _with_features(run: Run, move: Replacement, catalog: Catalog, device: torch.device) -> Replacement:
@@ -161,7 +161,7 @@ def _with_features(run: Run, move: Replacement, catalog: Catalog, device: torch.
         raise InputError(f"{anchor.file} is none of the training images; expected the ones that the run was trained on")
     with preserve_state(run.model):
         pooled, patches = run.model.extract_features(run.transform(read_image(file)).unsqueeze(0).to(device))
-        features = pooled[0, 0] if anchor.grid == (1, 1) else patches[0, anchor.cell]
+        features = pooled[0, 0] if anchor.pooled else patches[0, anchor.cell]
         vector = F.normalize(run.head.proj(features), dim=-1)
     index = names.index(anchor.file)
     return replace(move, old_vector=text_of(vector), old_features=text_of(features), old_index=index)

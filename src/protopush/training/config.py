@@ -26,6 +26,19 @@ from protopush.push.options import PushSettings
 
 
 @dataclass
+class WindowsConfig:
+    """Windows that the backbone sees one by one, alone: nothing outside a window can change what is said of it.
+
+    Args:
+        size: pixels of a side, or several sizes; full is the whole image as one window.
+        stride: pixels from one window to the next, one for each size; none: half the size.
+    """
+
+    size: int | Literal["full"] | list[int | Literal["full"]] = 64
+    stride: int | list[int] | None = None
+
+
+@dataclass
 class ModelConfig:
     """The network.
 
@@ -33,6 +46,9 @@ class ModelConfig:
         backbone: any timm model name, fusion:one+other (two maps, fused per cell), or hf:name (Hugging Face).
         pretrained: true (the model's own weights), false (random) or a file of weights.
         image_size: pixels of a side; none: what the backbone was trained on.
+        stage: an earlier level of a timm model to stop at: its number (from 0; -2: from the end) or a layer (blocks.3).
+        windows: windows that the backbone sees alone, so that prototypes are local; none: the image as a whole.
+        window_input: pixels of a side that windows are enlarged to before the backbone; none: they are not.
         num_prototypes: prototypes per class.
         max_prototypes: slots per class, room to grow; none: as many as prototypes.
         embed_dim: size of the embedding space.
@@ -43,6 +59,9 @@ class ModelConfig:
     backbone: str = "tf_efficientnet_lite0"
     pretrained: bool | str = True
     image_size: Annotated[int, Range(8)] | None = None
+    stage: int | str | None = None
+    windows: WindowsConfig | None = None
+    window_input: Annotated[int, Range(8)] | None = None
     num_prototypes: Count = 10
     max_prototypes: Count | None = None
     embed_dim: Count = 128

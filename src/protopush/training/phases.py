@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
+from protopush.data.regions import Regions
 from protopush.distributed import raise_on_all_ranks
 from protopush.evaluation.evaluate import evaluate, score_of
 from protopush.models.model import ProtoModel
@@ -64,7 +65,7 @@ class Frozen(Stage):
     def __init__(self, job: Job) -> None:
         train = self.features(job, job.train, "training")
         val = self.features(job, job.val, "validation") if job.val else None
-        model = ProtoModel(FeatureReader(train.grid), job.head).to(job.fabric.device)
+        model = ProtoModel(FeatureReader(train.regions), job.head).to(job.fabric.device)
         super().__init__(job, model, train, val)
 
     def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
@@ -87,13 +88,17 @@ class Frozen(Stage):
 class FeatureReader(nn.Module):
     """Stands in for the frozen backbone: stored patches (B, L, C) to :class:`Features`."""
 
-    def __init__(self, grid: tuple[int, int]) -> None:
+    def __init__(self, regions: Regions) -> None:
         super().__init__()
-        self.grid = grid
+        self.regions = regions
+
+    def regions_of(self, size: tuple[int, int]) -> Regions:
+        """Those of the images that the patches are of, whatever the size of a batch."""
+        return self.regions
 
     def forward(self, patches: Tensor) -> Features:
         patches = patches.float()
-        return Features(patches.mean(dim=1, keepdim=True), patches, self.grid)
+        return Features(patches.mean(dim=1, keepdim=True), patches, self.regions)
 
 
 class Phase(NamedTuple):

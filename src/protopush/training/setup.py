@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,8 +176,15 @@ def _catalog(config: DataConfig) -> Catalog:
 
 def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     c = config.model
-    size = {} if c.image_size is None else {"size": (c.image_size, c.image_size)}
-    backbone = create_backbone(c.backbone, pretrained=c.pretrained, **size)
+    given: dict[str, Any] = {
+        "size": c.image_size and (c.image_size, c.image_size), "stage": c.stage,
+        "windows": c.windows and asdict(c.windows), "window_input": c.window_input,
+    }  # fmt: skip
+    backbone = create_backbone(
+        c.backbone, pretrained=c.pretrained, **{key: value for key, value in given.items() if value is not None}
+    )
+    if c.stage is not None:
+        backbone.measure()
     head = HeadOptimal(
         backbone.channels, len(catalog.classes), num_prototypes=c.num_prototypes, embed_dim=c.embed_dim,
         max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, anchoring=config.push.anchoring,

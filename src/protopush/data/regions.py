@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ class Regions:
     def whole(cls, size: tuple[int, int]) -> Regions:
         """One patch: the image, which is what a pooled feature stands for."""
         return cls.grid((1, 1), size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Regions:
+        """The inverse of :meth:`to_dict`."""
+        boxes, sees = (tuple(map(tuple, values[name])) for name in ("boxes", "sees"))
+        return cls(tuple(values["size"]), boxes, sees)
 
     def __len__(self) -> int:
         return len(self.boxes)
