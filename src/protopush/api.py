@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from protopush.data.audit import Audit
     from protopush.data.dataset import ImageDataset
+    from protopush.evaluation.locality import Locality
     from protopush.evaluation.measure import Measured
     from protopush.push import PushReport
     from protopush.push.certificate import AnchorCheck
@@ -206,6 +207,26 @@ class Run(stored_run.Run):
         if change and any(check.fault == "similarity_off" for check in checks):
             logger.warning("Other versions may read images and weights otherwise: the run was %s", change)
         return checks
+
+    def locality(self, root: str | Path | None = None, *, split: str = "test", images: int = 16) -> list[Locality]:
+        """How much of each similarity is decided outside the patch's box: nothing, where the model is local.
+
+        Everything outside the box is replaced by noise, by black and by another image, for the patch of each anchor and
+        for the best patch of some images.
+
+        Args:
+            root: where the training images are now.
+            split: whose images.
+            images: how many of them.
+        """
+        from protopush.evaluation.locality import measure_run
+        from protopush.runs.progress import bar
+
+        with bar(
+            "Replacing what lies outside the boxes", len(self.head.proto_manager.used_slots()) + images
+        ) as advance:
+            dataset, _ = self._images(split)
+            return measure_run(self, Path(root or self.root), dataset, images, self.device, advance=advance)
 
     def push(
         self, out: str | Path, *, split: str = "train", momentum: float = 0.9, use_local: bool = True,

@@ -170,13 +170,32 @@ def compare(runs: list[str], *, data: Split = Split(), json: bool = False, devic
     return _answer(json, found, comparison_table(found))
 
 
-def verify(run: str, *, json: bool = False, device: str = "auto", **options: Any) -> int:
-    """Embed every anchor's file again and see whether it still holds."""
-    from protopush.cli.tables import anchors_table
+def verify(
+    run: str, *, local: bool = False, images: int = 16, data: Split = Split(), json: bool = False,
+    device: str = "auto", **options: Any,
+) -> int:  # fmt: skip
+    """Embed every anchor's file again and see whether it still holds.
 
-    checks = _open(run, Images(), device, check_weights=False).verify(**options)
+    Args:
+        local: also replace everything outside the boxes, and measure how much the similarities change.
+        images: of the split, for --local.
+    """
+    from protopush.cli.tables import anchors_table, locality_table
+
+    opened = _open(run, data, device, check_weights=False)
+    checks = opened.verify(**options)
     holds = all(check.holds for check in checks)
-    _answer(json, {"holds": holds, "anchors": [check.to_dict() for check in checks]}, anchors_table(checks))
+    answer: dict[str, Any] = {"holds": holds, "anchors": [check.to_dict() for check in checks]}
+    words = anchors_table(checks)
+    if local:
+        from protopush.evaluation.locality import TOLERANCE
+
+        found, claimed = opened.locality(**options, split=data.split, images=images), opened.model.backbone.is_local
+        largest = max((one.largest for one in found), default=0.0)
+        answer["locality"] = {"claimed": claimed, "largest": largest, "places": [one.to_dict() for one in found]}
+        holds = holds and (largest <= TOLERANCE or not claimed)
+        words += "\n" + locality_table(found, claimed)
+    _answer(json, answer, words)
     return 0 if holds else 1
 
 

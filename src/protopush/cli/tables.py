@@ -15,6 +15,7 @@ from rich.table import Table
 from protopush.data.audit import Audit, Pair, audit_findings, audit_verdict
 from protopush.errors import listing
 from protopush.evaluation.evaluate import in_short
+from protopush.evaluation.locality import TOLERANCE, Locality
 from protopush.metrics.glossary import PER_CLASS, metric_name, metric_text
 from protopush.push.certificate import AnchorCheck, anchors_verdict
 from protopush.runs.decisions import Decision
@@ -52,6 +53,20 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     for name, row in metrics["per_class"].items():
         table.add_row(name, *(metric_text(row[key]) for key in ("n", *columns)))
     return _text(sums) + "\n" + _text(table)
+
+
+def locality_table(found: Sequence[Locality], claimed: bool) -> str:
+    """By how much similarities change where everything outside the boxes is replaced, and what that means."""
+    table = Table("in place of all outside the box", "largest change", "mean change", "mean similarity", box=None)
+    for name in found[0].changes if found else ():
+        changes = [one.changes[name] for one in found]
+        mean = sum(one.similarity for one in found) / len(found)
+        table.add_row(name, f"{max(changes):.1e}", f"{sum(changes) / len(found):.1e}", metric_text(mean))
+    held = max((one.largest for one in found), default=0.0) <= TOLERANCE
+    words = "The model sees more than the boxes: they show where it compares, not all that it sees."
+    if claimed:
+        words = "Nothing outside a box can change what is said of it." if held else "It claims to be local, but is not."
+    return f"{_text(table)}\nIn {len(found)} places. {words}"
 
 
 def comparison_table(found: dict[str, Any]) -> str:

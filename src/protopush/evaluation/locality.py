@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protopush.backbones.create import Features
+from protopush.data.dataset import ImageDataset
+from protopush.data.images import read_image
+from protopush.data.regions import Region
+from protopush.models.stored_run import Run
+from protopush.nn.head import HeadOutput
 from protopush.preserve_state import preserve_state
+from protopush.push.certificate import file_within
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-6  # of a similarity: what rounding may change
 BATCH = 8
 
 
@@ -27,25 +34,24 @@ class Place:
     Attributes:
         name: of the place, for people.
         image: (3, H, W), the model's input.
-        cell: the patch; None: the one that the prototype is most similar to.
+        cell: the patch.
         prototype: (class, slot).
     """
 
     name: str
     image: Tensor
-    cell: int | None
+    cell: int
     prototype: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Locality:
-    """How much of a similarity the pixels outside the patch's box decide.
+    """How much of a similarity is decided by the pixels outside the patch's box.
 
     Attributes:
         name: of the place.
         similarity: of prototype and patch.
-        changes: the largest change of it (absolute) with noise, with black and with another image in place of all
-            outside the box.
+        changes: by how much it changes where noise, black or another image takes the place of all outside the box.
     """
 
     name: str
@@ -70,7 +76,7 @@ def measure_locality(
 ) -> list[Locality]:
     """Replace everything outside the box of each place, and measure its similarity again.
 
-    For a local model (windows) nothing can change; for any other it shows how much of "this part" is elsewhere.
+    For a local model (windows) nothing can change; for any other it shows how much of "this part" lies elsewhere.
 
     Args:
         model: on ``device``.
@@ -84,43 +90,73 @@ def measure_locality(
         for start in range(0, len(places), BATCH):
             some = [places[i % len(places)] for i in range(start, start + BATCH)]  # batches of one size: equal sums
             images = torch.stack([place.image for place in some])
-            others = torch.stack([places[(start + i + 1) % len(places)].image for i in range(BATCH)])
             fillings = {
                 "noise": torch.randn(images.shape, generator=generator),
                 "black": _black(model).expand_as(images),
-                "another image": others,
+                "another image": torch.stack([places[(start + i + 1) % len(places)].image for i in range(BATCH)]),
             }
-            cells, before, boxes = _similarities(model, images.to(device), some)
-            outside = torch.stack([_outside(boxes[cell], images.shape[2:]) for cell in cells]).unsqueeze(1)
-            changes = {
-                name: (
-                    _similarities(model, torch.where(outside, filling, images).to(device), some, cells)[1] - before
-                ).abs()
-                for name, filling in fillings.items()
-            }
-            found += [
-                Locality(place.name, float(before[i]), {name: float(values[i]) for name, values in changes.items()})
-                for i, place in enumerate(some[: len(places) - start])
-            ]
-            advance(len(some))
+            before, boxes = _similarities(model, images.to(device), some)
+            outside = torch.stack([_outside(box, images.shape[2:]) for box in boxes]).unsqueeze(1)
+            changes = dict[str, Tensor]()
+            for name, filling in fillings.items():
+                after, _ = _similarities(model, torch.where(outside, filling, images).to(device), some)
+                changes[name] = (after - before).abs()
+            for i, place in enumerate(some[: len(places) - start]):
+                of_place = {name: float(values[i]) for name, values in changes.items()}
+                found.append(Locality(place.name, float(before[i]), of_place))
+            advance(min(BATCH, len(places) - start))
     return found
 
 
-def _similarities(
-    model: ProtoModel, images: Tensor, places: Sequence[Place], cells: Sequence[int] | None = None
-) -> tuple[list[int], Tensor, Sequence[tuple[float, float, float, float]]]:
-    """The patches, their similarities (B,) to the prototypes of their places, float64, and the boxes of all patches."""
+def measure_run(
+    run: Run,
+    root: Path,
+    dataset: ImageDataset,
+    images: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Locality]:
+    """The locality of each anchor, and of the strongest prototype's best patch in some images.
+
+    Args:
+        run: its model is on ``device``.
+        root: the folder that the anchors' files are relative to; anchors whose file is not there are left out.
+        dataset: images that are predicted.
+        images: how many of them, drawn with ``seed``.
+        device, advance: as for :func:`measure_locality`.
+    """
+    manager, places = run.head.proto_manager, list[Place]()
+    for c, k in manager.used_slots():
+        anchor = manager.anchor(c, k)
+        file = file_within(root, anchor.file) if anchor is not None and anchor.file is not None else None
+        if anchor is not None and file is not None and file.is_file():
+            image = run.transform(read_image(file))
+            places.append(Place(f"{run.class_names[c]}:{k} {anchor.file}", image, anchor.cell, (c, k)))
+    view = dataset.eval_view()
+    chosen = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+    with preserve_state(run.model):
+        for i in sorted(chosen):
+            image = view[i][0]
+            output: HeadOutput = run.model(image.unsqueeze(0).to(device))
+            c = int(output.logits[0].argmax())
+            place = (c, int(output.contributions[0, c].argmax()))
+            places.append(Place(view.samples[i].name, image, int(output.cells[0][place]), place))
+    return measure_locality(run.model, places, device, advance)
+
+
+def _similarities(model: ProtoModel, images: Tensor, places: Sequence[Place]) -> tuple[Tensor, list[Region]]:
+    """The similarities (B,) of the places' patches, float64, and their boxes."""
     features: Features = model.backbone(images)
     embeddings, prototypes = model.head.embed_features(features).double(), model.head.prototypes().double()
+    cells = [place.cell for place in places]
     wanted = torch.stack([prototypes[place.prototype] for place in places])
-    every = (embeddings @ F.normalize(wanted, dim=1).unsqueeze(2)).squeeze(2)  # (B, L)
-    if cells is None:
-        cells = [int(every[i].argmax()) if place.cell is None else place.cell for i, place in enumerate(places)]
-    found = every[torch.arange(len(places)), torch.tensor(cells)].cpu()
-    return list(cells), found, model.head.compared(features.regions).boxes
+    patches = embeddings[torch.arange(len(places)), torch.tensor(cells)]
+    boxes = model.head.compared(features.regions).boxes
+    return (patches * F.normalize(wanted, dim=1)).sum(dim=1).cpu(), [boxes[cell] for cell in cells]
 
 
-def _outside(box: tuple[float, float, float, float], size: Sequence[int]) -> Tensor:
+def _outside(box: Region, size: Sequence[int]) -> Tensor:
     """The pixels (H, W) outside a box, which is widened to whole pixels."""
     outside = torch.ones(tuple(size), dtype=torch.bool)
     x0, y0, x1, y1 = box
