@@ -107,7 +107,7 @@ class Run(stored_run.Run):
             rows: prototypes in a panel.
             top_classes: classes in the JSON.
             why_not: another class, which gets a picture of its own (``NAME-why-not.png``) beside the predicted one.
-            regions: find what each prototype shown depends on, by hiding parts (slow).
+            regions: find what each prototype shown depends on, by hiding parts (slow); not for windows, whose box is all.
             narrow: panels for a phone's width.
             names: of the files, without an ending; by default those of the images.
 
@@ -121,6 +121,11 @@ class Run(stored_run.Run):
 
         if why_not is not None and why_not not in self.class_names:
             raise InputError(f"unknown class {why_not!r} in --why_not; expected one of: {listing(self.class_names)}")
+        if regions and self.model.backbone.is_local and self.head.match == "local":
+            raise InputError(
+                "--regions finds what a prototype depends on outside its box; this model sees each box alone: the box "
+                "is all; leave --regions out"
+            )
         paths, done, also = [Path(image) for image in images], [], [why_not] if why_not else []
         check_images(paths)
         for path, name in zip(paths, names or _distinct_names(paths), strict=True):

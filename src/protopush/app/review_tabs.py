@@ -33,9 +33,10 @@ INTRO = (
 
 def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
     """Each prototype of a class: its part beside its training image, and its name."""
-    found, manager = [], run.head.proto_manager
+    found, manager, reach = [], run.head.proto_manager, run.head.compared(run.model.backbone.regions).reach
     for k in manager.used_of(c):
-        part, whole = part_and_whole(run.picture(c, k), manager.anchor(c, k), COLOURS[c % len(COLOURS)], TILE, 22)
+        ink = COLOURS[c % len(COLOURS)]
+        part, whole = part_and_whole(run.picture(c, k), manager.anchor(c, k), ink, TILE, 22, reach)
         both = Image.new("RGB", (2 * TILE + 8, TILE), (255, 255, 255))
         both.paste(part, (0, 0))
         both.paste(whole, (TILE + 8, 0))

@@ -62,6 +62,13 @@ class Regions:
         """Whether each patch sees its box alone, so that nothing outside the box can change it."""
         return self.sees == self.boxes
 
+    @property
+    def reach(self) -> str:
+        """What a patch sees: its ``"box"`` alone, ``"more"``, or ``"all"``, which is the whole image."""
+        if self.is_local:
+            return "box"
+        return "all" if set(self.sees) == set(Regions.whole(self.size).boxes) else "more"
+
     @cached_property
     def is_grid(self) -> bool:
         """Whether the boxes are the cells of a feature map, row by row."""

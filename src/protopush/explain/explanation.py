@@ -130,6 +130,7 @@ class Explanation:
         probability: its softmax probability.
         classes: evidence for the most probable classes, the predicted one first, then for those asked for.
         view: where in the original the pixels lie that the model saw.
+        reach: what decides a similarity: the ``"box"`` alone, ``"more"`` (``sees``), or ``"all"`` of the picture.
     """
 
     file: str
@@ -139,6 +140,7 @@ class Explanation:
     probability: float
     classes: list[ClassEvidence]
     view: View
+    reach: str = "all"
 
     @property
     def seen(self) -> Box:
@@ -281,7 +283,9 @@ def explain_batch(
             classes.append(ClassEvidence(c, class_names[c], probabilities[c], float(logits[i, c]), biases[c], matches))
         first = classes[0]
         explanations.append(
-            Explanation(file, view.original, first.class_index, first.class_name, first.probability, classes, view)
+            Explanation(
+                file, view.original, first.class_index, first.class_name, first.probability, classes, view, regions.reach
+            )  # fmt: skip
         )
     return explanations
 

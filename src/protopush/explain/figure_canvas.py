@@ -107,6 +107,15 @@ def draw_box(picture: Image.Image, box: Rect, ink: Colour, line: int = 3) -> Non
     draw.rectangle((x0, y0, x1, y1), outline=ink, width=line)
 
 
+def draw_sees(picture: Image.Image, box: Rect, sees: Rect | None, ink: Colour) -> None:
+    """Frame, in a thin line, all that was seen for a box, where that is more than it and not the whole picture."""
+    if sees is not None and sees != box:
+        x0, y0, x1, y1 = (round(edge) for edge in sees)
+        for inset, around in ((0, ink), (1, PAPER)):
+            x, y = max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset)
+            ImageDraw.Draw(picture).rectangle((x0 + inset, y0 + inset, x, y), outline=around)
+
+
 def resized(picture: Image.Image, width: int, height: int) -> Image.Image:
     """The picture as large as it can be within width x height, its aspect ratio kept."""
     scale = min(width / picture.width, height / picture.height)
@@ -132,19 +141,23 @@ def empty_tile(side: int, words: str, size: int) -> Image.Image:
     return square
 
 
-def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int) -> Image.Image:
-    """A square tile: the box, framed, with half its size around it on every side where the picture has that."""
-    shown = left, top, right, bottom = style.surroundings(box, picture.size)
+def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int, sees: Rect | None = None) -> Image.Image:
+    """A square tile: the box, framed, with its surroundings (:func:`protopush.explain.figure_style.surroundings`)."""
+    shown = left, top, right, bottom = style.surroundings(box, picture.size, sees)
     wide, high = right - left, bottom - top
     scale = side / max(wide, high)
     size = (max(1, round(wide * scale)), max(1, round(high * scale)))
     crop = picture.resize(size, Image.Resampling.BICUBIC, box=shown)
-    draw_box(crop, style.scaled((box[0] - left, box[1] - top, box[2] - left, box[3] - top), (wide, high), size), ink)
+    here, seen = (
+        style.scaled((x0 - left, y0 - top, x1 - left, y1 - top), (wide, high), size) for x0, y0, x1, y1 in (box, sees or box)
+    )
+    draw_sees(crop, here, seen, ink)
+    draw_box(crop, here, ink)
     return tile(crop, side)
 
 
 def part_and_whole(
-    picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int
+    picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int, reach: str = "all"
 ) -> tuple[Image.Image, Image.Image]:
     """Two square tiles: an anchor's part, and its whole picture.
 
@@ -154,6 +167,7 @@ def part_and_whole(
         ink: of the boxes.
         side: of a tile.
         text: the size of the words where there is no picture.
+        reach: what the model sees of a picture for a patch (:attr:`protopush.data.regions.Regions.reach`).
     """
     if picture is None or anchor is None:
         blank = empty_tile(side, "no picture" if anchor is not None else "not pushed yet", text)
@@ -163,12 +177,15 @@ def part_and_whole(
     if anchor.box is None:
         return empty_tile(side, "place unknown", text), tile(whole, side)
     original = anchor.image_size or picture.size
-    draw_box(whole, style.scaled(anchor.box, original, whole.size), ink, line=2)
-    part = part_tile(picture, style.scaled(anchor.box, original, picture.size), ink, side)
+    box = style.scaled(anchor.box, original, whole.size)
+    draw_sees(whole, box, style.drawn_sees(anchor, reach, original, whole.size), ink)
+    draw_box(whole, box, ink, line=2)
+    box, sees = style.scaled(anchor.box, original, picture.size), style.drawn_sees(anchor, reach, original, picture.size)
+    part = part_tile(picture, box, ink, side, sees)
     return part, tile(whole, side)
 
 
-def with_map(picture: Image.Image, similarities: Map, view: View) -> Image.Image:
+def with_map(picture: Image.Image, similarities: Map, view: View, even: bool = False) -> Image.Image:
     """A similarity map over its picture, from its lowest to its highest value, the denser the higher.
 
     The picture is grey below, so that every colour is the map's; what the model did not see is dark and hatched.
@@ -177,6 +194,7 @@ def with_map(picture: Image.Image, similarities: Map, view: View) -> Image.Image
         picture: the whole upright original, or a copy of any size.
         similarities: (rows, columns), the model's grid.
         view: the geometry of the original.
+        even: up to the edges of the cells (:func:`protopush.explain.figure_style.upsampled`).
 
     Example:
         >>> grey = Image.new("RGB", (60, 20), (128, 128, 128))
@@ -184,7 +202,7 @@ def with_map(picture: Image.Image, similarities: Map, view: View) -> Image.Image
         >>> shown.getpixel((39, 10))  # yellow: the right side of the middle third
         (209, 195, 69)
     """
-    values = style.upsampled(similarities, view, picture.size)
+    values = style.upsampled(similarities, view, picture.size, even)
     low, high, hidden = np.min(similarities), np.max(similarities), np.isnan(values)
     layer = style.map_colours(np.nan_to_num((values - low) / max(high - low, 1e-9)).clip(0, 1))
     layer[hidden] = (0, 0, 0, 166)

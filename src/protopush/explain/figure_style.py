@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,9 @@ def map_colours(even: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.stack([*colours, 255 * np.interp(even, (0, 1), OPACITY)], axis=-1).round().astype(np.uint8)
 
 
-def upsampled(similarities: Map, view: View, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
+def upsampled(
+    similarities: Map, view: View, size: tuple[int, int] | None = None, even: bool = False
+) -> NDArray[np.float32]:
     """A similarity map over the original picture, bilinear, as ProtoPNet (Chen et al., 2019) draws it.
 
     The values stand at the centres of the cells; beyond the outer centres the nearest one holds. What resizing and the
@@ -69,6 +71,7 @@ def upsampled(similarities: Map, view: View, size: tuple[int, int] | None = None
         similarities: (rows, columns).
         view: the geometry of the picture.
         size: (width, height) of the result, the original's by default; a smaller copy of it has the same map.
+        even: each cell has its value up to its edges: of windows, each pixel the largest of those that cover it.
 
     Returns:
         float32 (height, width).
@@ -81,16 +84,17 @@ def upsampled(similarities: Map, view: View, size: tuple[int, int] | None = None
     """
     values = np.asarray(similarities, dtype=np.float64)
     width, height = size or view.original
-    across = _weights(width, values.shape[1], view, axis=0)
-    down = _weights(height, values.shape[0], view, axis=1)
+    across = _weights(width, values.shape[1], view, 0, even)
+    down = _weights(height, values.shape[0], view, 1, even)
     return (down @ values @ across.T).astype(np.float32)
 
 
-def _weights(pixels: int, cells: int, view: View, axis: int) -> NDArray[np.float64]:
+def _weights(pixels: int, cells: int, view: View, axis: int, even: bool) -> NDArray[np.float64]:
     """How much of each cell's value is in each pixel along an axis, (pixels, cells); NaN where nothing was seen."""
     resized = (np.arange(pixels) + 0.5) * view.resized[axis] / pixels  # centres of the pixels, in the resized picture
     seen = resized - view.offset[axis]
-    place = (seen * cells / view.crop[axis] - 0.5).clip(0, cells - 1)
+    place = seen * cells / view.crop[axis]
+    place = (np.floor(place) if even else place - 0.5).clip(0, cells - 1)
     weights = np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(cells)))
     weights[(seen < 0) | (seen > view.crop[axis])] = np.nan
     return weights
@@ -261,18 +265,46 @@ def overlap(a: Rect, b: Rect) -> float:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def surroundings(box: Rect, size: tuple[float, float]) -> Rect:
-    """The square that is shown of a box: half its size around it on every side, where a picture of ``size`` has that.
+def surroundings(box: Rect, size: tuple[float, float], sees: Rect | None = None) -> Rect:
+    """What is shown of a box in a picture of ``size``.
+
+    A box that is all that was seen is shown alone. Of another one the square around all that was seen, or, where that
+    is the whole picture (None), half the box's size around it on every side.
 
     Example:
         >>> surroundings((10, 0, 20, 10), (100, 15))
         (5.0, 0, 25.0, 15)
+        >>> surroundings((10, 0, 20, 10), (100, 15), sees=(10, 0, 20, 10))
+        (10, 0, 20, 10)
     """
-    reach = 2 * max(box[2] - box[0], box[3] - box[1])
+    if sees == box:
+        return box
+    x0, y0, x1, y1 = sees or box
+    reach = (1.1 if sees else 2) * max(x1 - x0, y1 - y0)
     wide, high = min(reach, size[0]), min(reach, size[1])
-    left = min(max((box[0] + box[2] - wide) / 2, 0), size[0] - wide)
-    top = min(max((box[1] + box[3] - high) / 2, 0), size[1] - high)
+    left = min(max((x0 + x1 - wide) / 2, 0), size[0] - wide)
+    top = min(max((y0 + y1 - high) / 2, 0), size[1] - high)
     return left, top, left + wide, top + high
+
+
+class Place(Protocol):
+    """A patch that is drawn: of a match, an anchor or a neighbour."""
+
+    @property
+    def sees(self) -> Rect | None:
+        """All that its similarity can depend on."""
+
+
+def drawn_sees(place: Place, reach: str, size: tuple[float, float], to: tuple[float, float]) -> Rect | None:
+    """What a patch of a picture of one size sees, in the picture of another; None where that is the whole picture."""
+    return scaled(place.sees, size, to) if place.sees is not None and reach != "all" else None
+
+
+REACH = {
+    "box": "The model sees each box alone: nothing outside it can change its similarity.",
+    "more": "The thin frame is all that the model sees for a box: nothing outside that can change its similarity.",
+    "all": "A box only says where: the model sees the whole image, and what lies outside a box counts as well.",
+}
 
 
 class Sizes(NamedTuple):

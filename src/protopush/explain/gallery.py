@@ -28,6 +28,7 @@ def draw_gallery(
     neighbours: Callable[[int, int], Neighbours | None] | None = None,
     picture_of: PictureOf = lambda _: None,
     narrow: bool = False,
+    reach: str = "all",
 ) -> Image.Image:
     """What the prototypes of all classes stand for: each part beside the whole training picture that it comes from.
 
@@ -42,13 +43,14 @@ def draw_gallery(
             its own, with three of its class and two of others.
         picture_of: a neighbour to its picture, the upright original; None where there is none.
         narrow: for a phone: 800 pixels wide, not 1480.
+        reach: what the model sees of an image for a patch (:attr:`protopush.data.regions.Regions.reach`).
 
     Raises:
         InputError: ``per_class`` is below 1.
     """
     if per_class < 1:
         raise InputError(f"per_class is {per_class}; expected at least 1 prototype to show")
-    page = _Gallery(narrow, class_names, source_of, picture_of)
+    page = _Gallery(narrow, class_names, source_of, picture_of, reach)
     sizes, x, y = page.sizes, page.sizes.margin, page.heading(neighbours is not None)
     columns, step = 2 if narrow else 5, 2 * sizes.gap
     width = (sizes.content - (columns - 1) * step) // columns
@@ -67,14 +69,17 @@ def draw_gallery(
 
 
 class _Gallery(canvas.Page):
-    def __init__(self, narrow: bool, class_names: Sequence[str], source_of: SourceOf, picture_of: PictureOf) -> None:
+    def __init__(
+        self, narrow: bool, class_names: Sequence[str], source_of: SourceOf, picture_of: PictureOf, reach: str
+    ) -> None:
         super().__init__(style.NARROW if narrow else style.WIDE)
-        self.class_names, self.source_of, self.picture_of = class_names, source_of, picture_of
+        self.class_names, self.source_of, self.picture_of, self.reach = class_names, source_of, picture_of, reach
 
     def heading(self, with_neighbours: bool) -> int:
         """The title of the page and how to read it."""
         sizes, x = self.sizes, self.sizes.margin
-        legend = "Left the part, right its whole image; similarity is that of the prototype and the part."
+        legend = "Left the part, right its whole image; similarity is that of the prototype and the part. "
+        legend += style.REACH[self.reach]
         if with_neighbours:
             legend += (
                 " Then what else the prototype finds similar in the training images: it should be the same thing in "
@@ -99,7 +104,8 @@ class _Gallery(canvas.Page):
 
     def tiles(self, c: int, k: int, anchor: Anchor, x: int, y: int, side: int) -> int:
         """A prototype's part beside its training picture."""
-        found = canvas.part_and_whole(self.source_of(c, k), anchor, style.colour(c), side, self.sizes.small)
+        ink, source = style.colour(c), self.source_of(c, k)
+        found = canvas.part_and_whole(source, anchor, ink, side, self.sizes.small, self.reach)
         return self.columns(x, y, found, side, PAIR) + 2
 
     def words(self, k: int, anchor: Anchor, x: int, y: int, width: int) -> int:
@@ -135,7 +141,8 @@ class _Gallery(canvas.Page):
             shown = canvas.empty_tile(side, "no picture", size)
             if picture is not None:
                 ink = style.colour(one.class_index)
-                shown = canvas.part_tile(picture.convert("RGB"), one.box, ink, side)
+                sees = style.drawn_sees(one, self.reach, picture.size, picture.size)
+                shown = canvas.part_tile(picture.convert("RGB"), one.box, ink, side, sees)
             room = side - style.text_width(f" {similarity}", size)
             name = style.fit_text(self.class_names[one.class_index], size, room)
             self.text(left, self.picture(left, y, shown) + 2, f"{name} {similarity}", size, side)

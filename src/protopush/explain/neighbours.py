@@ -34,6 +34,7 @@ class Neighbour:
         similarity: cosine of the prototype and the patch.
         cell: the patch's number, from 0.
         box: the patch, in pixels of the upright original picture.
+        sees: likewise, all that its feature can depend on.
     """
 
     sample: int
@@ -42,6 +43,7 @@ class Neighbour:
     similarity: float
     cell: int
     box: Box
+    sees: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class _Best:
         for similarity, cell, i in zip(*columns, strict=True):
             if similarity > -torch.inf:
                 sample = view.samples[i]
-                box = view.eval_transform.view(image_size(sample.image)).original_box(regions.boxes[cell])
-                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, box))
+                back = view.eval_transform.view(image_size(sample.image)).original_box
+                box, sees = back(regions.boxes[cell]), back(regions.sees[cell])
+                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, box, sees))
         return found

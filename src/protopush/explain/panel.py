@@ -124,6 +124,12 @@ class _Evidence(canvas.Page):
     def region_of(self, match: Match) -> Region | None:
         return self.regions.get((match.class_index, match.prototype))
 
+    def place(self, match: Match, size: tuple[int, int]) -> tuple[style.Rect, style.Rect | None]:
+        """A match's box, and what it sees where that is to be drawn, in the picture of this size."""
+        original = self.explanation.image_size
+        sees = style.drawn_sees(match, self.explanation.reach, original, size)
+        return style.scaled(match.box, original, size), sees
+
     def heading(self, title: str, *more: str) -> int:
         sizes, x = self.sizes, self.sizes.margin
         y = self.text(x, x - 6, title, sizes.title, sizes.content)
@@ -143,8 +149,10 @@ class _Evidence(canvas.Page):
     def numbered(self, evidence: ClassEvidence, width: int, height: int) -> Image.Image:
         """The picture with a numbered box for each match."""
         large = canvas.with_unseen(canvas.resized(self.image, width, height), self.explanation.view)
-        matches = evidence.matches[: self.most]
-        boxes = [style.scaled(match.box, self.explanation.image_size, large.size) for match in matches]
+        places = [self.place(match, large.size) for match in evidence.matches[: self.most]]
+        for i, (box, sees) in enumerate(places):
+            canvas.draw_sees(large, box, sees, style.colour(i))
+        boxes = [box for box, _ in places]
         return canvas.with_numbers(large, boxes, self.sizes.badge)
 
     def rows(self, evidence: ClassEvidence, x: int, y: int, width: int, side: int, maps: bool = True) -> int:
@@ -176,15 +184,17 @@ class _Evidence(canvas.Page):
         """This part of the picture, that part of the training picture, and the training picture."""
         ink, anchor = style.colour(number), match.anchor
         source = self.source_of(match.class_index, match.prototype) if anchor is not None else None
-        box = style.scaled(match.box, self.explanation.image_size, self.image.size)
-        here = canvas.part_tile(self.image, box, ink, side)
-        return [here, *canvas.part_and_whole(source, anchor, ink, side, self.sizes.small)]
+        box, sees = self.place(match, self.image.size)
+        here = canvas.part_tile(self.image, box, ink, side, sees)
+        reach = self.explanation.reach
+        return [here, *canvas.part_and_whole(source, anchor, ink, side, self.sizes.small, reach)]
 
     def map(self, x: int, y: int, match: Match) -> int:
         """The whole picture, small: how similar each place of it is, and the region that was checked."""
         sizes, side, view = self.sizes, self.sizes.side, self.explanation.view
         mapped, region = bool(match.map) and not _compares_whole(match), self.region_of(match)
-        shown = canvas.with_map(self.small, match.map, view) if mapped else canvas.with_unseen(self.small, view)
+        even = self.explanation.reach == "box"
+        shown = canvas.with_map(self.small, match.map, view, even) if mapped else canvas.with_unseen(self.small, view)
         if region is not None:
             shown = canvas.with_outline(shown, region.boxes, self.explanation.image_size, 3 if sizes.narrow else 2)
         y += 0 if sizes.narrow else (side - shown.height) // 2
@@ -236,11 +246,11 @@ class _Evidence(canvas.Page):
         """How to read it, for somebody who sees it for the first time."""
         sizes, unseen = self.sizes, style.unseen_share(self.explanation.view)
         name = style.fit_text(self.explanation.classes[0].class_name, sizes.small, 180)
+        windows = ", of the boxes that cover it the most similar" if self.explanation.reach == "box" else ""
         texts = [
             f"Each row is a prototype: a part of a training image of {name}. The box with its number is the place in "
-            "this image that is most similar to it. The model has also seen what lies around a box (its receptive "
-            "field is larger).",
-            "Colours show how similar each place is. Each map has its own scale, written below it.",
+            f"this image that is most similar to it. {style.REACH[self.explanation.reach]}",
+            f"Colours show how similar each place is{windows}. Each map has its own scale, written below it.",
         ]
         if self.whole:
             texts = [f"Each row is a prototype: a training image of {name}. This model compares images as a whole."]

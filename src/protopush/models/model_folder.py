@@ -49,7 +49,7 @@ def save_run(run: Run) -> None:
     write_atomic(weights, lambda temporary: save_file(state, temporary))
     digest = sha256_of(weights)
     save_pictures(run)
-    _save_gallery(run)
+    _save_gallery(run, head.compared(backbone.regions).reach)
     write_json(folder / "prototypes.json", certificate(head.proto_manager, run.class_names, digest))
     manager = head.proto_manager
     write_json(
@@ -90,7 +90,7 @@ def save_pictures(run: Run) -> None:
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
 
 
-def _save_gallery(run: Run) -> None:
+def _save_gallery(run: Run, reach: str) -> None:
     """``prototypes.png``: each class's prototypes as crops, beside their source images."""
     from protopush.explain import draw_gallery  # here, so that opening a model does not import what draws
 
@@ -102,6 +102,7 @@ def _save_gallery(run: Run) -> None:
         manager.num_classes,
         manager.max_prototypes,
         per_class=manager.max_prototypes,
+        reach=reach,
     )
     write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))
 
