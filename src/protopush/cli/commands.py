@@ -246,8 +246,10 @@ def data_audit(
         threshold: similarity of near duplicates, at most 1.
     """
     from protopush.cli.tables import audit_table
+    from protopush.data.audit import check_threshold
     from protopush.data.sources import load_catalog
 
+    check_threshold(threshold)  # before the images are listed
     catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
     found = audit_catalog(catalog, threshold=threshold)
     _answer(json, found.to_dict(), audit_table(found))

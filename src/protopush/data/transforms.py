@@ -52,10 +52,12 @@ class Preprocessing:
                 "above 0; give them in units of 0..1 pixels"
             )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise InputError(f"size {self.size} is no image size; expected two integers, (height, width) in pixels")
+            raise InputError(
+                f"size {self.size} is no image size; expected (height, width) in pixels; give two integers"
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
-                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}; choose one"
             )
 
     def to_dict(self) -> dict[str, Any]:
