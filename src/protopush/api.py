@@ -107,7 +107,7 @@ class Run(stored_run.Run):
             rows: prototypes in a panel.
             top_classes: classes in the JSON.
             why_not: another class, which gets a picture of its own (``NAME-why-not.png``) beside the predicted one.
-            regions: find what each prototype shown depends on, by hiding parts (slow); not for windows, whose box is all.
+            regions: find what each prototype shown depends on, by hiding parts (slow); of windows the box is all.
             narrow: panels for a phone's width.
             names: of the files, without an ending; by default those of the images.
 
@@ -159,10 +159,11 @@ class Run(stored_run.Run):
             against: folders of other runs of the same classes, to be shown beside this one.
             audit: search for leaks between the splits as well.
             resamples: of the bootstrap behind the intervals; 0: none.
-            faithfulness: images that faithfulness is measured on (slow); 0: none.
+            faithfulness: images that faithfulness, and (16 of them) locality, are measured on (slow); 0: none.
         """
         from protopush.data.dataset import ImageDataset
         from protopush.evaluation.compare import compare, measure_beside
+        from protopush.evaluation.locality import measure_run
         from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
         from protopush.runs.progress import bar
@@ -176,8 +177,12 @@ class Run(stored_run.Run):
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
         checks, audited = self._check_anchors(self.root), audit_catalog(catalog) if audit else None
+        images = min(faithfulness, 16)
+        locality = measure_run(self, self.root, measured.dataset, images, self.device) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self
-        build_report(trained, measured, neighbours, checks, audited, comparison, page, device=self.device)
+        build_report(
+            trained, measured, neighbours, checks, audited, comparison, page, device=self.device, locality=locality
+        )
         return page, measured
 
     def compare(

@@ -133,11 +133,11 @@ def test_predictions_are_those_of_the_windows(home, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 10
     for row in rows:
-        pixels = opened.transform(read_image(folder / Path(row["image"]).name))
+        pixels = opened.transform(read_image(folder / Path(row["file"]).name))
         with torch.no_grad():
             output = opened.model(pixels[None])
         assert row["predicted"] == opened.class_names[int(output.logits.argmax())]
-        assert float(row["similarity"]) == pytest.approx(float(output.similarities.amax()), abs=1e-4)
+        assert float(row["best_similarity"]) == pytest.approx(float(output.similarities.amax()), abs=1e-4)
 
 
 def test_evaluation_report_and_gallery(home, run, capsys):
@@ -146,14 +146,15 @@ def test_evaluation_report_and_gallery(home, run, capsys):
     found = answer(capsys, "report", run, "--resamples", "0", "--faithfulness", "2", "--data.num_workers", "0")
     page = Path(found["report"]).read_text()
     assert "cuts the image into 25 windows, each of which is seen alone" in page
-    assert "nothing outside the box can change this" in page.lower()
-    assert found["localization"]["n"] == 6
+    assert "nothing outside the box can change this" in page
+    assert "Measured in 8 places" in page
+    assert found["localization"] is not None
     assert (run / "prototypes.png").stat().st_size > 10_000
     for kind, said in {"stage": "sees more than its box", "plain": "sees the whole image"}.items():
         opened = protopush.open_run(home / kind, num_workers=0, device="cpu")
-        page, _ = opened.report(home / f"{kind}.html", audit=False, resamples=0, faithfulness=0)
+        page, _ = opened.report(home / f"{kind}.html", audit=False, resamples=0, faithfulness=1)
         assert said in page.read_text()
-        assert "nothing outside the box can change this" not in page.read_text().lower()
+        assert "nothing outside the box can change this" not in page.read_text()
 
 
 @pytest.mark.parametrize("words", [["--prototype", "cat:1"], ["--image", "IMAGE"], ["--mask_column"]])
@@ -213,7 +214,7 @@ def test_a_folder_to_share_opens_the_same(home, tmp_path, kind):
             assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["windows", "stage"])
 def test_onnx_has_the_windows_inside(home, tmp_path, kind):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -282,11 +282,8 @@ def explain_batch(
             matches.sort(key=lambda match: -match.contribution)  # stable: the lower slot first among equals
             classes.append(ClassEvidence(c, class_names[c], probabilities[c], float(logits[i, c]), biases[c], matches))
         first = classes[0]
-        explanations.append(
-            Explanation(
-                file, view.original, first.class_index, first.class_name, first.probability, classes, view, regions.reach
-            )  # fmt: skip
-        )
+        answer = first.class_index, first.class_name, first.probability, classes
+        explanations.append(Explanation(file, view.original, *answer, view, regions.reach))
     return explanations
 
 

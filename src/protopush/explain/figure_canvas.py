@@ -149,10 +149,11 @@ def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int, sees: Rec
     size = (max(1, round(wide * scale)), max(1, round(high * scale)))
     crop = picture.resize(size, Image.Resampling.BICUBIC, box=shown)
     here, seen = (
-        style.scaled((x0 - left, y0 - top, x1 - left, y1 - top), (wide, high), size) for x0, y0, x1, y1 in (box, sees or box)
+        style.scaled((x0 - left, y0 - top, x1 - left, y1 - top), (wide, high), size)
+        for x0, y0, x1, y1 in (box, sees or box)
     )
     draw_sees(crop, here, seen, ink)
-    draw_box(crop, here, ink)
+    draw_box(crop, here, ink, 3 if sees is None else 2)
     return tile(crop, side)
 
 
@@ -180,7 +181,10 @@ def part_and_whole(
     box = style.scaled(anchor.box, original, whole.size)
     draw_sees(whole, box, style.drawn_sees(anchor, reach, original, whole.size), ink)
     draw_box(whole, box, ink, line=2)
-    box, sees = style.scaled(anchor.box, original, picture.size), style.drawn_sees(anchor, reach, original, picture.size)
+    box, sees = (
+        style.scaled(anchor.box, original, picture.size),
+        style.drawn_sees(anchor, reach, original, picture.size),
+    )
     part = part_tile(picture, box, ink, side, sees)
     return part, tile(whole, side)
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from protopush import __version__
 from protopush.data.audit import Audit
 from protopush.data.files import write_atomic
+from protopush.evaluation.locality import Locality
 from protopush.evaluation.measure import Measured
 from protopush.explain.figure_style import decimal, percent
 from protopush.explain.neighbours import Neighbours
@@ -35,7 +36,7 @@ def build_report(
     run: Run, measured: Measured, neighbours: Sequence[Sequence[Neighbours | None]] | None = None,
     checks: Sequence[AnchorCheck] | None = None, audit: Audit | None = None,
     comparison: Mapping[str, Any] | None = None, path: str | Path | None = None, root: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", locality: Sequence[Locality] | None = None,
 ) -> Path:  # fmt: skip
     """Write ``report.html``, whole or not at all; what is not given is named as missing, with the command for it.
 
@@ -49,11 +50,12 @@ def build_report(
         path: where to write, and what is returned; by default ``report.html`` in the run's folder.
         root: where the training images are now; by default where they were in training.
         device: where the model is.
+        locality: how much is decided outside the boxes, as :func:`protopush.evaluation.locality.measure_run` finds it.
 
     Raises:
         InputError: an image of the split can't be read, or the page can't be written.
     """
-    data = ReportData(run, measured, neighbours, checks, audit, comparison, Path(root or run.root), device)
+    data = ReportData(run, measured, neighbours, checks, audit, comparison, Path(root or run.root), device, locality)
     text, file = render(data), Path(path) if path else run.folder / FILE
     # A file name may hold bytes that are no text; the page shows a question mark for them.
     write_atomic(file, lambda temporary: temporary.write_bytes(text.encode("utf-8", errors="replace")))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from protopush.data.images import read_image
 from protopush.evaluation.measure import Measured
-from protopush.explain import ClassEvidence, Explanation, explain_batch
-from protopush.explain.figure_style import COLOURS, Rect, file_name
+from protopush.explain import ClassEvidence, Explanation, Match, explain_batch
+from protopush.explain.figure_style import COLOURS, Rect, drawn_sees, file_name
 from protopush.report.prototype_cards import Cards, Picture, embed, framed, heat, ident, part
 
 EACH = 3  # cases of a kind
@@ -63,7 +63,8 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
     (found,) = explain_batch(run.model, pixels, [view], [name], run.class_names, also=[truth])
     first = found.classes[0]
     shown, rest = first.matches[:ROWS], first.matches[ROWS:]
-    warm = heat(image, shown[0].map, view, SIDE, f"where {name} is like the first prototype")
+    even, alt = found.reach == "box", f"where {name} is like the first prototype"
+    warm = heat(image, shown[0].map, view, SIDE, alt, even)
     return {
         "title": title,
         "file": name,
@@ -71,7 +72,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "predicted": first.class_name,
         "probability": first.probability,
         "right": first.class_name == truth,
-        "picture": _numbered(image, name, [match.box for match in shown]),
+        "picture": _numbered(image, name, shown, cards.reach),
         "heat": framed(warm, [shown[0].box], image.size, ["1"]) if len(shown[0].map) > 1 else None,
         "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
         "rows": [_with_pictures(row, image, name, cards) for row in contribution_rows(first)[:ROWS]],
@@ -104,18 +105,20 @@ def _with_pictures(row: dict[str, Any], image: Image.Image, name: str, cards: Ca
     """A row with this part of the image, that part of the training image, and the training image."""
     match = row["match"]
     there, source = cards.pictures(match.class_index, match.prototype)
-    here = part(image, match.box, PART, f"part {row['number']} of {name}", row["colour"])
+    sees = drawn_sees(match, cards.reach, image.size, image.size)
+    here = part(image, match.box, PART, f"part {row['number']} of {name}", row["colour"], sees=sees)
     return row | {"ident": ident(match.class_index, match.prototype), "here": here, "there": there, "source": source}
 
 
-def _numbered(image: Image.Image, name: str, boxes: Sequence[Rect]) -> Picture:
+def _numbered(image: Image.Image, name: str, matches: Sequence[Match], reach: str) -> Picture:
     """The image with the numbers of the matches; those of one cell share a box."""
     places: dict[Rect, list[int]] = {}
-    for i, box in enumerate(boxes):
-        places.setdefault(box, []).append(i)
+    for i, match in enumerate(matches):
+        places.setdefault(match.box, []).append(i)
+    sees = [drawn_sees(matches[some[0]], reach, image.size, image.size) for some in places.values()]
     labels = [", ".join(str(i + 1) for i in some) for some in places.values()]
     colours = [some[0] % len(COLOURS) for some in places.values()]
-    return framed(embed(image, LARGE, LARGE, f"image {name}"), list(places), image.size, labels, colours)
+    return framed(embed(image, LARGE, LARGE, f"image {name}"), list(places), image.size, labels, colours, sees)
 
 
 def _scores(found: Explanation, truth: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from protopush.data.audit import Audit
 from protopush.data.files import read_rows
 from protopush.evaluation.compare import ROWS
+from protopush.evaluation.locality import Locality
 from protopush.evaluation.measure import Measured
 from protopush.explain.neighbours import Neighbours
 from protopush.metrics import glossary
@@ -45,6 +46,7 @@ class ReportData:
     comparison: Mapping[str, Any] | None
     root: Path
     device: str | torch.device
+    locality: Sequence[Locality] | None = None
 
     @cached_property
     def cards(self) -> Cards:

@@ -20,7 +20,7 @@ from protopush.data.images import read_image
 from protopush.data.transforms import Box, View
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import with_map
-from protopush.explain.figure_style import Map, Rect, decimal, scaled, surroundings
+from protopush.explain.figure_style import Map, Rect, decimal, drawn_sees, scaled, surroundings
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.metrics.glossary import metric_text
 from protopush.models.model_folder import Run
@@ -34,7 +34,10 @@ SHARP = 1.5  # pixels of the file to one of the page, for finer screens
 
 
 class Frame(NamedTuple):
-    """A box over a picture, in percent of the picture; ``colour`` numbers the page's palette from 0."""
+    """A box over a picture, in percent of the picture; ``colour`` numbers the page's palette from 0.
+
+    A thin one is around all that was seen for a box.
+    """
 
     x: float
     y: float
@@ -42,6 +45,7 @@ class Frame(NamedTuple):
     height: float
     label: str = ""
     colour: int = 0
+    thin: bool = False
 
 
 class Picture(NamedTuple):
@@ -72,35 +76,42 @@ def embed(picture: Image.Image, width: int, height: int, alt: str, sharp: float 
     return Picture("data:image/jpeg;base64," + b64encode(data.getvalue()).decode("ascii"), *size, alt)
 
 
-def part(picture: Image.Image, box: Rect, side: int, alt: str, colour: int = 0, sharp: float = SHARP) -> Picture:
-    """The box, framed, with half its size around it on every side where the picture has that."""
-    x0, y0, x1, y1 = map(round, surroundings(box, picture.size))
+def part(
+    picture: Image.Image, box: Rect, side: int, alt: str, colour: int = 0, sharp: float = SHARP,
+    sees: Rect | None = None,
+) -> Picture:  # fmt: skip
+    """The box, framed, with its surroundings (:func:`protopush.explain.figure_style.surroundings`)."""
+    x0, y0, x1, y1 = map(round, surroundings(box, picture.size, sees))
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
     shown = embed(picture.crop((x0, y0, x1, y1)), side, side, alt, sharp)
-    return framed(shown, [(box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)], (x1 - x0, y1 - y0), colours=[colour])
+    here, seen = ((one[0] - x0, one[1] - y0, one[2] - x0, one[3] - y0) for one in (box, sees or box))
+    return framed(shown, [here], (x1 - x0, y1 - y0), colours=[colour], sees=[seen])
 
 
 def framed(
     shown: Picture, boxes: Sequence[Rect], size: tuple[float, float], labels: Sequence[str] = (),
-    colours: Sequence[int] = (0,),
+    colours: Sequence[int] = (0,), sees: Sequence[Rect | None] = (),
 ) -> Picture:  # fmt: skip
-    """The picture with boxes over it, which are in pixels of the picture at (width, height) ``size``."""
-    frames = []
-    for i, box in enumerate(boxes):
+    """The picture with boxes over it, which are in pixels of the picture at (width, height) ``size``.
+
+    Where more is seen than a box (``sees``), and not the whole picture (None), that has a thin frame.
+    """
+    frames, drawn = [], [(i, one, True) for i, one in enumerate(sees) if one is not None and one != boxes[i]]
+    for i, box, thin in [*drawn, *((i, box, False) for i, box in enumerate(boxes))]:
         x0, y0, x1, y1 = (round(edge, 2) for edge in scaled(box, size, (100, 100)))
-        label, colour = labels[i] if labels else "", colours[i % len(colours)]
-        frames.append(Frame(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2), label, colour))
+        label, colour = labels[i] if labels and not thin else "", colours[i % len(colours)]
+        frames.append(Frame(x0, y0, round(x1 - x0, 2), round(y1 - y0, 2), label, colour, thin))
     return shown._replace(frames=tuple(frames))
 
 
-def heat(picture: Image.Image, similarities: Map, view: View, side: int, alt: str) -> Picture:
+def heat(picture: Image.Image, similarities: Map, view: View, side: int, alt: str, even: bool = False) -> Picture:
     """A similarity map (rows, columns) over its picture, the original or a smaller copy; ``view`` is the original's.
 
-    The result fits in a square of ``side`` CSS pixels.
+    The result fits in a square of ``side`` CSS pixels; ``even`` as in :func:`protopush.explain.figure_style.upsampled`.
     """
     small = picture.copy()
     small.thumbnail((round(side * SHARP), round(side * SHARP)))
-    return embed(with_map(small, similarities, view), side, side, alt)
+    return embed(with_map(small, similarities, view, even), side, side, alt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +134,11 @@ class Cards:
     sides: tuple[int, int, int] = (132, 176, 72)
     sharp: float = SHARP
     _drawn: dict[tuple[int, int], tuple[Picture | None, Picture | None]] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def reach(self) -> str:
+        """What the model sees of an image for a patch (:attr:`protopush.data.regions.Regions.reach`)."""
+        return self.run.head.compared(self.run.model.backbone.regions).reach
 
     def classes(self) -> list[dict[str, Any]]:
         """All classes in label order, with their cards; ``left_out`` more of a class are not shown."""
@@ -185,8 +201,9 @@ class Cards:
         if anchor.box is None or anchor.image_size is None:
             return None, source
         box = scaled(anchor.box, anchor.image_size, picture.size)
-        here = part(picture, box, side, f"cell {anchor.cell} of {name}", sharp=self.sharp)
-        return here, framed(source, [box], picture.size)
+        sees = drawn_sees(anchor, self.reach, anchor.image_size, picture.size)
+        here = part(picture, box, side, f"cell {anchor.cell} of {name}", sharp=self.sharp, sees=sees)
+        return here, framed(source, [box], picture.size, sees=[sees])
 
     def _facts(self, c: int, k: int, anchor: Anchor) -> list[tuple[str, str]]:
         before, after = decimal(anchor.similarity), decimal(anchor.similarity_after)
@@ -210,14 +227,17 @@ class Cards:
         """The parts of all neighbours, each file decoded once; what can't be read, or lies elsewhere, lacks."""
         shown = (one for near in self.neighbours.values() for one in (*near.own[:OWN], *near.others[:OTHERS]))
         found: dict[tuple[str, Box], Picture] = {}
-        for name, places in groupby(sorted({(one.name, one.box) for one in shown}), key=lambda place: place[0]):
+        distinct = sorted({(one.name, one.box): one for one in shown}.items(), key=lambda item: item[0])
+        for name, places in groupby(distinct, key=lambda item: item[0][0]):
             file, side = file_within(self.root, name), self.sides[2]
             try:
                 picture = read_image(file) if file is not None else None
             except InputError:
                 continue
             if picture is not None:
-                found |= {place: part(picture, place[1], side, "", sharp=self.sharp) for place in places}
+                for place, one in places:
+                    sees = drawn_sees(one, self.reach, picture.size, picture.size)
+                    found[place] = part(picture, one.box, side, "", sharp=self.sharp, sees=sees)
         return found
 
 

@@ -12,6 +12,7 @@ import yaml
 from protopush.backbones.create import Backbone
 from protopush.data.audit import audit_findings, audit_verdict
 from protopush.data.files import read_json
+from protopush.evaluation.locality import TOLERANCE
 from protopush.explain.figure_canvas import colour_bar
 from protopush.explain.figure_style import decimal
 from protopush.metrics.glossary import HEADLINE, named_numbers
@@ -31,7 +32,7 @@ def summary(data: ReportData) -> dict[str, Any]:
     """What the model is, for a reader who knows images but not networks, and what it is worth."""
     found = named_numbers(data.measured.numbers["classification"], "classification")
     return {
-        "lead": _lead(data.run),
+        "lead": [*_lead(data.run), *_local(data)],
         "verdict": _anchors(data)[:2],
         "classes": data.run.class_names,
         "facts": _facts(data.run),
@@ -59,6 +60,33 @@ def _lead(run: Run) -> list[str]:
         "its class. Nothing else goes into a score but one fixed number for each class, its bias. The class with the "
         "highest score is the answer, so that every answer can be read as a sum: this part looks like that part of "
         "that training image.",
+    ]
+
+
+def _local(data: ReportData) -> list[str]:
+    """What lies behind a box, in a sentence and, where that was measured, numbers."""
+    head, regions, found = data.run.head, data.run.model.backbone.regions, data.locality
+    if head.match == "global":
+        return []
+    width, height = (int(max(sees[i + 2] - sees[i] for sees in regions.sees)) for i in (0, 1))
+    words = {
+        "box": "Each part is seen alone: nothing outside the box can change this.",
+        "more": "For each part the model sees more than its box: what is in the thin frame, at most "
+        f"{width} × {height} pixels of the input. Nothing outside the frame can change this.",
+        "all": "A box says where a part lies, not all that counts: for each part the model sees the whole image.",
+    }[regions.reach]
+    if not found:
+        return [words]
+    largest = max(one.largest for one in found)
+    if regions.is_local and largest > TOLERANCE:
+        words = "The model claims that nothing outside a box can change this, but that is not so."
+    changes = [change for one in found for change in one.changes.values()]
+    by = f"{decimal(fmean(changes))} in the mean, at most {decimal(largest)}"
+    if largest <= TOLERANCE:
+        by = f"at most {largest:.1g}, which is rounding"
+    return [
+        f"{words} Measured in {len(found)} places, with noise, black or another image in place of everything outside "
+        f"the box: the similarity changes by {by}."
     ]
 
 
