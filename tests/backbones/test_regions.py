@@ -74,6 +74,7 @@ def test_whole_model_alone_sees_the_whole_image() -> None:
     backbone = create_backbone("resnet18", pretrained=False, size=(64, 64))
     assert not backbone.is_local
     assert set(backbone.regions.sees) == {(0.0, 0.0, 64.0, 64.0)}
+    assert backbone.regions.reach == "all"
     assert backbone.regions == Regions.grid((2, 2), (64, 64))
 
 
@@ -81,6 +82,7 @@ def test_windows_of_the_guide() -> None:
     found = Windows.of({"size": 56, "stride": 28}).regions((224, 224))
     assert len(found) == 49
     assert found.is_local
+    assert found.reach == Regions.whole((224, 224)).reach == "box"
     backbone = create_backbone("resnet18", pretrained=False, windows={"size": 56, "stride": 28})
     assert backbone(torch.zeros(2, 3, 224, 224)).patches.shape == (2, 49, 512)
 
@@ -243,6 +245,7 @@ def test_receptive_field_equals_a_hand_calculation(name: str) -> None:
     backbone.measure().eval()
     assert backbone.regions.sees == wanted
     assert not backbone.is_local
+    assert backbone.regions.reach == "more"
     assert largest_change(backbone, torch.randn(1, 3, 96, 128)) == 0.0
     # Every edge is reached: with weights that let all through, one pixel on it changes the cell.
     for parameter in backbone.parameters():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
+from protopush.backbones.windows import Windows
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import Sample
 from protopush.data.regions import Regions
@@ -62,6 +63,32 @@ def test_maps_are_those_made_pixel_by_pixel(seed):
     found = upsampled(similarities, view, size)
     assert found.shape == (size[1], size[0])
     np.testing.assert_allclose(found, by_hand(similarities, view, size), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_windows_have_the_largest_value_over_each_pixel_and_the_peak_fills_its_box(seed):
+    generator = np.random.default_rng(seed)
+    original = tuple(int(side) for side in generator.integers(60, 200, 2))
+    height, width = (int(side) for side in generator.integers(30, 60, 2))
+    view = View.of(original, (height, width), crop_pct=float(generator.choice([1.0, 0.875])))
+    sides = generator.integers(8, 30, 2).tolist()
+    regions = Windows.of({"size": sides, "stride": [max(1, side // 2) for side in sides]}).regions((height, width))
+    values = torch.from_numpy(generator.normal(size=len(regions)))
+    found = upsampled(regions.map(values).tolist(), view, even=True)
+    x, y = (
+        (np.arange(side) + 0.5) * view.resized[axis] / side - view.offset[axis] for axis, side in enumerate(original)
+    )
+    expected = np.full(original[::-1], -np.inf)
+    for (x0, y0, x1, y1), value in zip(regions.boxes, values.tolist(), strict=True):
+        inside = np.outer((y >= y0) & (y < y1), (x >= x0) & (x < x1))
+        expected[inside] = np.maximum(expected[inside], value)
+    seen = np.isfinite(found)
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-6)
+    x0, y0, x1, y1 = view.original_box(regions.boxes[int(values.argmax())])
+    peak = found == np.float32(values.max())
+    assert peak[y0:y1, x0:x1].all()  # boxes and maps lie over each other
+    peak[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1] = False  # an edge in the middle of a pixel
+    assert not peak.any()
 
 
 def test_the_peak_of_a_map_lies_in_the_box_of_a_wide_picture(tmp_path):

@@ -14,7 +14,16 @@ from protopush.data.transforms import View
 from protopush.errors import InputError
 from protopush.explain import ClassEvidence, Explanation, Match, draw_gallery, draw_panel, draw_why_not, explain_image
 from protopush.explain.checked_region import Region
-from protopush.explain.figure_canvas import Page, draw_box, resized, with_map, with_outline, with_unseen
+from protopush.explain.figure_canvas import (
+    Page,
+    draw_box,
+    draw_sees,
+    part_tile,
+    resized,
+    with_map,
+    with_outline,
+    with_unseen,
+)
 from protopush.explain.figure_style import (
     COLOURS,
     INK,
@@ -437,6 +446,58 @@ def test_bars_are_as_long_as_the_contributions():
     assert second == pytest.approx(first / 2, abs=2)
     badge = WIDE.badge**2
     assert count(right, COLOURS[2]) < badge  # the bar against is hollow, the number is not
+
+
+# What is seen beyond a box.
+
+
+def test_a_local_part_is_shown_alone_at_both_places():
+    """Two crops of the same size fill their tiles; nothing of what lies around them is there."""
+    image, source = Image.new("RGB", (300, 100), GREY), Image.new("RGB", (400, 200), GREY)
+    image.paste(PINK, (100, 25, 125, 50))
+    source.paste(PINK, (50, 50, 100, 100))
+    match = a_match(sees=(100, 25, 125, 50), anchor=an_anchor(sees=(50, 50, 100, 100)), map=[[0.1, 0.2]])
+    for reach, least, most in (("box", 146, 160), ("all", 70, 76)):  # less the frame, and what resampling mixes with it
+        explanation = replace(an_explanation([match]), reach=reach)
+        panel = draw_panel(explanation, image, lambda c, k: source)
+        left = WIDE.margin + LEFT + BETWEEN + WIDE.side + WIDE.gap
+        for x in (left, left + WIDE.side + WIDE.gap):
+            tile = panel.crop((x, 0, x + WIDE.side, panel.height))
+            assert least**2 <= count(tile, PINK) <= most**2  # whole, though the picture is wide
+            assert (count(tile, GREY) > 0) == (reach == "all")
+
+
+def test_what_a_part_sees_has_a_thin_frame():
+    picture, ink = Image.new("RGB", (80, 60), GREY), COLOURS[2]
+    draw_sees(picture, (30, 20, 40, 30), (10, 5, 70, 55), ink)
+    assert where(picture, ink) == (10, 5, 70, 55)
+    assert count(picture, ink) == 60 * 50 - 58 * 48
+    assert count(picture, (255, 255, 255)) == 58 * 48 - 56 * 46
+    for sees in (None, (30, 20, 40, 30)):  # the whole picture, or no more than the box
+        plain = Image.new("RGB", (80, 60), GREY)
+        draw_sees(plain, (30, 20, 40, 30), sees, ink)
+        assert count(plain, GREY) == 80 * 60
+    match = a_match(sees=(80, 10, 145, 70), anchor=an_anchor(sees=(20, 20, 180, 180)))
+    image = Image.new("RGB", (300, 100), GREY)
+    panels = [
+        draw_panel(replace(an_explanation([match]), reach=reach), image, lambda c, k: image)
+        for reach in ("all", "more")
+    ]
+    thin = [count(panel, COLOURS[0]) for panel in panels]
+    assert thin[1] != thin[0]
+    part = part_tile(image, (100, 25, 125, 50), COLOURS[0], 164, (80, 10, 145, 70))
+    x0, y0, x1, y1 = where(part, COLOURS[0])
+    assert (x1 - x0, y1 - y0) == pytest.approx((65 * 164 / 71.5, 60 * 164 / 71.5), abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("reach", "said"),
+    [("box", "nothing outside it can change"), ("more", "The thin frame is all"), ("all", "sees the whole image")],
+)
+def test_the_words_say_what_the_model_sees(written, reach, said):
+    draw_panel(replace(an_explanation([a_match()]), reach=reach), Image.new("RGB", (300, 100), GREY), no_picture)
+    draw_gallery(["mel"], lambda c, k: an_anchor(), no_picture, 1, 1, reach=reach)
+    assert " ".join(text for text, _ in written).count(said) == 2
 
 
 # Checked regions.

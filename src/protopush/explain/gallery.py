@@ -83,7 +83,7 @@ class _Gallery(canvas.Page):
         if with_neighbours:
             legend += (
                 " Then what else the prototype finds similar in the training images: it should be the same thing in "
-                "its own class. In the frame: the most similar of other classes, which may mislead it."
+                "its own class. In the black frame: the most similar of other classes, which may mislead it."
             )
         title = "Prototypes, and the training images that they come from"
         y = self.text(x, x - 4, title, sizes.head + 6, sizes.content, most=2) + 4

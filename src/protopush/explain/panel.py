@@ -175,7 +175,7 @@ class _Evidence(canvas.Page):
                 text_top = top = self.columns(x, top, where, side, gap)
             bottom = top if sizes.narrow else self.columns(beside, y, tiles, side, gap)
             if maps:
-                bottom = self.map(x, top, match)
+                bottom = max(bottom, self.map(x, top, match))
             left = beside if sizes.narrow else aside
             y = max(bottom, self.words(left, text_top, match, i, x + width - left)) + gap
         return y
