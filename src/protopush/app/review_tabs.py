@@ -17,7 +17,7 @@ from protopush.app.page import PRIVATE, decision_fields, message, render
 from protopush.app.run_store import RunStore, UsageWorker, Use
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import part_and_whole
-from protopush.explain.figure_style import COLOURS
+from protopush.explain.figure_style import COLOURS, REACH
 from protopush.explain.neighbours import Neighbours
 from protopush.models.model_folder import Run
 from protopush.report.prototype_cards import Cards
@@ -66,8 +66,9 @@ def details(
 def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> None:
     """Build the tab on a page."""
     chosen = gr.State(None)
-    gr.HTML(message(INTRO, "plain"))
-    names = [(name, c) for c, name in enumerate(store.run().class_names)]
+    run = store.run()
+    gr.HTML(message(f"{INTRO} {REACH[run.head.compared(run.model.backbone.regions).reach]}", "plain"))
+    names = [(name, c) for c, name in enumerate(run.class_names)]
     kind = gr.Dropdown(label="Class", choices=names, value=0, elem_id="pp-class", filterable=len(names) > 20)
     pictures = gr.Gallery(
         label="Prototypes", show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False,

@@ -104,20 +104,13 @@ class Regions:
             raise ValueError(f"{values.shape[-1]} values for {len(self)} patches")
         if self.is_grid:
             return values.view(*values.shape[:-1], *self.raster)
-        padded = torch.cat([values, values.new_full((*values.shape[:-1], 1), -torch.inf)], dim=-1)
-        return padded[..., self._covering.to(values.device)].amax(dim=-1)
-
-    @cached_property
-    def _covering(self) -> Tensor:
-        """The patches that cover each square, int64 (rows, columns, the most); L where there are fewer."""
         (rows, columns), (height, width) = self.raster, self.size
-        y, x = ((torch.arange(n) + 0.5) * side / n for n, side in ((rows, height), (columns, width)))
-        x0, y0, x1, y1 = torch.tensor(self.boxes).view(-1, 4, 1).unbind(dim=1)
-        down, across = (y >= y0) & (y < y1), (x >= x0) & (x < x1)  # (L, rows), (L, columns)
-        inside = down.unsqueeze(2) & across.unsqueeze(1)  # (L, rows, columns)
-        numbers = torch.where(inside, torch.arange(len(self)).view(-1, 1, 1), len(self))
-        most = int(inside.sum(dim=0).max())
-        return numbers.sort(dim=0).values[:most].permute(1, 2, 0)
+        drawn = values.new_full((*values.shape[:-1], rows, columns), -torch.inf)
+        for value, (x0, y0, x1, y1) in zip(values.unbind(dim=-1), self.boxes, strict=True):
+            down = slice(round(y0 * rows / height), round(y1 * rows / height))
+            across = slice(round(x0 * columns / width), round(x1 * columns / width))
+            drawn[..., down, across] = torch.maximum(drawn[..., down, across], value[..., None, None])
+        return drawn
 
 
 def _cells(grid: tuple[int, int], size: tuple[int, int]) -> tuple[Region, ...]:
