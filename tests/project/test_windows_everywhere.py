@@ -245,9 +245,11 @@ def test_what_is_local_is_measured(home, capsys, kind):
         assert found["largest"] <= 1e-6
     else:
         assert found["largest"] > 1e-3
+        assert max(place["beyond"] for place in found["places"]) <= 1e-6
     assert main([str(word) for word in words]) == 0
     said = capsys.readouterr().out
     assert ("Nothing outside a box" in said) == (kind == "windows")
+    assert ("only that replaced which it does not see" in said) == (kind == "stage")
 
 
 def test_a_claim_that_is_not_kept_is_found(home, run, capsys, monkeypatch):

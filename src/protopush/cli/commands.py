@@ -194,7 +194,7 @@ def verify(
         largest = max((one.largest for one in found), default=0.0)
         answer["locality"] = {"claimed": claimed, "largest": largest, "places": [one.to_dict() for one in found]}
         holds = holds and (largest <= TOLERANCE or not claimed)
-        words += "\n" + locality_table(found, claimed)
+        words += "\n" + locality_table(found, opened.model.backbone.regions.reach)
     _answer(json, answer, words)
     return 0 if holds else 1
 

@@ -55,7 +55,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     return _text(sums) + "\n" + _text(table)
 
 
-def locality_table(found: Sequence[Locality], claimed: bool) -> str:
+def locality_table(found: Sequence[Locality], reach: str) -> str:
     """By how much similarities change where everything outside the boxes is replaced, and what that means."""
     table = Table("in place of all outside the box", "largest change", "mean change", "mean similarity", box=None)
     for name in found[0].changes if found else ():
@@ -63,8 +63,11 @@ def locality_table(found: Sequence[Locality], claimed: bool) -> str:
         mean = sum(one.similarity for one in found) / len(found)
         table.add_row(name, f"{max(changes):.1e}", f"{sum(changes) / len(found):.1e}", metric_text(mean))
     held = max((one.largest for one in found), default=0.0) <= TOLERANCE
+    beyond = max((one.beyond for one in found), default=0.0)
     words = "The model sees more than the boxes: they show where it compares, not all that it sees."
-    if claimed:
+    if reach == "more":
+        words += f" With only that replaced which it does not see, the largest change is {beyond:.1e}."
+    if reach == "box":
         words = "Nothing outside a box can change what is said of it." if held else "It claims to be local, but is not."
     return f"{_text(table)}\nIn {len(found)} places. {words}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,13 @@ class Locality:
         name: of the place.
         similarity: of prototype and patch.
         changes: by how much it changes where noise, black or another image takes the place of all outside the box.
+        beyond: the largest change where they take the place of all that the patch does not see; 0 if that is nothing.
     """
 
     name: str
     similarity: float
     changes: dict[str, float]
+    beyond: float = 0.0
 
     @property
     def largest(self) -> float:
@@ -95,15 +97,17 @@ def measure_locality(
                 "black": _black(model).expand_as(images),
                 "another image": torch.stack([places[(start + i + 1) % len(places)].image for i in range(BATCH)]),
             }
-            before, boxes = _similarities(model, images.to(device), some)
-            outside = torch.stack([_outside(box, images.shape[2:]) for box in boxes]).unsqueeze(1)
-            changes = dict[str, Tensor]()
-            for name, filling in fillings.items():
-                after, _ = _similarities(model, torch.where(outside, filling, images).to(device), some)
-                changes[name] = (after - before).abs()
+            before, boxes, sees = _similarities(model, images.to(device), some)
+            inputs = images, fillings, some, before, device
+            changes = _changes(model, *inputs, boxes)
+            beyond = changes if sees == boxes else _changes(model, *inputs, sees)
             for i, place in enumerate(some[: len(places) - start]):
                 of_place = {name: float(values[i]) for name, values in changes.items()}
-                found.append(Locality(place.name, float(before[i]), of_place))
+                found.append(
+                    Locality(
+                        place.name, float(before[i]), of_place, max(float(values[i]) for values in beyond.values())
+                    )
+                )
             advance(min(BATCH, len(places) - start))
     return found
 
@@ -145,15 +149,29 @@ def measure_run(
     return measure_locality(run.model, places, device, advance)
 
 
-def _similarities(model: ProtoModel, images: Tensor, places: Sequence[Place]) -> tuple[Tensor, list[Region]]:
-    """The similarities (B,) of the places' patches, float64, and their boxes."""
+def _changes(
+    model: ProtoModel, images: Tensor, fillings: Mapping[str, Tensor], places: Sequence[Place], before: Tensor,
+    device: torch.device | str, kept: Sequence[Region],
+) -> dict[str, Tensor]:  # fmt: skip
+    """By how much the similarities change, (B,) each, where a filling takes the place of all outside a region."""
+    outside = torch.stack([_outside(region, images.shape[2:]) for region in kept]).unsqueeze(1)
+    if not outside.any():
+        return dict.fromkeys(fillings, torch.zeros_like(before))
+    mixed = {name: torch.where(outside, filling, images).to(device) for name, filling in fillings.items()}
+    return {name: (_similarities(model, one, places)[0] - before).abs() for name, one in mixed.items()}
+
+
+def _similarities(
+    model: ProtoModel, images: Tensor, places: Sequence[Place]
+) -> tuple[Tensor, list[Region], list[Region]]:
+    """The similarities (B,) of the places' patches, float64, their boxes and what they see."""
     features: Features = model.backbone(images)
     embeddings, prototypes = model.head.embed_features(features).double(), model.head.prototypes().double()
     cells = [place.cell for place in places]
     wanted = torch.stack([prototypes[place.prototype] for place in places])
     patches = embeddings[torch.arange(len(places)), torch.tensor(cells)]
-    boxes = model.head.compared(features.regions).boxes
-    return (patches * F.normalize(wanted, dim=1)).sum(dim=1).cpu(), [boxes[cell] for cell in cells]
+    regions, similarities = model.head.compared(features.regions), (patches * F.normalize(wanted, dim=1)).sum(dim=1)
+    return similarities.cpu(), [regions.boxes[cell] for cell in cells], [regions.sees[cell] for cell in cells]
 
 
 def _outside(box: Region, size: Sequence[int]) -> Tensor:

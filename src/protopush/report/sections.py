@@ -82,6 +82,8 @@ def _local(data: ReportData) -> list[str]:
         words = "The model claims that nothing outside a box can change this, but that is not so."
     changes = [change for one in found for change in one.changes.values()]
     by = f"{decimal(fmean(changes))} in the mean, at most {decimal(largest)}"
+    if regions.reach == "more":
+        by += f"; outside the frame: at most {max(one.beyond for one in found):.1g}"
     if largest <= TOLERANCE:
         by = f"at most {largest:.1g}, which is rounding"
     return [
