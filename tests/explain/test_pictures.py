@@ -34,6 +34,7 @@ from protopush.explain.figure_style import (
     region_words,
     text_width,
     unseen_share,
+    window_shares,
     wrapped,
 )
 from protopush.explain.neighbours import Neighbour, Neighbours
@@ -456,7 +457,8 @@ def test_a_local_part_is_shown_alone_at_both_places():
     image, source = Image.new("RGB", (300, 100), GREY), Image.new("RGB", (400, 200), GREY)
     image.paste(PINK, (100, 25, 125, 50))
     source.paste(PINK, (50, 50, 100, 100))
-    match = a_match(sees=(100, 25, 125, 50), anchor=an_anchor(sees=(50, 50, 100, 100)), map=[[0.1, 0.2]])
+    anchor = replace(an_anchor(sees=(50, 50, 100, 100)), region=(0, 0, 50, 50))
+    match = a_match(sees=(100, 25, 125, 50), anchor=anchor, map=[[0.1, 0.2]])
     for reach, least, most in (("box", 146, 160), ("all", 70, 76)):  # less the frame, and what resampling mixes with it
         explanation = replace(an_explanation([match]), reach=reach)
         panel = draw_panel(explanation, image, lambda c, k: source)
@@ -465,6 +467,19 @@ def test_a_local_part_is_shown_alone_at_both_places():
             tile = panel.crop((x, 0, x + WIDE.side, panel.height))
             assert least**2 <= count(tile, PINK) <= most**2  # whole, though the picture is wide
             assert (count(tile, GREY) > 0) == (reach == "all")
+
+
+def test_windows_of_two_sizes_are_shown_at_one_scale():
+    """The picture is seen at its own size: 25 pixels here, beside an anchor of 50."""
+    view = View.of((100, 100), (100, 100))
+    match = a_match(box=(0, 0, 25, 25), sees=(0, 0, 25, 25), anchor=replace(an_anchor(), region=(0, 0, 50, 50)))
+    assert window_shares(match, view, "box") == (0.5, 1.0)
+    assert window_shares(replace(match, box=(0, 0, 100, 100)), view, "box") == (1.0, 0.5)
+    assert window_shares(replace(match, box=(0, 0, 49, 49)), view, "box") == (1.0, 1.0)
+    assert window_shares(match, view, "more") == window_shares(replace(match, anchor=None), view, "box") == (1.0, 1.0)
+    part = part_tile(Image.new("RGB", (100, 100), PINK), (0, 0, 25, 25), COLOURS[0], 164, (0, 0, 25, 25), 0.5)
+    assert part.size == (164, 164)
+    assert where(part, COLOURS[0]) == (41, 41, 123, 123)
 
 
 def test_what_a_part_sees_has_a_thin_frame():

@@ -141,11 +141,16 @@ def empty_tile(side: int, words: str, size: int) -> Image.Image:
     return square
 
 
-def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int, sees: Rect | None = None) -> Image.Image:
-    """A square tile: the box, framed, with its surroundings (:func:`protopush.explain.figure_style.surroundings`)."""
+def part_tile(
+    picture: Image.Image, box: Rect, ink: Colour, side: int, sees: Rect | None = None, share: float = 1.0
+) -> Image.Image:
+    """A square tile: the box, framed, with its surroundings (:func:`protopush.explain.figure_style.surroundings`).
+
+    It fills ``share`` of the side.
+    """
     shown = left, top, right, bottom = style.surroundings(box, picture.size, sees)
     wide, high = right - left, bottom - top
-    scale = side / max(wide, high)
+    scale = side * share / max(wide, high)
     size = (max(1, round(wide * scale)), max(1, round(high * scale)))
     crop = picture.resize(size, Image.Resampling.BICUBIC, box=shown)
     here, seen = (
@@ -158,8 +163,9 @@ def part_tile(picture: Image.Image, box: Rect, ink: Colour, side: int, sees: Rec
 
 
 def part_and_whole(
-    picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int, reach: str = "all"
-) -> tuple[Image.Image, Image.Image]:
+    picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int, reach: str = "all",
+    share: float = 1.0,
+) -> tuple[Image.Image, Image.Image]:  # fmt: skip
     """Two square tiles: an anchor's part, and its whole picture.
 
     Args:
@@ -169,6 +175,7 @@ def part_and_whole(
         side: of a tile.
         text: the size of the words where there is no picture.
         reach: what the model sees of a picture for a patch (:attr:`protopush.data.regions.Regions.reach`).
+        share: of its tile that the part fills.
     """
     if picture is None or anchor is None:
         blank = empty_tile(side, "no picture" if anchor is not None else "not pushed yet", text)
@@ -181,11 +188,8 @@ def part_and_whole(
     box = style.scaled(anchor.box, original, whole.size)
     draw_sees(whole, box, style.drawn_sees(anchor, reach, original, whole.size), ink)
     draw_box(whole, box, ink, line=2)
-    box, sees = (
-        style.scaled(anchor.box, original, picture.size),
-        style.drawn_sees(anchor, reach, original, picture.size),
-    )
-    part = part_tile(picture, box, ink, side, sees)
+    box = style.scaled(anchor.box, original, picture.size)
+    part = part_tile(picture, box, ink, side, style.drawn_sees(anchor, reach, original, picture.size), share)
     return part, tile(whole, side)
 
 

@@ -18,6 +18,7 @@ from protopush.nn.prototypes import Anchor
 
 if TYPE_CHECKING:
     from protopush.explain.checked_region import Region
+    from protopush.explain.explanation import Match
 
 Colour = tuple[int, int, int]
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1; x1 and y1 exclusive
@@ -298,6 +299,20 @@ class Place(Protocol):
 def drawn_sees(place: Place, reach: str, size: tuple[float, float], to: tuple[float, float]) -> Rect | None:
     """What a patch of a picture of one size sees, in the picture of another; None where that is the whole picture."""
     return scaled(place.sees, size, to) if place.sees is not None and reach != "all" else None
+
+
+def window_shares(match: Match, view: View, reach: str) -> tuple[float, float]:
+    """How much of their tiles windows fill, a match's and its anchor's: 1 the larger one, so that both have one scale.
+
+    Other parts fill theirs.
+    """
+    if reach != "box" or match.anchor is None:
+        return 1.0, 1.0
+    here = (match.box[2] - match.box[0]) * view.resized[0] / view.original[0]
+    ratio = here / (match.anchor.region[2] - match.anchor.region[0])
+    return (
+        (1.0, 1.0) if 0.9 < ratio < 1.1 else (min(ratio, 1.0), min(1 / ratio, 1.0))
+    )  # whole pixels of small originals
 
 
 REACH = {

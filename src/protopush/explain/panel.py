@@ -185,9 +185,10 @@ class _Evidence(canvas.Page):
         ink, anchor = style.colour(number), match.anchor
         source = self.source_of(match.class_index, match.prototype) if anchor is not None else None
         box, sees = self.place(match, self.image.size)
-        here = canvas.part_tile(self.image, box, ink, side, sees)
         reach = self.explanation.reach
-        return [here, *canvas.part_and_whole(source, anchor, ink, side, self.sizes.small, reach)]
+        here, there = style.window_shares(match, self.explanation.view, reach)
+        part = canvas.part_tile(self.image, box, ink, side, sees, here)
+        return [part, *canvas.part_and_whole(source, anchor, ink, side, self.sizes.small, reach, there)]
 
     def map(self, x: int, y: int, match: Match) -> int:
         """The whole picture, small: how similar each place of it is, and the region that was checked."""

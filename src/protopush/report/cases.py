@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from protopush.data.images import read_image
+from protopush.data.transforms import View
 from protopush.evaluation.measure import Measured
 from protopush.explain import ClassEvidence, Explanation, Match, explain_batch
-from protopush.explain.figure_style import COLOURS, Rect, drawn_sees, file_name
+from protopush.explain.figure_style import COLOURS, Rect, drawn_sees, file_name, window_shares
 from protopush.report.prototype_cards import Cards, Picture, embed, framed, heat, ident, part
 
 EACH = 3  # cases of a kind
@@ -75,7 +76,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "picture": _numbered(image, name, shown, cards.reach),
         "heat": framed(warm, [shown[0].box], image.size, ["1"]) if len(shown[0].map) > 1 else None,
         "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
-        "rows": [_with_pictures(row, image, name, cards) for row in contribution_rows(first)[:ROWS]],
+        "rows": [_with_pictures(row, image, view, name, cards) for row in contribution_rows(first)[:ROWS]],
         "others": len(rest),
         "others_sum": math.fsum(match.contribution for match in rest),
         "scores": _scores(found, truth),
@@ -101,12 +102,15 @@ def contribution_rows(evidence: ClassEvidence) -> list[dict[str, Any]]:
     ]
 
 
-def _with_pictures(row: dict[str, Any], image: Image.Image, name: str, cards: Cards) -> dict[str, Any]:
+def _with_pictures(row: dict[str, Any], image: Image.Image, view: View, name: str, cards: Cards) -> dict[str, Any]:
     """A row with this part of the image, that part of the training image, and the training image."""
     match = row["match"]
     there, source = cards.pictures(match.class_index, match.prototype)
     sees = drawn_sees(match, cards.reach, image.size, image.size)
-    here = part(image, match.box, PART, f"part {row['number']} of {name}", row["colour"], sees=sees)
+    shares, alt = window_shares(match, view, cards.reach), f"part {row['number']} of {name}"
+    here = part(image, match.box, round(PART * shares[0]), alt, row["colour"], sees=sees)
+    if there is not None and shares[1] < 1:
+        there = there._replace(width=round(PART * shares[1]), height=round(PART * shares[1]))
     return row | {"ident": ident(match.class_index, match.prototype), "here": here, "there": there, "source": source}
 
 
