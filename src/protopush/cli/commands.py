@@ -199,6 +199,12 @@ def verify(
     return 0 if holds else 1
 
 
+def rebuild(run: str, *, device: str = "auto", **options: Any) -> int:
+    """Make the prototypes of a run from their crops alone, as a new run."""
+    _open(run, Images(), device, check_weights=False).rebuild(**options)
+    return 0
+
+
 def forbid(
     run: str, *, reason: str, data: Images = Images(), json: bool = False, device: str = "auto", **options: Any
 ) -> int:
@@ -295,6 +301,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "compare": compare,
     "verify": verify,
+    "rebuild": rebuild,
     "forbid": forbid,
     "app": app,
     "data audit": data_audit,
