@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import Forked
 from helpers import SMALL, anchors, contents, refused
 from protopush import InputError
 from protopush.cli import main
@@ -313,14 +312,14 @@ def test_two_threads_at_once_lose_nothing(run, capsys):
 
 def test_two_processes_at_once_lose_nothing(run):
     words = ["forbid", run, "--prototype", "dog:1", "--reason", "r", "--data.num_workers", "0", "--device", "cpu"]
-    command = [sys.executable, "-m", "protopush", *map(str, words)]
     with alone(run):
         opened = open_run(run)
-        other = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        assert other.stderr is not None
-        assert "Somebody else decides about" in other.stderr.readline()
+        other = Forked(*words)
+        while "\n" not in other.stderr:
+            assert other.poll() is None
+        assert "Somebody else decides about" in other.stderr.splitlines()[0]
         forbid_in(opened, Wish(prototype="cat:0", reason="first", who="this one"), opened.data, CPU)
-    assert (other.communicate(timeout=120)[1], other.returncode)[1] == 0
+    assert other.wait(120) == 0
     assert [(one.id, one.class_name) for one in load_decisions(run)] == [(1, "cat"), (2, "dog")]
     assert main(["verify", str(run)]) == 0
 
