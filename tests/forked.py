@@ -142,6 +142,7 @@ def become(out: int, err: int, program: str, words: list[str], cwd: str, environ
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    tempfile.tempdir = None  # as TMPDIR says now
     sys.argv = words
     exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
 
