@@ -9,11 +9,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +48,7 @@ class Forked:
         **variables: str,
     ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        weakref.finalize(self, shutil.rmtree, folder)
         self.out, self.err = out or folder / "out", err or folder / "err"
         self.imported, self.returncode = imported, None
         self.pid = self.ask(
@@ -110,7 +114,11 @@ def server(imported: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def serve(imported: list[str]) -> None:
-    """Fork a process for each program that is asked for, and say how those that are asked about have ended."""
+    """Fork a process for each program that is asked for, and say how those that are asked about have ended.
+
+    Those that a failed test has left are killed at the end.
+    """
+    running = set()
     sys.path.pop(0)  # the folder of this file, which no program has
     if "torchvision" in imported:
         import_module("protopush._compat").ensure_torchvision()
@@ -122,14 +130,19 @@ def serve(imported: list[str]) -> None:
         if "ended" in question:
             ended, status = os.waitpid(question["ended"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if ended else None
+            running.discard(ended)
         else:
             opened = [os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND) for file in question.pop("streams")]
             if not (answer := os.fork()):
                 become(*opened, **question)
                 return
+            running.add(answer)
             for descriptor in opened:
                 os.close(descriptor)
         print(json.dumps(answer), flush=True)
+    for pid in running:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def become(out: int, err: int, program: str, words: list[str], cwd: str, environment: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,7 @@ def test_two_processes_at_once_lose_nothing(run):
         other = Forked(*words)
         while "\n" not in other.stderr:
             assert other.poll() is None
+            time.sleep(0.01)
         assert "Somebody else decides about" in other.stderr.splitlines()[0]
         forbid_in(opened, Wish(prototype="cat:0", reason="first", who="this one"), opened.data, CPU)
     assert other.wait(120) == 0
