@@ -85,8 +85,11 @@ def test_a_training_goes_on_without_a_reader_of_its_log(home, tmp_path):
 
 
 def nobody_left(group: int) -> bool:
-    """Whether all processes of a group have ended, within seconds: no reader of images is left behind."""
-    for _ in range(100):
+    """Whether all processes of a group have ended, within seconds: no reader of images is left behind.
+
+    A reader that was being started when its process ended notices it within 5 s (torch's MP_STATUS_CHECK_INTERVAL).
+    """
+    for _ in range(400):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
