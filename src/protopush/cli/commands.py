@@ -190,7 +190,8 @@ def verify(
     if local:
         from protopush.evaluation.locality import TOLERANCE
 
-        found, claimed = opened.locality(**options, split=data.split, images=images), opened.model.backbone.is_local
+        found = opened.locality(options["root"], split=data.split, images=images)
+        claimed = opened.model.backbone.is_local
         largest = max((one.largest for one in found), default=0.0)
         answer["locality"] = {"claimed": claimed, "largest": largest, "places": [one.to_dict() for one in found]}
         holds = holds and (largest <= TOLERANCE or not claimed)
@@ -199,10 +200,11 @@ def verify(
     return 0 if holds else 1
 
 
-def rebuild(run: str, *, device: str = "auto", **options: Any) -> int:
+def rebuild(run: str, *, out: str, **options: Any) -> int:
     """Make the prototypes of a run from their crops alone, as a new run."""
-    _open(run, Images(), device, check_weights=False).rebuild(**options)
-    return 0
+    opened = _open(run, Images(), "cpu")
+    opened.rebuild(out, **options)
+    return _answer(False, None, f"Rebuilt {len(opened.head.proto_manager.used_slots())} prototypes in {out}")
 
 
 def forbid(

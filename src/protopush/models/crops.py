@@ -13,15 +13,16 @@ from protopush.data.files import write_atomic
 from protopush.data.images import read_image
 from protopush.data.regions import Region
 from protopush.data.transforms import to_tensor
-from protopush.errors import InputError, listing
+from protopush.errors import InputError
 from protopush.models.stored_run import Run
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
-from protopush.push.certificate import AnchorCheck, Fault
+from protopush.push.certificate import AnchorCheck
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
 
+REAL = 0.999  # the cosine from which a prototype is its patch
 TOLERANCE = 1e-5  # of the cosine between a prototype and its crop: what rounding may change
 
 
@@ -61,25 +62,18 @@ def verify_crops(run: Run, tolerance: float = TOLERANCE) -> list[AnchorCheck]:
     Raises:
         InputError: the run's prototypes are not crops.
     """
-    if not has_crops(run.model):
-        raise InputError(
-            f"the prototypes of {run.folder} depend on whole images, so that no crop can prove them; expected a run on "
-            "windows (model.windows); verify it without --crops"
-        )
+    _check(run)
     manager, checks = run.head.proto_manager, list[AnchorCheck]()
     for c, k in manager.used_slots():
-        anchor, name = manager.anchor(c, k), run.class_names[c]
+        anchor, name, measured = manager.anchor(c, k), run.class_names[c], None
         if anchor is None:
             checks.append(AnchorCheck(name, k, "", None, None, "no_anchor"))
             continue
-        features = crop_features(run, (c, k))
-        measured: float | None = None
-        fault: Fault = "crop_missing"
+        fault, features = "crop_missing", crop_features(run, (c, k))
         if features is not None:
             prototype = manager.prototypes[manager.index(c, k)].detach().double()
             measured = float(F.normalize(prototype, dim=0) @ _unit(run, features).double())
-            held = abs(measured - anchor.similarity_after) <= tolerance
-            fault = "" if held else "similarity_off"
+            fault = "" if abs(measured - anchor.similarity_after) <= tolerance else "similarity_off"
         checks.append(AnchorCheck(name, k, anchor.file or "", anchor.similarity_after, measured, fault))
     return checks
 
@@ -89,27 +83,31 @@ def rebuild_prototypes(run: Run) -> None:
     """Make each prototype of a run from its crop alone, in place.
 
     Raises:
-        InputError: crops are missing, or prototypes are no patches (a push with momentum moved them); nothing is changed.
+        InputError: a crop is missing, or a prototype is no patch (a push with momentum); nothing is changed.
     """
+    _check(run)
     manager, found = run.head.proto_manager, dict[tuple[int, int], Tensor]()
-    checks = {(check.class_name, check.prototype): check for check in verify_crops(run)}
     for c, k in manager.used_slots():
-        anchor = manager.anchor(c, k)
-        features = crop_features(run, (c, k))
-        if anchor is None or features is None or anchor.similarity_after < 1 - 1e-3:
-            continue
+        anchor, features = manager.anchor(c, k), crop_features(run, (c, k))
+        if anchor is None or features is None or anchor.similarity_after < REAL:
+            raise InputError(
+                f"cannot rebuild {run.class_names[c]}:{k}: its crop is missing, or it is no patch (a push with "
+                "momentum moved it); expected a PNG in prototypes/, and live anchors or a hard push"
+            )
         found[c, k] = features
-    missing = [f"{run.class_names[c]}:{k}" for c, k in manager.used_slots() if (c, k) not in found]
-    if missing:
-        raise InputError(
-            f"cannot rebuild {listing(missing)} of {len(checks)} prototypes: their crop is missing, or they are no patch "
-            "(a push with momentum moved them); expected a PNG in prototypes/ and a hard push or live anchors"
-        )
     for (c, k), features in found.items():
         row = manager.index(c, k)
         manager.prototypes[row] = _unit(run, features).to(manager.prototypes)
         if manager.anchor_features is not None:
             manager.anchor_features[row] = features.to(manager.anchor_features)
+
+
+def _check(run: Run) -> None:
+    if not has_crops(run.model):
+        raise InputError(
+            f"the prototypes of {run.folder} depend on whole images, so that no crop can prove them; expected a run on "
+            "windows (model.windows); verify it without --crops"
+        )
 
 
 def _unit(run: Run, features: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def save_run(run: Run) -> None:
                 "embed_dim": manager.dim,
                 "match": head.match,
                 "anchoring": head.anchoring,
+                **({} if manager.anchor_crops is None else {"crop_size": manager.anchor_crops.shape[3]}),
             },
             "classes": list(run.class_names),
             "root": str(run.root),
