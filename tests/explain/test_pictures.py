@@ -595,7 +595,7 @@ def test_gallery_passes_over_empty_slots():
 
 
 def a_neighbour(sample, class_index, similarity, box=(0, 0, 10, 10)):
-    return Neighbour(sample, f"{sample}.png", class_index, similarity, 0, GRID, box)
+    return Neighbour(sample, f"{sample}.png", class_index, similarity, 0, box)
 
 
 NEAR = Neighbours(

@@ -220,7 +220,9 @@ def test_pruning_equals_brute_force(seed):
             prototypes[c, k] = prototypes[c, k - 1] + np.float32(random.choice([0, 0.02])) * prototypes[c, 0]
     cells = random.integers(0, 4, size=used.shape)
     anchors = {
-        key: Anchor(0, int(cells[key]), (2, 2), 0.9, 0.9) if random.random() < 0.4 else None
+        key: Anchor(0, int(cells[key]), Regions.grid((2, 2), (2, 2)).boxes[int(cells[key])], 0.9, 0.9)
+        if random.random() < 0.4
+        else None
         for key in np.ndindex(used.shape)
     }
     rule = {"max_cosine": 0.99, "unused": seed % 4 != 0, "keep_at_least": 1 + seed % 3}

@@ -190,13 +190,21 @@ def verify(
     if local:
         from protopush.evaluation.locality import TOLERANCE
 
-        found, claimed = opened.locality(**options, split=data.split, images=images), opened.model.backbone.is_local
+        found = opened.locality(options["root"], split=data.split, images=images)
+        claimed = opened.model.backbone.is_local
         largest = max((one.largest for one in found), default=0.0)
         answer["locality"] = {"claimed": claimed, "largest": largest, "places": [one.to_dict() for one in found]}
         holds = holds and (largest <= TOLERANCE or not claimed)
         words += "\n" + locality_table(found, claimed)
     _answer(json, answer, words)
     return 0 if holds else 1
+
+
+def rebuild(run: str, *, out: str, **options: Any) -> int:
+    """Make the prototypes of a run from their crops alone, as a new run."""
+    opened = _open(run, Images(), "cpu")
+    opened.rebuild(out, **options)
+    return _answer(False, None, f"Rebuilt {len(opened.head.proto_manager.used_slots())} prototypes in {out}")
 
 
 def forbid(
@@ -246,8 +254,10 @@ def data_audit(
         threshold: similarity of near duplicates, at most 1.
     """
     from protopush.cli.tables import audit_table
+    from protopush.data.audit import check_threshold
     from protopush.data.sources import load_catalog
 
+    check_threshold(threshold)  # before the images are listed
     catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
     found = audit_catalog(catalog, threshold=threshold)
     _answer(json, found.to_dict(), audit_table(found))
@@ -293,6 +303,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "compare": compare,
     "verify": verify,
+    "rebuild": rebuild,
     "forbid": forbid,
     "app": app,
     "data audit": data_audit,

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from protopush.backbones.create import create_backbone
+from protopush.backbones.create import Backbone, create_backbone
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig, require_training_images
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
+from protopush.errors import InputError
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
@@ -174,6 +175,20 @@ def _catalog(config: DataConfig) -> Catalog:
     return catalog
 
 
+def _crop_size(config: RunConfig, backbone: Backbone) -> int | None:
+    """The side of the pixels that live anchors of a trained backbone are embedded from; None where they are not."""
+    if config.train.freeze_backbone or config.push.anchoring != "live" or not backbone.is_local:
+        return None
+    if not config.train.freeze_norms and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
+    ):
+        raise InputError(
+            "windows with batch norms that learn from a batch's statistics would see each other in training; expected "
+            "norms that keep theirs; leave train.freeze_norms true, or choose a backbone without batch norms"
+        )
+    return int(max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in backbone.regions.boxes))
+
+
 def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     c = config.model
     given: dict[str, Any] = {
@@ -188,6 +203,7 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     head = HeadOptimal(
         backbone.channels, len(catalog.classes), num_prototypes=c.num_prototypes, embed_dim=c.embed_dim,
         max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, anchoring=config.push.anchoring,
+        crop_size=_crop_size(config, backbone),
     )  # fmt: skip
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)

@@ -236,6 +236,8 @@ class Trainer:
             momentum, stage = self.job.config.push.momentum, self.stage
             report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
             resized = resize(self.job, stage, self.optimizer)
+            if self.job.head.proto_manager.anchor_crops is not None:
+                stage.refresh()  # the next step embeds the pixels of the new anchors
         if self.ema is not None:
             self.ema.take(self.job.head.proto_manager)
         return push_row(report, epoch, before, self.validate(f"epoch {epoch} after its push")) | resized
