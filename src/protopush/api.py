@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, did_you_mean, listing
 from protopush.models import stored_run
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ class Run(stored_run.Run):
         from protopush.runs.onnx_export import export_onnx
 
         if format != "onnx":
-            raise InputError(f"unknown format {format!r}; expected onnx")
+            raise InputError(f"unknown format {format!r}; {did_you_mean(format, ['onnx'], 'expected onnx')}")
         if not tolerance > 0:
             raise InputError(f"--tolerance {tolerance}; expected a number above 0")
         on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
