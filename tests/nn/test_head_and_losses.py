@@ -109,7 +109,7 @@ def test_anchor_survives_json():
     assert Anchor.from_dict(json.loads(json.dumps(anchor.to_dict()))) == anchor
     bare = Anchor(5, 0, (0.0, 0.0, 8.0, 8.0), 0.5, 0.5, pooled=True)
     assert Anchor.from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
-    with pytest.raises(InputError, match="before patches had regions; expected a newer run; push again"):
+    with pytest.raises(InputError, match="before patches had regions; expected a newer run; train again"):
         Anchor.from_dict({**bare.to_dict(), "grid": [7, 7]})
 
 

@@ -49,16 +49,23 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         backbone: str | nn.Module,
         num_classes: int,
         pretrained: bool | str | Path = True,
+        windows: Any = None,
         **head_options: Any,
     ) -> ProtoModel:
-        """A model from a backbone's name (any timm model) or module; ``head_options`` go to :class:`HeadOptimal`."""
-        features = create_backbone(backbone, pretrained=pretrained)
+        """A model from a backbone's name (any timm model), a module, or what :func:`create_backbone` made of them.
+
+        ``windows`` are its; ``head_options`` go to :class:`HeadOptimal`.
+        """
+        features = (
+            backbone if isinstance(backbone, Backbone) else create_backbone(backbone, pretrained, windows=windows)
+        )
         return cls(features, HeadOptimal(features.channels, num_classes, **head_options))
 
     def forward(self, images: Tensor) -> HeadOutput:
         """Images (B, 3, H, W) to :class:`HeadOutput`, whose ``logits`` are (B, num_classes)."""
         features: Features = self.backbone(images)
-        output: HeadOutput = self.head(features, self.anchor_features() if self.training else None)
+        anchors = self.anchor_features() if self.training else None
+        output: HeadOutput = self.head(features) if anchors is None else self.head(features, anchors)
         return output
 
     def anchor_features(self) -> Tensor | None:
@@ -67,13 +74,14 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         In training, prototypes are so real patches at every step of the backbone too.
         """
         manager = self.head.proto_manager
-        if manager.anchor_features is None or manager.anchor_crops is None or manager.crops_of is None:
+        pixels: Tensor | None = getattr(manager, "anchor_crops", None)
+        if pixels is None or manager.crops_of is None or manager.anchor_features is None:
             return None
         features, rows = manager.anchor_features, manager.has_crop().nonzero().flatten()
         sizes, group = torch.unique(manager.crops_of[rows, 2:], dim=0, return_inverse=True)
         for number, (height, width) in enumerate(sizes.tolist()):
             some = rows[group == number]
-            crops = normalised(manager.anchor_crops[some, :, :height, :width], self.backbone.preprocessing)
+            crops = normalised(pixels[some, :, :height, :width], self.backbone.preprocessing)
             features = features.index_copy(0, some, self.backbone.embed_crops(crops).to(features.dtype))
         return features if len(rows) else None
 

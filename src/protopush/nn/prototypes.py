@@ -91,7 +91,7 @@ class Anchor:
         """The inverse of :meth:`to_dict`, also after a trip through JSON (which has no tuples)."""
         plain = dict(values)
         if "grid" in plain:
-            raise InputError("its anchors were written before patches had regions; expected a newer run; push again")
+            raise InputError("its anchors were written before patches had regions; expected a newer run; train again")
         for name in ("region", "box", "sees", "image_size"):
             plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
         return cls(**plain)
