@@ -31,9 +31,10 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 # One thread a process, a process a core: torch's own threads would only get in each other's way.
-# The tests of a file stay together: they share a run, a server or a browser.
+# Each process begins with its share of the files, in their order: the tests of a file share a run, a server or a browser.
+# One that has done its share takes over half of what another has left, so that none waits long for the last file.
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal -m "not slow and not gpu"
 
 slow: $(READY)
 	$(BIN)/pytest -q -m "slow"

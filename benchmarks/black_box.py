@@ -30,7 +30,7 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(in_dim, num_classes)
 
-    def forward(self, features: Features) -> HeadOutput:
+    def forward(self, features: Features, anchor_features: Tensor | None = None) -> HeadOutput:
         pooled = features.pooled
         logits: Tensor = self.linear(self.dropout(pooled[:, 0]))
         each = logits.unsqueeze(2)

@@ -6,8 +6,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
+from forked import Forked
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
 from protopush.data.regions import Regions
@@ -202,9 +205,15 @@ def anchors(run: Path) -> dict[tuple[str, int], dict]:
 
 
 def start_ranks(main: Callable[[int, int, str], None], world: int, folder: Path) -> None:
-    """``main(rank, world, folder)`` in processes that are forked from one that has imported PyTorch."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch"])
-    multiprocessing.start_processes(main, (world, str(folder)), nprocs=world, start_method="forkserver")
+    """``main(rank, world, folder)``, a function of a module, in ``world`` processes."""
+    start = f"import sys; sys.path[:] = {sys.path}; from {main.__module__} import {main.__name__} as main\n"
+    ranks = [Forked(program=f"{start}main({rank}, {world}, {str(folder)!r})") for rank in range(world)]
+    while (codes := {rank.poll() for rank in ranks}) <= {None, 0} and None in codes:
+        time.sleep(0.01)
+    for rank in ranks:  # where one has failed, the others would wait for it
+        if rank.poll() is None:
+            os.kill(rank.pid, signal.SIGKILL)
+    assert codes == {0}, "\n".join(rank.stderr for rank in ranks)
 
 
 def python(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,8 @@ def options_of(command: str) -> str:
     tables: dict[str, list[str]] = {}
     for group in parser_of(command.split())._action_groups:
         title = "" if group.title in ("positional arguments", "options") else f"**{group.title}**\n\n"
-        tables.setdefault(title, []).extend(_row(action) for action in group._group_actions if _is_told(action))
+        actions = [inner for action in group._group_actions for inner in (*_fields(action), action) if _is_told(inner)]
+        tables.setdefault(title, []).extend(map(_row, actions))
     head = "| option | default | what |\n| --- | --- | --- |\n"
     return "\n\n".join(title + head + "\n".join(rows) for title, rows in tables.items() if rows)
 
@@ -59,6 +60,14 @@ def parser_of(words: list[str], read: bool = False) -> ArgumentParser:
         except _Read:
             return found[0]
     raise ValueError(f"refused with {code}: {words}")
+
+
+def _fields(action: Any) -> list[Any]:
+    """The options behind an option that may be null (model.windows), which has a ``--....help`` of its own."""
+    inner = ArgumentParser()
+    for kind in getattr(action, "_help_types", ()):
+        inner.add_class_arguments(kind, action.dest.removesuffix(".help"))
+    return [field for field in inner._actions if "." in field.dest]
 
 
 def _is_told(action: Any) -> bool:

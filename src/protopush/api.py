@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, did_you_mean, listing
 from protopush.models import stored_run
 
 if TYPE_CHECKING:
@@ -200,12 +200,17 @@ class Run(stored_run.Run):
         where = self.device, self.num_workers
         return compare(measure_beside(self, others, split, *where, resamples, faithfulness)[0])
 
-    def verify(self, root: str | Path | None = None) -> list[AnchorCheck]:
+    def verify(self, root: str | Path | None = None, *, crops: bool = False) -> list[AnchorCheck]:
         """Embed every anchor's file again, and see whether it still holds.
 
         Args:
             root: where the training images are now.
+            crops: embed the crops in the run's folder instead, without any image; only runs on windows have them.
         """
+        if crops:
+            from protopush.models.crops import verify_crops
+
+            return verify_crops(self)
         from protopush.data.files import read_json
         from protopush.models.stored_run import recorded_versions, version_change
 
@@ -259,16 +264,12 @@ class Run(stored_run.Run):
             max_patches_per_class: bound the work.
             overwrite: replace the run in ``out``.
         """
-        from protopush.models.model_folder import save_run
-        from protopush.runs.decisions import FILE, load_decisions
+        from protopush.runs.decisions import load_decisions
         from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
-        from protopush.training.run_writer import append_metrics, clear_folder, fresh_folder
+        from protopush.training.run_writer import append_metrics
 
-        out, model = Path(out), copy.deepcopy(self.model)
-        if out.resolve() == self.folder.resolve():
-            raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
-        fresh_folder(out, overwrite)
+        out, model = self._new_folder(out, overwrite), copy.deepcopy(self.model)
         dataset, catalog = self._images(split)
         report: PushReport = model.push_prototypes(
             self._loader(dataset), self.device, use_local=use_local, momentum=momentum, unique=unique,
@@ -276,13 +277,22 @@ class Run(stored_run.Run):
             guard_budget=guard_budget, allow=allow_of(load_decisions(self.folder), dataset),
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
-        clear_folder(out)
-        for name in ("config.yaml", FILE):
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, out / name)
-        save_run(replace(self, model=model.cpu(), folder=out, root=catalog.root.resolve()))
+        self._save_as(replace(self, model=model.cpu(), folder=out, root=catalog.root.resolve()))
         append_metrics(out, push_row(report, 0, None, None))
         return report
+
+    def rebuild(self, out: str | Path, *, overwrite: bool = False) -> None:
+        """Make the prototypes from their crops alone, and write the result as a new run; only for runs on windows.
+
+        Args:
+            out: the new run's folder.
+            overwrite: replace the run in ``out``.
+        """
+        from protopush.models.crops import rebuild_prototypes
+
+        out, rebuilt = self._new_folder(out, overwrite), replace(self, model=copy.deepcopy(self.model).cpu())
+        rebuild_prototypes(rebuilt)
+        self._save_as(replace(rebuilt, folder=out), "prototypes")
 
     def forbid(
         self, *, reason: str, prototype: str | None = None, image: str | None = None, mask_column: bool = False,
@@ -354,11 +364,33 @@ class Run(stored_run.Run):
         from protopush.runs.onnx_export import export_onnx
 
         if format != "onnx":
-            raise InputError(f"unknown format {format!r}; expected onnx")
+            raise InputError(f"unknown format {format!r}; {did_you_mean(format, ['onnx'], 'expected onnx')}")
         if not tolerance > 0:
             raise InputError(f"--tolerance {tolerance}; expected a number above 0")
         on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
         return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
+
+    def _new_folder(self, out: str | Path, overwrite: bool) -> Path:
+        from protopush.training.run_writer import fresh_folder
+
+        if Path(out).resolve() == self.folder.resolve():
+            raise InputError(f"--out is the run itself: {out}; choose another folder, the first run stays as it is")
+        fresh_folder(Path(out), overwrite)
+        return Path(out)
+
+    def _save_as(self, run: stored_run.Run, *folders: str) -> None:
+        """Write a new run made of this one; ``folders`` of this one go along."""
+        from protopush.models.model_folder import save_run
+        from protopush.runs.decisions import FILE
+        from protopush.training.run_writer import clear_folder
+
+        clear_folder(run.folder)
+        for name in ("config.yaml", FILE):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, run.folder / name)
+        for name in folders:
+            shutil.copytree(self.folder / name, run.folder / name)
+        save_run(run)
 
     def _images(self, split: str) -> tuple[ImageDataset, Catalog]:
         from protopush.runs.run import open_split

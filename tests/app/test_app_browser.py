@@ -6,9 +6,8 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
@@ -16,6 +15,7 @@ from urllib.request import urlopen
 import pytest
 from PIL import Image
 
+from forked import Forked
 from helpers import anchors, make_masked_images, train_small
 from protopush.cli import main
 from protopush.runs.decisions import load_decisions
@@ -32,13 +32,12 @@ class Server:
 
     def __init__(self, run: Path, temporary: Path) -> None:
         self.run, self.temporary = run, temporary
-        words = [sys.executable, "-m", "protopush", "app", str(run), "--port", "0", "--device", "cpu"]
-        room = os.environ | {"TMPDIR": str(temporary)}
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=room)
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        found = re.fullmatch(r"Review app: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", said)
-        assert found, self.process.communicate()[1]
+        self.process = Forked("app", run, "--port", "0", "--device", "cpu", TMPDIR=str(temporary))
+        while "\n" not in self.process.stdout:
+            assert self.process.poll() is None, self.process.stderr
+            time.sleep(0.05)
+        found = re.fullmatch(r"Review app: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", self.process.stdout)
+        assert found
         self.url = found[1]
 
 
@@ -51,8 +50,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as temporary:
         found = Server(root / "run", Path(temporary))
         yield found
-        found.process.kill()
-        found.process.communicate()
+        if found.process.poll() is None:
+            os.kill(found.process.pid, signal.SIGKILL)
 
 
 class Visit:
@@ -187,10 +186,10 @@ def test_ctrl_c_ends_it_with_one_line_and_takes_the_uploads_away(server):
         assert answer.status == 200
     (uploads,) = server.temporary.glob("protopush-app-*")
     known = {file.name for file in server.temporary.rglob("*") if file.is_file()}
-    server.process.send_signal(signal.SIGINT)
-    out, err = server.process.communicate(timeout=60)
-    assert (server.process.returncode, out) == (0, "Review app ended; every decision is in the run.\n")
-    assert "Traceback" not in err
+    os.kill(server.process.pid, signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert server.process.stdout.splitlines()[1:] == ["Review app ended; every decision is in the run."]
+    assert "Traceback" not in server.process.stderr
     assert not uploads.exists()
     left = {file.name for file in server.temporary.rglob("*") if file.is_file()}
     assert {name for name in left if name.endswith((".png", ".jpg", ".jpeg", ".gif", ".webp"))} == set(), known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked
 from helpers import SMALL, make_images
 from protopush.cli import main
 
@@ -31,7 +33,7 @@ def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("words", "unbuffered"), [
     *((words, unbuffered) for words in ("--help", "train --help", "predict --help") for unbuffered in ("", "1")),
-    ("verify {run}", ""), ("evaluate {run} --json", "1"),
+    ("evaluate {run} --json", "1"),
 ])  # fmt: skip
 def test_a_reader_that_has_gone_is_no_error(home, words, unbuffered):
     """The reader ends before a word is written: the write fails whatever the buffering."""
@@ -43,6 +45,15 @@ def test_a_reader_that_has_gone_is_no_error(home, words, unbuffered):
     assert done.stderr == ""
     codes = ("141", "0") if words.endswith(" --help") else ("141",)  # argparse drops what it can't write
     assert done.stdout.strip() in codes
+
+
+def test_a_reader_that_has_gone_before_the_first_word_is_no_error(home, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    process = Forked("verify", home / "run", out=tmp_path / "pipe")
+    os.close(reader)
+    assert process.wait() == 141
+    assert process.stderr == ""
 
 
 def test_what_a_reader_took_is_a_success():
@@ -61,16 +72,24 @@ def test_closed_streams(closed):
 
 
 def test_a_training_goes_on_without_a_reader_of_its_log(home, tmp_path):
-    words = shlex.join(["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *SMALL])
-    done = bash(f"{{ protopush {words} 2>&1; echo $? > {tmp_path / 'code'}; }} | head -c 1 > /dev/null")
-    assert done.stderr == ""
-    assert (tmp_path / "code").read_text().strip() == "141"  # its last line could not be printed
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    words = ["train", "--data.path", home / "images", "--out", tmp_path / "run", *SMALL]
+    process = Forked(*words, out=tmp_path / "pipe", err=tmp_path / "pipe")
+    while not select.select([reader], [], [], 1)[0]:
+        assert process.poll() is None
+    assert os.read(reader, 1)
+    os.close(reader)
+    assert process.wait() == 141  # its last line could not be printed
     assert main(["verify", str(tmp_path / "run")]) == 0
 
 
 def nobody_left(group: int) -> bool:
-    """Whether all processes of a group have ended, within seconds: no reader of images is left behind."""
-    for _ in range(100):
+    """Whether all processes of a group have ended, within seconds: no reader of images is left behind.
+
+    A reader that was being started when its process ended notices it within 5 s (torch's MP_STATUS_CHECK_INTERVAL).
+    """
+    for _ in range(400):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
@@ -88,40 +107,42 @@ def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number, se
     options = [*SMALL, "--train.epochs", "200", "--train.patience", "200", "--train.freeze_backbone", "false"]
     words = ["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *options]
     words += ["--data.num_workers", "2"]
-    command = [sys.executable, "-m", "protopush", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
-        limit = time.monotonic() + 100
-        while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
-            time.sleep(0.05)
-        send(process.pid, number)
-        lines = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == CODES[number]
+    process = Forked(*words)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    limit = time.monotonic() + 100
+    while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
+        time.sleep(0.05)
+    send(process.pid, number)
+    assert process.wait(60) == CODES[number]
+    lines = process.stderr.splitlines()
     assert lines[-1] == "protopush: interrupted; what was saved is still there; train goes on with --resume"
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert nobody_left(process.pid)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     epochs = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True) as process:
-        while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.terminate()
-        assert "interrupted" in process.communicate(timeout=60)[1]
+    process = Forked(*words, "--resume")
+    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == CODES[signal.SIGTERM]
+    assert "interrupted" in process.stderr
 
 
 def test_predictions_that_are_ended_say_how_to_go_on(home, tmp_path):
     pictures = make_images(tmp_path / "many", ["bird"], 400)
     out = tmp_path / "predictions.csv"
     command = ["predict", str(home / "run"), str(pictures), "--out", str(out), "--data.num_workers", "2"]
-    with subprocess.Popen([sys.executable, "-m", "protopush", *command], stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not out.is_file() and not list(tmp_path.glob("*predictions*")):
-            time.sleep(0.01)
-        process.terminate()
-        last = process.communicate(timeout=60)[1].splitlines()[-1]
-    assert process.returncode == 143
-    assert last == "protopush: interrupted; the same command, without --overwrite, goes on where it stopped"
+    process = Forked(*command)
+    while process.poll() is None and not out.is_file() and not list(tmp_path.glob("*predictions*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == CODES[signal.SIGTERM]
+    assert (
+        process.stderr.splitlines()[-1]
+        == "protopush: interrupted; the same command, without --overwrite, goes on where it stopped"
+    )
     assert main(command) == 0
     assert len(out.read_text().splitlines()) == 401
 
@@ -151,7 +172,8 @@ sys.exit(program.run(["verify"]))
 SWALLOWS = """
 def command():
     import swallows
-    time.sleep(30)
+    for _ in range(300):  # a signal that was put off until after an import ends no sleep, as that of a kill does
+        time.sleep(0.1)
 """
 CLEANS_UP = """
 def command():
@@ -269,8 +291,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 @pytest.mark.parametrize(("line", "expected"), [
-    ("protopush ", ["demo", "train", "push", "evaluate", "predict", "explain", "report", "compare", "verify", "forbid",
-                    "app", "data", "export"]),
+    ("protopush ", ["demo", "train", "push", "evaluate", "predict", "explain", "report", "compare", "verify", "rebuild",
+                    "forbid", "app", "data", "export"]),
     ("protopush ev", ["evaluate "]),
     ("protopush train --train.e", ["--train.epochs", "--train.ema"]),
     ("protopush train --overwrite ", ["true", "false"]),

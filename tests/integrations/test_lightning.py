@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from forked import Forked
 from helpers import ToyNet, python
 from protopush import InputError, PushSchedule, push_prototypes
 from protopush._compat import ensure_torchvision
@@ -209,7 +210,11 @@ def fit_in(folder: Path, world: int) -> None:
 @pytest.mark.ddp
 def test_two_processes_end_with_the_prototypes_of_one(tmp_path):
     fit_in(tmp_path, 1)
-    done = python(__file__, tmp_path, 2, PYTHONPATH=os.pathsep.join(sys.path))  # it imports our helpers
+    # the second process is started by Lightning, as this file
+    start = f"import runpy, sys; sys.path[:], sys.argv[0] = {sys.path}, {__file__!r}\n"
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = Forked(tmp_path, 2, program=start, PYTHONPATH=os.pathsep.join(sys.path))
+    done.wait()
     assert done.returncode == 0, done.stderr[-2000:]
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert first["sampler"] == second["sampler"] == "DistributedSampler"

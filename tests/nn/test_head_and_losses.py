@@ -13,13 +13,14 @@ from protopush import InputError
 from protopush.backbones.create import Features
 from protopush.data.regions import Regions
 from protopush.models.model import ProtoModel
-from protopush.nn.head import HeadOptimal
+from protopush.nn.head import HeadOptimal, HeadOutput
 from protopush.nn.losses import (
     PrototypeLoss,
     balanced_class_weights,
     cluster_loss,
     consistency_loss,
     grounding_loss,
+    off_mask_loss,
     orthogonality_loss,
     separation_loss,
 )
@@ -108,7 +109,7 @@ def test_anchor_survives_json():
     assert Anchor.from_dict(json.loads(json.dumps(anchor.to_dict()))) == anchor
     bare = Anchor(5, 0, (0.0, 0.0, 8.0, 8.0), 0.5, 0.5, pooled=True)
     assert Anchor.from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
-    with pytest.raises(InputError, match="before patches had regions; expected a newer run; push again"):
+    with pytest.raises(InputError, match="before patches had regions; expected a newer run; train again"):
         Anchor.from_dict({**bare.to_dict(), "grid": [7, 7]})
 
 
@@ -150,6 +151,15 @@ def test_losses_against_slow_versions(seed):
     centre = [np.mean([use[j] for j in range(batch) if labels[j] == labels[b]], axis=0) for b in range(batch)]
     expected = np.mean([((u - m) ** 2).sum() for u, m in zip(use, centre, strict=True)])
     assert float(consistency_loss(s, labels, used)) == pytest.approx(expected, abs=1e-5)
+
+    patches, outside = F.normalize(torch.randn(batch, 5, 6), dim=-1), torch.rand(batch, 5).round(decimals=1)
+    out = HeadOutput(s.sum(-1), s, s, labels, patches, p)
+    worst = [
+        max(max(0.0, float(patches[b, cell] @ p[y, k])) * float(outside[b, cell]) for cell in range(5))
+        for b, y in enumerate(labels) for k in range(slots) if used[y, k]
+    ]  # fmt: skip
+    assert float(off_mask_loss(out, labels, used, outside)) == pytest.approx(np.mean(worst), abs=1e-6)
+    assert float(off_mask_loss(out, labels, used, torch.zeros(batch, 5))) == 0
 
 
 def test_weighted_sum_and_class_weights():

@@ -23,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import python, refused
+from forked import Forked, torchrun
+from helpers import refused
 from protopush.cli import main
 from protopush.data.manifest import Sample
 from protopush.errors import InputError
@@ -338,11 +339,7 @@ def test_killed_and_started_again(home, tmp_path, capsys):
     lines = [f"{home}/images/{CLASSES[i % 3]}/00{i % 10}.png,{i}" for i in range(480)]
     (tmp_path / "m.csv").write_text("\n".join(["image,label", *lines]))
     words = [str(home / "run"), str(tmp_path / "m.csv"), "--threshold", "0.5", "--device", "cpu"]
-    command = [sys.executable, "-m", "protopush", "predict", *words, "--out", str(tmp_path / "o.csv")]
-    process = subprocess.Popen(
-        [*command, "--data.num_workers", "1"], start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked("predict", *words, "--out", tmp_path / "o.csv", "--data.num_workers", "1")
     part, until = tmp_path / ".o.csv.part-0", time.monotonic() + 300
     while not (part.exists() and part.stat().st_size > 5000) and process.poll() is None:
         assert time.monotonic() < until
@@ -362,8 +359,7 @@ def test_killed_and_started_again(home, tmp_path, capsys):
 def test_two_processes_write_what_one_writes(home, tmp_path, capsys):
     out, share = tmp_path / "two" / "o.csv", ["--share", "0.4", "--top", "2"]
     words = [str(home / "run"), str(home / "images"), *share, "--device", "cpu", "--data.num_workers", "0", "--json"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "protopush"]
-    done = python(*launcher, "predict", *words, "--out", out, PROTOPUSH_CACHE=str(tmp_path / "cache"))
+    done = torchrun("-m", "protopush", "predict", *words, "--out", out, PROTOPUSH_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     one = told(capsys, home / "run", home / "images", "--out", tmp_path / "one.csv", *share)

@@ -154,3 +154,27 @@ def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["arm"] for row in rows} == set(accuracy.ARMS)
     docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.markdown(accuracy.summary(rows)) in docs
+
+
+def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import receptive_fields
+
+    rows = json.loads((BENCHMARKS / "results" / "receptive_fields.json").read_text())["rows"]
+    assert {(row["backbone"], row["stage"]) for row in rows} == {
+        (name, stage) for name, stages in receptive_fields.STAGES.items() for stage in stages
+    }
+    docs = (BENCHMARKS.parent / "docs" / "local.md").read_text(encoding="utf-8")
+    assert receptive_fields.markdown(rows) in docs
+    # One backbone's shallow stages again, from the start; what is there isn't measured a second time.
+    monkeypatch.setattr(receptive_fields, "STAGES", {"resnet18": (1, 2)})
+    out = tmp_path / "fields.json"
+    assert receptive_fields.main(["--out", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == [
+        row for row in rows if row["backbone"] == "resnet18" and row["stage"] in (1, 2)
+    ]
+    before = out.read_bytes()
+    monkeypatch.setattr(receptive_fields, "measured", None)
+    assert receptive_fields.main(["--out", str(out)]) == 0
+    assert out.read_bytes() == before
+    assert capsys.readouterr().out.count("| resnet18 | 2 | 128 | 28 x 28 |") == 2

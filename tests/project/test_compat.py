@@ -6,16 +6,14 @@ imported PyTorch and nothing else.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from forked import Forked
 
 MEND = "from protopush._compat import ensure_torchvision, _LIBRARIES; ensure_torchvision()\n"
 BOXES = "torch.zeros(1, 4), torch.zeros(1), 0.5"
@@ -46,31 +44,12 @@ def meta_qnms(dets, scores, iou_threshold):
 }
 
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch"])
-
-
-class Done(NamedTuple):
-    returncode: int | None
-    stdout: str
-    stderr: str
-
-
-def execute(code: str, folder: Path | None, out: Path) -> None:
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(out / name, os.O_CREAT | os.O_WRONLY), stream)
-    if folder is not None:
-        sys.path.insert(0, str(folder))
-    exec(code, {})
-
-
-def run(code: str, folder: Path | None = None) -> Done:
+def run(code: str, folder: Path | None = None) -> Forked:
     """A fresh interpreter but for PyTorch; packages in ``folder`` come before the installed ones."""
-    with tempfile.TemporaryDirectory() as out:
-        process = SERVER.Process(target=execute, args=(code, folder, Path(out)))
-        process.start()
-        process.join(120)
-        return Done(process.exitcode, Path(out, "stdout").read_text(), Path(out, "stderr").read_text())
+    first = "" if folder is None else f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    done = Forked(program=first + code, imported=("torch",))
+    done.wait()
+    return done
 
 
 def printed(code: str, folder: Path | None = None) -> str:

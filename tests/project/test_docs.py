@@ -31,8 +31,9 @@ from helpers import SMALL, make_isic
 from protopush.backbones.create import BUILDERS
 from protopush.cli import main
 from protopush.cli.commands import COMMANDS
-from protopush.cli.tables import anchors_table
+from protopush.cli.tables import anchors_table, locality_table
 from protopush.data.sources import SOURCES
+from protopush.evaluation.locality import Locality
 from protopush.metrics.glossary import PER_CLASS, TERMS
 from protopush.push.certificate import PROBLEMS, AnchorCheck
 from protopush.push.selection import RULES
@@ -192,7 +193,8 @@ def test_every_option_is_told(site):
         assert f'id="{command.replace(" ", "-")}"' in page.read_text(encoding="utf-8"), command
         for action in parser_of(command.split())._actions:
             for option in [word for word in action.option_strings[:1] if word not in ("-h", "--print_config")]:
-                assert option in shown, (command, option)
+                assert option in shown or option.endswith(".help"), (command, option)
+    assert "--model.windows.stride" in shown  # behind an option that may be null
 
 
 def test_the_report_is_told():
@@ -235,6 +237,16 @@ def test_faults_are_told():
     assert blocks("text", text)[0].strip() == anchors_table([holds] * 70)
     (record,) = blocks("json", text)
     assert set(json.loads(record)["anchor"]) == set(protopush.Anchor(0, 0, (1, 1), 1.0, 1.0).to_dict())
+
+
+def test_proofs_are_shown_as_they_are_printed():
+    windows, whole = (block.strip().splitlines() for block in blocks("text", text_of("local"))[:2])
+    nothing = Locality("a", 0.98, dict.fromkeys(("noise", "black", "another image"), 0.0))
+    holds = AnchorCheck("a", 0, "a.png", 1.0, 1.0, "")
+    shown = [line.rstrip() for line in locality_table([nothing] * 28, claimed=True).splitlines()]
+    assert windows == [anchors_table([holds] * 12), *shown]
+    *head, verdict = locality_table([nothing] * 28, claimed=False).splitlines()
+    assert (whole[1], whole[-1]) == (head[0].rstrip(), verdict)
 
 
 def test_the_message_about_nan_is_the_message(toy):
@@ -343,7 +355,7 @@ def test_docstrings_are_read_well(site):
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
 def test_pages_in_a_browser(browser, site, width, scheme):
-    for name in ("index", "zh/push", "commands", "reference"):
+    for name in ("index", "local", "zh/push", "commands", "reference"):
         with Visit(browser, site / f"{name}.html", width, scheme) as visit:
             assert {url.split(":")[0] for url in visit.asked} <= {"file", "data", "blob"}
             assert visit.page.evaluate("document.documentElement.scrollWidth") <= width

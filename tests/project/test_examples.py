@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_images, python
+from forked import torchrun
+from helpers import make_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 DDP = ["--backbone", "test_convnext", "--size", "64", "--epochs", "2", "--push-start", "1", "--push-interval", "1"]
 
 
@@ -57,7 +57,7 @@ def test_your_own_model_prints_what_each_push_did(images, printed):
 
 @pytest.mark.ddp
 def test_train_ddp_in_one_process_and_in_two(images, printed):
-    two = python(*TORCHRUN, EXAMPLES / "train_ddp.py", images, *DDP)
+    two = torchrun(EXAMPLES / "train_ddp.py", images, *DDP)
     assert two.returncode == 0, two.stderr
     for out, told in ((printed("train_ddp.py", images, *DDP), "1 process,"), (two.stdout, "2 processes,")):
         first, second, last = out.splitlines()  # rank 0 alone prints

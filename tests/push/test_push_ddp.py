@@ -12,7 +12,8 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from helpers import ToyNet, python, start_ranks
+from forked import torchrun
+from helpers import ToyNet, start_ranks
 from protopush import HeadOptimal, ProtoModel, push_prototypes, refresh_anchors
 from protopush.backbones.create import Features
 from protopush.data.regions import Regions
@@ -178,8 +179,7 @@ def test_torchrun_and_fabric(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "1"), "1"])
     runpy.run_path(str(script), run_name="__main__")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = python(*torchrun, script, tmp_path / "2", 2)
+    done = torchrun(script, tmp_path / "2", 2)
     assert done.returncode == 0, done.stderr
     ends = [torch.load(tmp_path / name, weights_only=True) for name in ("1/0.pt", "2/0.pt", "2/1.pt")]
     for prototypes, anchors in ends[1:]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import Forked
 from helpers import SMALL, anchors, contents, refused
 from protopush import InputError
 from protopush.cli import main
@@ -125,22 +125,24 @@ class Oracle:
 
     def __init__(self, run: Path) -> None:
         self.places = {key: [place(anchor)] for key, anchor in anchors(run).items()}
-        self.vectors = {key: [self.vector(run, key)] for key in self.places}
+        self.vectors = {key: [vector] for key, vector in self.prototypes(run).items()}
         self.forbids: dict[int, set] = {}
 
     @staticmethod
-    def vector(run: Path, key: tuple[str, int]) -> torch.Tensor:
+    def prototypes(run: Path) -> dict[tuple[str, int], torch.Tensor]:
         opened = open_run(run)
-        return opened.head.prototypes().detach()[opened.class_names.index(key[0]), key[1]]
+        vectors = opened.head.prototypes().detach()
+        return {(name, k): vectors[opened.class_names.index(name), k] for name, k in anchors(run)}
 
     def forbidden(self, where: tuple[str, int]) -> bool:
         return any(where in barred or (where[0], None) in barred for barred in self.forbids.values())
 
     def follow(self, run: Path) -> None:
+        vectors = self.prototypes(run)
         for key, anchor in anchors(run).items():
             if place(anchor) not in self.places[key]:
                 self.places[key].append(place(anchor))
-                self.vectors[key].append(self.vector(run, key))
+                self.vectors[key].append(vectors[key])
 
     def expected(self, key: tuple[str, int]) -> int:
         """The first place that nobody forbids any more."""
@@ -166,10 +168,11 @@ def test_any_sequence_of_decisions_ends_where_a_slow_look_says(run, capsys, seed
             kinds["forbid"] += 1
         oracle.follow(run)
         now = {key: place(anchor) for key, anchor in anchors(run).items()}
+        vectors = oracle.prototypes(run)
         for key in now:
             i = oracle.expected(key)
             assert now[key] == oracle.places[key][i]
-            assert torch.equal(oracle.vector(run, key), oracle.vectors[key][i])
+            assert torch.equal(vectors[key], oracle.vectors[key][i])
     assert min(kinds["undo"], kinds["forbid"]) >= 2
     assert main(["verify", str(run)]) == 0
 
@@ -313,14 +316,15 @@ def test_two_threads_at_once_lose_nothing(run, capsys):
 
 def test_two_processes_at_once_lose_nothing(run):
     words = ["forbid", run, "--prototype", "dog:1", "--reason", "r", "--data.num_workers", "0", "--device", "cpu"]
-    command = [sys.executable, "-m", "protopush", *map(str, words)]
     with alone(run):
         opened = open_run(run)
-        other = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        assert other.stderr is not None
-        assert "Somebody else decides about" in other.stderr.readline()
+        other = Forked(*words)
+        while "\n" not in other.stderr:
+            assert other.poll() is None
+            time.sleep(0.01)
+        assert "Somebody else decides about" in other.stderr.splitlines()[0]
         forbid_in(opened, Wish(prototype="cat:0", reason="first", who="this one"), opened.data, CPU)
-    assert (other.communicate(timeout=120)[1], other.returncode)[1] == 0
+    assert other.wait(120) == 0
     assert [(one.id, one.class_name) for one in load_decisions(run)] == [(1, "cat"), (2, "dog")]
     assert main(["verify", str(run)]) == 0
 

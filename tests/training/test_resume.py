@@ -7,8 +7,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import protopush.training.run_writer as run_writer
+from forked import Forked
 from helpers import SMALL, make_images, python
 from protopush.cli import main
 from protopush.training.run_writer import append_metrics
@@ -125,12 +124,11 @@ def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(home, tmp_path, whole, 
 def test_a_process_that_is_killed(home, tmp_path, whole, anchoring):
     options = [*FULL, "--push.anchoring", anchoring, "--push.guard", "report"]
     expected = whole(options)
-    command = [sys.executable, "-m", "protopush", *words(home, tmp_path / "run", *options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = Forked(*words(home, tmp_path / "run", *options))
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     while process.poll() is None and not checkpoint.is_file():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert main([*words(home, tmp_path / "run", *options), "--resume"]) == 0
     assert_same(tmp_path / "run", expected)
@@ -165,13 +163,11 @@ def test_a_full_disk_gets_one_line_and_leaves_the_last_good_checkpoint(home, tmp
     """The limit of a file's size stands in for the disk: the same error comes from the same write."""
     out = tmp_path / "run"
     limit = 40_000  # metrics fit, but not the second, larger checkpoint
-
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
     first = [*words(home, out, *FROZEN), "--model.embed_dim", "16", "--train.patience", "9"]
     script = (
-        "import resource, sys; from protopush.cli import main; import protopush.training.run_writer as run_writer\n"
+        "import resource, signal, sys; from protopush.cli import main\n"
+        "import protopush.training.run_writer as run_writer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "save = run_writer.save_checkpoint\n"
         "def full(folder, state):\n"
         f"    if state['epoch'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
@@ -179,10 +175,8 @@ def test_a_full_disk_gets_one_line_and_leaves_the_last_good_checkpoint(home, tmp
         "run_writer.save_checkpoint = full\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", script, *first], capture_output=True, text=True, preexec_fn=limited, check=False
-    )
-    assert found.returncode == 2, found.stderr
+    found = Forked(*first, program=script)
+    assert found.wait() == 2, found.stderr
     last = found.stderr.strip().splitlines()[-1]
     assert re.fullmatch(r"protopush: error: cannot write .*last\.pt \(.*\); make room or choose another folder", last)
     assert "Traceback" not in found.stderr

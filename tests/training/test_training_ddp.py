@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import make_images, python
+from forked import protopush, torchrun
+from helpers import make_images
 from protopush.cli import main
 
 pytestmark = pytest.mark.ddp
@@ -32,13 +33,17 @@ def home(tmp_path_factory) -> Path:
     return root
 
 
-def run(home: Path, name: str, *words: str, launcher: tuple[str, ...] = ()) -> Path:
-    command = [*launcher, "-m", "protopush", "train", "--data.path", home / "images", *WORDS, "--out", home / name]
-    found = python(*command, *words, PROTOPUSH_CACHE=str(home / f"cache-{name}"))
+def run(home: Path, how: str, *words: str) -> Path:
+    words = ("train", "--data.path", str(home / "images"), *WORDS, "--out", str(home / how), *words)
+    cache = str(home / f"cache-{how}")
+    if how == "torchrun":
+        found = torchrun("-m", "protopush", *words, PROTOPUSH_CACHE=cache)
+    else:
+        found = protopush(*words, "--trainer.devices", 2, PROTOPUSH_CACHE=cache)
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("Trained") == 1  # one process reports
     assert found.stderr.count("Epoch 1/4") == 1
-    return home / name
+    return home / how
 
 
 def rows(folder: Path) -> list[dict]:
@@ -56,12 +61,7 @@ def alone(home) -> Path:
 
 @pytest.mark.parametrize("how", ["torchrun", "devices"])
 def test_two_processes_have_the_curve_of_one_with_twice_the_batch(home, alone, how):
-    half = ("--train.batch_size", "8")
-    if how == "torchrun":
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
-        two = run(home, how, *half, launcher=launcher)
-    else:
-        two = run(home, how, *half, "--trainer.devices", "2")
+    two = run(home, how, "--train.batch_size", "8")
     assert [row.keys() for row in rows(two)] == [row.keys() for row in rows(alone)]
     for one, other in zip(rows(alone), rows(two), strict=True):
         for term in ("loss", "cross_entropy", "grounding", "cluster", "separation", "orthogonality", "consistency"):
@@ -81,8 +81,8 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(home, alone, h
 
 
 def test_one_process_tells_what_is_wrong_and_all_end(home, tmp_path):
-    command = ["-m", "protopush", "train", "--data.path", home / "nothing", *WORDS]
-    found = python(*command, "--out", tmp_path / "run", "--trainer.devices", 2)
+    words = ["train", "--data.path", home / "nothing", *WORDS, "--out", tmp_path / "run"]
+    found = protopush(*words, "--trainer.devices", 2)
     assert found.returncode == 2
     assert found.stderr.count("protopush: error") == 1
     assert "Traceback" not in found.stderr

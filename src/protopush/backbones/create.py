@@ -156,6 +156,16 @@ class Backbone(nn.Module):
         if self.recipe is not None:
             self.recipe["sees"] = [list(region) for region in sees]
 
+    def embed_crops(self, crops: Tensor) -> Tensor:
+        """The feature of each crop (N, 3, h, w), normalised, as of a window of an image: (N, C).
+
+        Raises:
+            InputError: the backbone has no windows.
+        """
+        if not isinstance(self.model, WindowedModel):
+            raise InputError(f"{self.name} sees images as a whole; expected a backbone with windows; give windows=64")
+        return self.model.embed(crops.contiguous(memory_format=torch.channels_last))
+
     def freeze(self) -> Backbone:
         """Stop gradients and stay in eval mode (norm statistics, dropout) whatever a parent's ``train()`` says.
 

@@ -190,13 +190,21 @@ def verify(
     if local:
         from protopush.evaluation.locality import TOLERANCE
 
-        found, claimed = opened.locality(**options, split=data.split, images=images), opened.model.backbone.is_local
+        found = opened.locality(options["root"], split=data.split, images=images)
+        claimed = opened.model.backbone.is_local
         largest = max((one.largest for one in found), default=0.0)
         answer["locality"] = {"claimed": claimed, "largest": largest, "places": [one.to_dict() for one in found]}
         holds = holds and (largest <= TOLERANCE or not claimed)
         words += "\n" + locality_table(found, opened.model.backbone.regions.reach)
     _answer(json, answer, words)
     return 0 if holds else 1
+
+
+def rebuild(run: str, *, out: str, **options: Any) -> int:
+    """Make the prototypes of a run from their crops alone, as a new run."""
+    opened = _open(run, Images(), "cpu")
+    opened.rebuild(out, **options)
+    return _answer(False, None, f"Rebuilt {len(opened.head.proto_manager.used_slots())} prototypes in {out}")
 
 
 def forbid(
@@ -295,6 +303,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "compare": compare,
     "verify": verify,
+    "rebuild": rebuild,
     "forbid": forbid,
     "app": app,
     "data audit": data_audit,

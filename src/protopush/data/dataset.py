@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Sample
+from protopush.data.regions import Region
 from protopush.data.transforms import EvalTransform, View
 from protopush.errors import InputError, listing
 
@@ -115,6 +116,17 @@ def read_mask(sample: Sample) -> NDArray[np.bool_]:
         raise InputError(f"the mask does not fit: {_other_size(sample) or sample.name}; expected the image's own size")
     mask: NDArray[np.bool_] = np.asarray(read_image(sample.mask)).max(axis=2) > 0
     return mask
+
+
+def mask_shares(sample: Sample, transform: EvalTransform, regions: Sequence[Region]) -> Tensor:
+    """The share of each region of the model's input that lies on the sample's mask, float64 (L,); 1 without a mask."""
+    if sample.mask is None:
+        return torch.ones(len(regions), dtype=torch.float64)
+    mask = read_mask(sample)
+    height, width = mask.shape
+    boxes = map(transform.view((width, height)).original_box, regions)
+    shares = [mask[min(y0, height - 1) : y1, min(x0, width - 1) : x1].mean() for x0, y0, x1, y1 in boxes]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def seen_mask(sample: Sample, transform: EvalTransform) -> Tensor:

@@ -213,7 +213,29 @@ class TrainTransform:
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """An RGB picture of the model's size as a normalised float32 tensor (3, H, W)."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(3, 1, 1)
-    return ((pixels - mean) / std).contiguous()
+    return normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1), preprocessing).contiguous()
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels uint8 (..., 3, H, W) as the model's input, float32."""
+    mean, std = _scale(preprocessing, pixels)
+    return (pixels.float() / 255.0 - mean) / std
+
+
+def as_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The inverse of :func:`normalised`, rounded to uint8: exact for what was made of 8-bit pixels.
+
+    Example:
+        >>> pixels = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+        >>> torch.equal(as_pixels(normalised(pixels, Preprocessing()), Preprocessing()), pixels)
+        True
+    """
+    mean, std = _scale(preprocessing, images)
+    return ((images.float() * std + mean) * 255.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def _scale(preprocessing: Preprocessing, like: Tensor) -> tuple[Tensor, ...]:
+    """Mean and std of the channels, (3, 1, 1), on the device of ``like``."""
+    return tuple(
+        torch.tensor(some, device=like.device).view(3, 1, 1) for some in (preprocessing.mean, preprocessing.std)
+    )

@@ -12,6 +12,7 @@ from protopush.backbones.create import Backbone
 from protopush.data.files import changing, read_json, write_json
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
+from protopush.models.crops import crop_name, has_crops
 from protopush.models.model_card import MARK, card
 from protopush.models.model_folder import Run, picture_name, save_pictures, save_run
 from protopush.nn.head import HeadOptimal
@@ -36,7 +37,7 @@ def save(model: ProtoModel, folder: Path) -> None:
     _make(folder)
     with changing(folder) as stage:
         run = _run_of(model, stage)
-        save_pictures(run)
+        save_pictures(run, crops_only=True)
         _copy_pictures(model, run)
         save_run(replace(run, root=Path(NOT_SHARED)))
         _forget_groups(stage / "prototypes.json")
@@ -44,8 +45,8 @@ def save(model: ProtoModel, folder: Path) -> None:
         readme = folder / "README.md"
         if not readme.is_file() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
             (stage / "README.md").write_text(card(model, numbers), encoding="utf-8")
-        stale = {file.name for file in (folder / "prototypes").glob("class*.jpg")}
-        stale -= {file.name for file in (stage / "prototypes").glob("*.jpg")}
+        stale = {file.name for file in (folder / "prototypes").glob("class*.*")}
+        stale -= {file.name for file in (stage / "prototypes").iterdir()} if (stage / "prototypes").is_dir() else set()
     for name in stale:  # of prototypes that now stand for something else
         (folder / "prototypes" / name).unlink(missing_ok=True)
     if numbers is None:
@@ -103,7 +104,8 @@ def _known_pictures(model: ProtoModel) -> Iterator[tuple[str, Path]]:
         slot, before = (entry["class_index"], entry["prototype"]), entry["anchor"]
         anchor = model.head.proto_manager.anchor(*slot)
         if before and anchor and (anchor.file, anchor.sha256) == (before["file"], before["sha256"]):
-            yield picture_name(*slot), model.origin.folder / "prototypes" / picture_name(*slot)
+            name = crop_name(*slot) if has_crops(model) else picture_name(*slot)
+            yield name, model.origin.folder / "prototypes" / name
 
 
 def _forget_groups(certificate: Path) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from protopush.backbones import Backbone, Features, create_backbone
 from protopush.data.regions import Regions
+from protopush.data.transforms import normalised
 from protopush.models.pretrained import PretrainedMixin
 from protopush.nn.head import HeadOptimal, HeadOutput
 from protopush.push import PushMixin
@@ -47,17 +49,41 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         backbone: str | nn.Module,
         num_classes: int,
         pretrained: bool | str | Path = True,
+        windows: Any = None,
         **head_options: Any,
     ) -> ProtoModel:
-        """A model from a backbone's name (any timm model) or module; ``head_options`` go to :class:`HeadOptimal`."""
-        features = create_backbone(backbone, pretrained=pretrained)
+        """A model from a backbone's name (any timm model), a module, or what :func:`create_backbone` made of them.
+
+        ``windows`` are its; ``head_options`` go to :class:`HeadOptimal`.
+        """
+        features = (
+            backbone if isinstance(backbone, Backbone) else create_backbone(backbone, pretrained, windows=windows)
+        )
         return cls(features, HeadOptimal(features.channels, num_classes, **head_options))
 
     def forward(self, images: Tensor) -> HeadOutput:
         """Images (B, 3, H, W) to :class:`HeadOutput`, whose ``logits`` are (B, num_classes)."""
         features: Features = self.backbone(images)
-        output: HeadOutput = self.head(features)
+        anchors = self.anchor_features() if self.training else None
+        output: HeadOutput = self.head(features) if anchors is None else self.head(features, anchors)
         return output
+
+    def anchor_features(self) -> Tensor | None:
+        """The features (S, C) of live anchors, embedded from the pixels that the model holds; None where it holds none.
+
+        In training, prototypes are so real patches at every step of the backbone too.
+        """
+        manager = self.head.proto_manager
+        pixels: Tensor | None = getattr(manager, "anchor_crops", None)
+        if pixels is None or manager.crops_of is None or manager.anchor_features is None:
+            return None
+        features, rows = manager.anchor_features, manager.has_crop().nonzero().flatten()
+        sizes, group = torch.unique(manager.crops_of[rows, 2:], dim=0, return_inverse=True)
+        for number, (height, width) in enumerate(sizes.tolist()):
+            some = rows[group == number]
+            crops = normalised(pixels[some, :, :height, :width], self.backbone.preprocessing)
+            features = features.index_copy(0, some, self.backbone.embed_crops(crops).to(features.dtype))
+        return features if len(rows) else None
 
     def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``x_fu`` (B, 1, C) and ``x_fu1`` (B, L, C): what the push reads."""

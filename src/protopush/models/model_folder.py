@@ -16,6 +16,7 @@ from protopush.data.files import finish_change, read_json, write_atomic, write_j
 from protopush.data.images import read_image, sha256_of
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
+from protopush.models.crops import has_crops, save_crop
 from protopush.models.stored_run import Run as Run
 from protopush.models.stored_run import current_versions, recorded_versions, version_change
 from protopush.models.stored_run import picture_name as picture_name
@@ -35,7 +36,7 @@ class Origin:
 
 
 def save_run(run: Run) -> None:
-    """Write ``model.safetensors``, ``prototypes/*.jpg``, ``prototypes.png``, ``prototypes.json``, last ``config.json``.
+    """Write ``model.safetensors``, ``prototypes/*``, ``prototypes.png``, ``prototypes.json``, last ``config.json``.
 
     Raises:
         InputError: the folder can't be written, or the backbone is a module of your own, which no name could reopen.
@@ -68,6 +69,7 @@ def save_run(run: Run) -> None:
                 "embed_dim": manager.dim,
                 "match": head.match,
                 "anchoring": head.anchoring,
+                **({} if manager.anchor_crops is None else {"crop_size": manager.anchor_crops.shape[3]}),
             },
             "classes": list(run.class_names),
             "root": str(run.root),
@@ -76,15 +78,24 @@ def save_run(run: Run) -> None:
     )
 
 
-def save_pictures(run: Run) -> None:
-    """Write ``prototypes/*.jpg``, as far as the anchors' files are below the run's root."""
-    manager = run.head.proto_manager
+def save_pictures(run: Run, crops_only: bool = False) -> None:
+    """Write ``prototypes/*.jpg``, as far as the anchors' files are below the run's root.
+
+    Of a local model also the crops (``*.png``); where they are ``crops_only``, no patient's whole image.
+    """
+    manager, crops = run.head.proto_manager, has_crops(run.model)
     for c, k in manager.used_slots():
         anchor = manager.anchor(c, k)
-        file = file_within(run.root, anchor.file) if anchor is not None and anchor.file is not None else None
+        if anchor is None or anchor.file is None:
+            continue
+        file = file_within(run.root, anchor.file)
         if file is None or not file.is_file():
             continue
         picture = read_image(file)
+        if crops:
+            save_crop(run, (c, k), anchor, picture)
+        if crops and crops_only:
+            continue
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         target = run.folder / "prototypes" / picture_name(c, k)
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]

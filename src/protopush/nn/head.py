@@ -68,6 +68,8 @@ class HeadOptimal(nn.Module):
         anchoring: ``off``, prototypes are parameters; ``live``, from its first push on each prototype *is* the
             embedding of its anchor's stored feature, computed in every forward, so that the projection learns to make
             real patches good prototypes.
+        crop_size: of live anchors' pixels, where a trained backbone embeds them in every step; see
+            :class:`protopush.nn.prototypes.PrototypeManager`.
 
     Source: ProtoPNet (Chen et al., 2019) for the scores; cosine similarity as in TesNet (Wang et al., 2021).
 
@@ -92,6 +94,7 @@ class HeadOptimal(nn.Module):
         match: str = "local",
         temperature: float = 10.0,
         anchoring: str = "off",
+        crop_size: int | None = None,
     ) -> None:
         super().__init__()
         if anchoring not in ("off", "live"):
@@ -102,7 +105,9 @@ class HeadOptimal(nn.Module):
         self.proj = nn.Sequential(nn.Linear(in_dim, embed_dim), nn.LayerNorm(embed_dim), nn.Dropout(dropout))
         self.anchoring = anchoring
         anchor_dim = in_dim if anchoring == "live" else None
-        self.proto_manager = PrototypeManager(num_classes, num_prototypes, embed_dim, max_prototypes, anchor_dim)
+        self.proto_manager = PrototypeManager(
+            num_classes, num_prototypes, embed_dim, max_prototypes, anchor_dim, crop_size
+        )
         slots = self.proto_manager.max_prototypes
         # softplus(w) = 1: at first every prototype counts alike
         self.connections = nn.Parameter(torch.full((num_classes, slots), math.log(math.e - 1)))
@@ -115,12 +120,16 @@ class HeadOptimal(nn.Module):
         """Features (..., C) as unit embeddings (..., D)."""
         return F.normalize(self.proj(features), dim=-1)
 
-    def prototypes(self) -> Tensor:
-        """The unit prototypes (num_classes, K, D): the parameter's, or their anchors' embeddings where live."""
+    def prototypes(self, anchor_features: Tensor | None = None) -> Tensor:
+        """The unit prototypes (num_classes, K, D): the parameter's, or their anchors' embeddings where live.
+
+        ``anchor_features`` (num_classes * K, C) takes the place of those that are stored.
+        """
         manager = self.proto_manager
-        if manager.anchor_features is None or manager.anchor_ids is None:
+        features = manager.anchor_features if anchor_features is None else anchor_features
+        if features is None or manager.anchor_ids is None:
             return manager.unit()
-        anchored = F.normalize(self.proj[:-1](manager.anchor_features), dim=-1)  # without dropout
+        anchored = F.normalize(self.proj[:-1](features), dim=-1)  # without dropout
         # The parameter stays in the graph, with a gradient of 0: DDP wants each parameter to take part.
         live = torch.where(
             manager.anchor_ids.unsqueeze(1) >= 0, anchored.view_as(manager.prototypes), manager.prototypes
@@ -145,9 +154,10 @@ class HeadOptimal(nn.Module):
         share = used / used.sum(dim=1, keepdim=True).clamp(min=1)
         return self.log_temperature.exp() * F.softplus(self.connections) * share
 
-    def forward(self, features: HasFeatures) -> HeadOutput:
+    def forward(self, features: HasFeatures, anchor_features: Tensor | None = None) -> HeadOutput:
         """Features of a batch, patches (B, L, C) and pooled (B, 1, C), to :class:`HeadOutput`."""
-        return self.classify(self.embed_features(features))
+        prototypes = self.prototypes(anchor_features)
+        return classify(self.embed_features(features), prototypes, self.weights(), self.bias)
 
     def embed_features(self, features: HasFeatures) -> Tensor:
         """The unit embeddings (B, L, D) that prototypes are compared with: of patches, or of the pooled feature."""

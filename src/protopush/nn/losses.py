@@ -96,6 +96,32 @@ def consistency_loss(similarities: Tensor, labels: Tensor, used: Tensor, tempera
     return (use - mean_use).square().sum(dim=1).mean()
 
 
+def off_mask_loss(out: HeadOutput, labels: Tensor, used: Tensor, outside: Tensor) -> Tensor:
+    """How similar a class's prototypes are to patches of its images that lie off the marked region.
+
+    ``mean over images and prototypes of max_l relu(cos(z_l, p)) * outside_l``: 0 where each prototype is found on the
+    region alone. No mask is needed to predict.
+
+    Args:
+        out: of a batch of B images.
+        labels: (B,).
+        used: bool (num_classes, K).
+        outside: (B, L), the share of each patch that lies off the region; 0 for an image without a mask.
+
+    Source: the fine-annotation loss of IAIA-BL (Barnett et al., 2021), whose norm over the map is a maximum here, as in
+    the score.
+
+    Example:
+        >>> patches, prototypes = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]]), torch.tensor([[[1.0, 0.0]]])
+        >>> out = HeadOutput(*[torch.zeros(0)] * 4, patches, prototypes)
+        >>> off_mask_loss(out, torch.tensor([0]), torch.ones(1, 1, dtype=torch.bool), torch.tensor([[0.0, 0.5]]))
+        tensor(0.3000)
+    """
+    own = out.embeddings @ out.prototypes[labels].transpose(1, 2)  # (B, L, K)
+    worst = (own.relu() * outside.unsqueeze(2)).amax(dim=1)
+    return (worst * used[labels]).sum() / used[labels].sum()
+
+
 def _own(similarities: Tensor, labels: Tensor) -> Tensor:
     """The similarities to each image's own class, (B, K)."""
     return similarities[torch.arange(len(labels), device=labels.device), labels]
@@ -106,8 +132,8 @@ class PrototypeLoss(nn.Module):
 
     Args:
         class_weights: (num_classes,) for the cross-entropy, or None.
-        grounding, cluster, separation, orthogonality, consistency: weights of the terms; a term of weight 0 isn't
-            computed.
+        grounding, cluster, separation, orthogonality, consistency, off_mask: weights of the terms; a term of weight 0
+            isn't computed, nor off_mask where it isn't known what lies outside.
         separation_margin: the cosine up to which another class's prototype may be similar.
         label_smoothing: of the cross-entropy.
         shift: (num_classes,), added to the logits of the cross-entropy (:func:`logit_shift`), or None.
@@ -126,6 +152,7 @@ class PrototypeLoss(nn.Module):
         separation: float = 0.0,
         orthogonality: float = 0.0,
         consistency: float = 0.0,
+        off_mask: float = 0.0,
         separation_margin: float = 0.3,
         label_smoothing: float = 0.0,
         shift: Tensor | None = None,
@@ -139,12 +166,15 @@ class PrototypeLoss(nn.Module):
             "separation": separation,
             "orthogonality": orthogonality,
             "consistency": consistency,
+            "off_mask": off_mask,
         }
         self.separation_margin = separation_margin
         self.label_smoothing = label_smoothing
 
-    def forward(self, out: HeadOutput, labels: Tensor, manager: PrototypeManager) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its terms, as scalars."""
+    def forward(
+        self, out: HeadOutput, labels: Tensor, manager: PrototypeManager, off_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its terms, as scalars; ``off_mask`` is that of :func:`off_mask_loss`, where known."""
         used = manager.mask()
         terms = {
             "grounding": lambda: grounding_loss(out.similarities, labels, used),
@@ -153,9 +183,11 @@ class PrototypeLoss(nn.Module):
             "orthogonality": lambda: orthogonality_loss(out.prototypes, used),
             "consistency": lambda: consistency_loss(out.similarities, labels, used),
         }
+        if off_mask is not None:
+            terms["off_mask"] = lambda: off_mask
         logits = out.logits if self.shift is None else out.logits + self.shift
         entropy = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.label_smoothing)
-        values = {name: terms[name]() for name, weight in self.weights.items() if weight}
+        values = {name: terms[name]() for name, weight in self.weights.items() if weight and name in terms}
         total = entropy + sum((self.weights[name] * value for name, value in values.items()), entropy.new_zeros(()))
         return total, {"cross_entropy": entropy.detach()} | {name: v.detach() for name, v in values.items()}
 

@@ -91,7 +91,7 @@ class Anchor:
         """The inverse of :meth:`to_dict`, also after a trip through JSON (which has no tuples)."""
         plain = dict(values)
         if "grid" in plain:
-            raise InputError("its anchors were written before patches had regions; expected a newer run; push again")
+            raise InputError("its anchors were written before patches had regions; expected a newer run; train again")
         for name in ("region", "box", "sees", "image_size"):
             plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
         return cls(**plain)
@@ -116,6 +116,8 @@ class PrototypeManager(nn.Module):
         dim: D, the embedding's size.
         max_prototypes: slots per class, at least ``num_prototypes``; the rest is room to grow.
         anchor_dim: C, where prototypes are to be live: computed, in every forward, from their anchors' features.
+        crop_size: pixels of a side of the largest window, where these features are to be computed, in every step, from
+            the anchors' own pixels.
 
     Attributes:
         prototypes: Parameter (C * max_prototypes, D); slots of one class lie together.
@@ -123,6 +125,8 @@ class PrototypeManager(nn.Module):
         anchors: one :class:`Anchor` or None per slot.
         anchor_features: (C * max_prototypes, anchor_dim), the backbone's features at the anchors; None without.
         anchor_ids, anchor_cells: int64, sample and cell that they come from; id -1 where there is no anchor.
+        anchor_crops: uint8 (C * max_prototypes, 3, crop_size, crop_size), their pixels, in the upper left corner.
+        crops_of: int64 (C * max_prototypes, 4), sample and cell, height and width of each crop; id -1: none.
 
     Example:
         >>> manager = PrototypeManager(num_classes=3, num_prototypes=2, dim=8)
@@ -138,6 +142,8 @@ class PrototypeManager(nn.Module):
     anchor_features: Tensor | None
     anchor_ids: Tensor | None
     anchor_cells: Tensor | None
+    anchor_crops: Tensor | None
+    crops_of: Tensor | None
 
     def __init__(
         self,
@@ -146,6 +152,7 @@ class PrototypeManager(nn.Module):
         dim: int,
         max_prototypes: int | None = None,
         anchor_dim: int | None = None,
+        crop_size: int | None = None,
     ) -> None:
         super().__init__()
         counts = [num_prototypes] * num_classes if isinstance(num_prototypes, int) else list(num_prototypes)
@@ -164,6 +171,9 @@ class PrototypeManager(nn.Module):
         self.register_buffer("anchor_features", None if anchor_dim is None else torch.zeros(total, anchor_dim))
         self.register_buffer("anchor_ids", None if anchor_dim is None else torch.full((total,), -1))
         self.register_buffer("anchor_cells", None if anchor_dim is None else torch.zeros(total, dtype=torch.int64))
+        pixels = None if crop_size is None else torch.zeros(total, 3, crop_size, crop_size, dtype=torch.uint8)
+        self.register_buffer("anchor_crops", pixels)
+        self.register_buffer("crops_of", None if crop_size is None else torch.full((total, 4), -1))
         self.anchors: list[Anchor | None] = [None] * total
 
     @property
@@ -180,6 +190,13 @@ class PrototypeManager(nn.Module):
     def is_live(self) -> bool:
         """Whether prototypes are computed from the features of their anchors, at every step."""
         return self.anchor_features is not None
+
+    def has_crop(self) -> Tensor:
+        """Which rows hold the pixels of the anchor that they have now, bool; none without ``crop_size``."""
+        if self.crops_of is None or self.anchor_ids is None or self.anchor_cells is None:
+            return torch.zeros_like(self.valid_mask)
+        anchored = torch.stack([self.anchor_ids, self.anchor_cells], dim=1)
+        return (self.anchor_ids >= 0) & (self.crops_of[:, :2] == anchored).all(dim=1)
 
     def index(self, c: int, k: int) -> int:
         """The row of prototype ``k`` of class ``c`` in ``prototypes``."""

@@ -32,6 +32,7 @@ PROBLEMS = {
     "file_unreadable": "file unreadable",
     "weights_changed": "weights changed",
     "no_such_cell": "no such cell in the image",
+    "crop_missing": "no crop in prototypes/",
     "similarity_off": "similarity is off",
 }
 

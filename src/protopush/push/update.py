@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from protopush.data.transforms import as_pixels
 from protopush.distributed import all_reduce_sum
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
@@ -166,11 +167,37 @@ def refresh_anchors(model: nn.Module, dataloader: Iterable[Any], device: str | i
         raise InputError("the model's anchors are not live; expected a head with anchoring='live'")
     rows = (manager.anchor_ids >= 0).nonzero().flatten()
     with preserve_state(model, dataloader):
-        features = features_at(net, read_by_index(dataloader), rows)
+        store_crops(net, read_by_index(dataloader), rows)
+        held: Tensor | None = getattr(net, "anchor_features", lambda: None)()
+        features = features_at(net, read_by_index(dataloader), rows) if held is None else held[rows]
     manager.anchor_features[rows] = features.to(manager.anchor_features.dtype)
     manager.anchors = [anchor and replace(anchor, similarity_after=1.0) for anchor in manager.anchors]
     net.head.sync_prototypes()  # type: ignore[attr-defined]
     return len(manager.anchor_ids[rows].unique())
+
+
+def store_crops(net: Pushable, reader: Reader, rows: Tensor) -> None:
+    """Let a model of windows hold the pixels of live anchors that it does not hold yet; nothing for any other model."""
+    manager: Any = net.head.proto_manager
+    if getattr(manager, "anchor_crops", None) is None:
+        return
+    rows = rows[~manager.has_crop()[rows]]
+    ids, cells = manager.anchor_ids[rows].cpu(), manager.anchor_cells[rows].tolist()
+    side, preprocessing = manager.anchor_crops.shape[3], net.backbone.preprocessing  # type: ignore[attr-defined]
+    found, sizes = (
+        torch.zeros(len(rows), 3, side, side, dtype=torch.int64),
+        torch.zeros(len(rows), 2, dtype=torch.int64),
+    )
+    for images, _, numbers in reader.subset(sorted(set(ids.tolist()))).batches():
+        boxes = net.regions_of(images).boxes  # type: ignore[attr-defined]
+        for row, image in (ids.unsqueeze(1) == numbers.unsqueeze(0)).nonzero().tolist():
+            x0, y0, x1, y1 = map(int, boxes[cells[row]])
+            found[row, :, : y1 - y0, : x1 - x0] = as_pixels(images[image, :, y0:y1, x0:x1], preprocessing)
+            sizes[row] = torch.tensor([y1 - y0, x1 - x0])
+    device = manager.anchor_crops.device
+    manager.anchor_crops[rows] = all_reduce_sum(found.to(device)).to(torch.uint8)
+    places = torch.stack([manager.anchor_ids[rows], manager.anchor_cells[rows]], dim=1)
+    manager.crops_of[rows] = torch.cat([places, all_reduce_sum(sizes.to(device))], dim=1)
 
 
 def features_at(net: Pushable, reader: Reader, rows: Tensor) -> Tensor:

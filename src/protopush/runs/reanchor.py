@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
-from protopush.data.dataset import ImageDataset, check_masks, read_mask
+from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import inference_batch_size
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
@@ -101,12 +101,7 @@ class Allowed:
         """Those patches alone of whose box at least ``min_share`` lies where the sample's mask, if any, is not 0."""
         if sample is None or sample.mask is None or not self.min_share or not bool(free.any()):
             return free
-        mask = read_mask(sample)
-        height, width = mask.shape
-        view = self.transform.view((width, height))
-        boxes = map(view.original_box, regions)
-        shares = [mask[min(y0, height - 1) : y1, min(x0, width - 1) : x1].mean() for x0, y0, x1, y1 in boxes]
-        return free & torch.from_numpy(np.array(shares) >= self.min_share)
+        return free & (mask_shares(sample, self.transform, regions) >= self.min_share)
 
 
 def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | None:

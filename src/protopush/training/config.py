@@ -79,6 +79,7 @@ class LossConfig:
         separation: other classes' prototypes beyond a margin.
         orthogonality: prototypes of a class unlike each other.
         consistency: images of a class use its prototypes alike.
+        off_mask: similarity to patches that lie off the masks of the manifest; for a frozen backbone.
         separation_margin: cosine up to which other classes' prototypes may be similar.
         label_smoothing: of the cross-entropy.
         class_weights: of the cross-entropy: inverse (to the class's size), effective (to its effective number of
@@ -94,6 +95,7 @@ class LossConfig:
     separation: float = 0.0
     orthogonality: float = 0.05
     consistency: float = 0.0
+    off_mask: PositiveOrZero = 0.0
     separation_margin: float = 0.3
     label_smoothing: Share = 0.0
     class_weights: Literal["inverse", "effective", "none"] = "inverse"
@@ -111,6 +113,7 @@ class PushConfig(PushSettings):
         interval: epochs between pushes.
         use_local: patches (true) or pooled features; by default what the head matches.
         anchoring: off, or live: from its first push on a prototype is its anchor's embedding at every step.
+        min_mask_share: share of an anchor that must lie on its image's mask, where the manifest has masks; 0: any.
         anchor_refresh: steps between two embeddings of the live anchors' images, where the backbone is trained.
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback, or budget (the momentum is raised until the cost is within the budget).
@@ -129,6 +132,7 @@ class PushConfig(PushSettings):
     interval: Count = 5
     use_local: bool | None = None
     anchoring: Literal["off", "live"] = "off"
+    min_mask_share: Share = 0.0
     anchor_refresh: Count = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
     grow: bool = False
@@ -243,6 +247,11 @@ class RunConfig:
 
         check_settings(self.push, self.push.anchoring == "live", "push.")
         train = self.train
+        if self.loss.off_mask and not (train.freeze_backbone or train.head_epochs):
+            raise InputError(
+                "loss.off_mask compares patches with masks, which augmented images have none of; expected a frozen "
+                "backbone; leave it out, or give --train.freeze_backbone true"
+            )
         if train.head_epochs and train.freeze_backbone:
             raise InputError(
                 "train.head_epochs is for a backbone that is trained afterwards, but train.freeze_backbone is true; "

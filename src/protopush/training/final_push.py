@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from protopush.evaluation.evaluate import in_short, predict
 from protopush.nn.head import HeadOptimal
 from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
+from protopush.push.options import Allow
 from protopush.training.phases import Stage, on_validation
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job
@@ -38,8 +39,15 @@ def push_now(
         settings["guard"] = "off"
     local, device = _use_local(job), job.fabric.device
     return push_prototypes(
-        model, loader, device, use_local=local, optimizer=optimizer, val_loader=val_loader, **settings
-    )
+        model, loader, device, use_local=local, optimizer=optimizer, val_loader=val_loader, allow=_on_masks(job),
+        **settings,
+    )  # fmt: skip
+
+
+def _on_masks(job: Job) -> Allow | None:
+    """The patches that may become anchors where masks decide; pooled features lie on no part of an image."""
+    shares, least = job.mask_shares, job.config.push.min_mask_share
+    return (lambda ids, _: shares[ids] >= least) if shares is not None and least and _use_local(job) else None
 
 
 def _use_local(job: Job) -> bool:
@@ -55,7 +63,12 @@ def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str
     if config.prune:  # first: growth may use the slots
         done["pruning"] = prune_prototypes(*args, max_cosine=config.prune_cosine, **options).to_dict()
     if config.grow:
-        options |= {"quantile": config.grow_quantile, "min_coverage": config.grow_below, "optimizer": optimizer}
+        options |= {
+            "quantile": config.grow_quantile,
+            "min_coverage": config.grow_below,
+            "optimizer": optimizer,
+            "allow": _on_masks(job),
+        }
         done["growth"] = grow_prototypes(*args, **options).to_dict()
     return done
 

@@ -46,6 +46,8 @@ class Joint(Stage):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job, job.model, job.train, job.val)
+        if job.head.proto_manager.anchor_crops is not None:
+            self.refresh()  # anchors of epochs of the head alone
 
     def refresh(self) -> None:
         if self.job.head.anchoring == "live":

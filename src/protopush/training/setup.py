@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from protopush.backbones.create import create_backbone
-from protopush.data.dataset import ImageDataset
+from protopush.backbones.create import Backbone, create_backbone
+from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig, require_training_images
+from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
+from protopush.errors import InputError
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
+from protopush.runs.progress import bar
 from protopush.runs.run import check_samples, make_fabric
 from protopush.training.config import RunConfig
 
@@ -94,6 +97,7 @@ class Job:
     val: ImageDataset | None
     hashes: dict[str, str]  # image name -> SHA-256
     fabric: Fabric
+    mask_shares: Tensor | None = None  # (N, L) of the training images' patches, where the run uses masks
 
     @property
     def head(self) -> HeadOptimal:
@@ -140,7 +144,7 @@ class Job:
         shift = logit_shift(labels, classes, c.logit_adjustment) if c.logit_adjustment else None
         return PrototypeLoss(
             self.class_weights(), c.grounding, c.cluster, c.separation, c.orthogonality, c.consistency,
-            c.separation_margin, c.label_smoothing, shift,
+            c.off_mask, c.separation_margin, c.label_smoothing, shift,
         ).to(self.fabric.device)  # fmt: skip
 
 
@@ -165,13 +169,42 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     if not held:
         logger.warning("no validation images: the last epoch is taken as the best one")
     val = ImageDataset(held, transform) if held else None
-    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric)
+    shares = _mask_shares(config, train, model.backbone.regions)
+    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares)
 
 
 def _catalog(config: DataConfig) -> Catalog:
     catalog = load_catalog(config.path, config.source, seed=config.split_seed)
     require_training_images(catalog)
     return catalog
+
+
+def _mask_shares(config: RunConfig, train: ImageDataset, regions: Regions) -> Tensor | None:
+    """How much of each patch of each training image lies on its mask (N, L); None where the run doesn't use masks."""
+    if not config.push.min_mask_share and not config.loss.off_mask:
+        return None
+    without = check_masks(train.samples)
+    logger.info("Masks are used in training; %d of %d images have none", without, len(train))
+    with bar("Reading masks", len(train)) as advance:
+        shares = []
+        for sample in train.samples:
+            shares.append(mask_shares(sample, train.eval_transform, regions.boxes))
+            advance(1)
+    return torch.stack(shares)
+
+
+def _crop_size(config: RunConfig, backbone: Backbone) -> int | None:
+    """The side of the pixels that live anchors of a trained backbone are embedded from; None where they are not."""
+    if config.train.freeze_backbone or config.push.anchoring != "live" or not backbone.is_local:
+        return None
+    if not config.train.freeze_norms and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
+    ):
+        raise InputError(
+            "windows with batch norms that learn from a batch's statistics would see each other in training; expected "
+            "norms that keep theirs; leave train.freeze_norms true, or choose a backbone without batch norms"
+        )
+    return int(max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in backbone.regions.boxes))
 
 
 def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
@@ -188,6 +221,7 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     head = HeadOptimal(
         backbone.channels, len(catalog.classes), num_prototypes=c.num_prototypes, embed_dim=c.embed_dim,
         max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, anchoring=config.push.anchoring,
+        crop_size=_crop_size(config, backbone),
     )  # fmt: skip
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)

@@ -18,6 +18,7 @@ from protopush.errors import InputError, listing
 from protopush.evaluation.evaluate import in_short
 from protopush.models.model_folder import Run, save_run
 from protopush.nn.head import HeadOutput
+from protopush.nn.losses import off_mask_loss
 from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push import PushSchedule
 from protopush.push.embedding import NonFinite
@@ -26,7 +27,7 @@ from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
 from protopush.training.final_push import final_push, push_now, push_row, resize
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
-from protopush.training.phases import Best, Phase, Stage, on_validation, phases
+from protopush.training.phases import Best, Frozen, Phase, Stage, on_validation, phases
 from protopush.training.run_writer import RunWriter, fresh_folder, load_checkpoint, refuse_other_options
 from protopush.training.setup import Job, prepare, seed_of
 from protopush.training.tracking import check_trackers
@@ -197,11 +198,20 @@ class Trainer:
         with self.fabric.no_backward_sync(self.model) if waits else nullcontext():
             out: HeadOutput = self.model(images)
             non_finite.update(out.embeddings, ids.to(device))
+            off_mask = self._off_mask(out, labels, ids)
             out = out._replace(logits=all_gather_rows(out.logits), similarities=all_gather_rows(out.similarities))
             labels = all_gather_rows(labels)
-            loss, terms = self.loss(out, labels, self.job.head.proto_manager)
+            loss, terms = self.loss(out, labels, self.job.head.proto_manager, off_mask)
             self.fabric.backward(loss / parts)
         return {"loss": loss.detach(), **terms}, len(labels)
+
+    def _off_mask(self, out: HeadOutput, labels: Tensor, ids: Tensor) -> Tensor | None:
+        """Of this process's images; None where masks are not used, or images are augmented and masks are not."""
+        shares = self.job.mask_shares
+        if shares is None or not self.job.config.loss.off_mask or not isinstance(self.stage, Frozen):
+            return None
+        outside = 1.0 - shares[ids].to(out.embeddings)
+        return off_mask_loss(out, labels, self.job.head.proto_manager.mask(), outside)
 
     def _step(self, rate: float) -> None:
         set_rate(self.optimizer, rate)
@@ -236,6 +246,8 @@ class Trainer:
             momentum, stage = self.job.config.push.momentum, self.stage
             report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
             resized = resize(self.job, stage, self.optimizer)
+            if self.job.head.proto_manager.anchor_crops is not None:
+                stage.refresh()  # the next step embeds the pixels of the new anchors
         if self.ema is not None:
             self.ema.take(self.job.head.proto_manager)
         return push_row(report, epoch, before, self.validate(f"epoch {epoch} after its push")) | resized

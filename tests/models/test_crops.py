@@ -1,0 +1,185 @@
+"""Crops are the prototypes: they give them back alone, and a trained backbone embeds them at every step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from helpers import SMALL, make_images
+from protopush import ProtoModel, open_run
+from protopush.cli import main
+from protopush.data.files import read_json, write_json
+from protopush.data.images import sha256_of
+from protopush.errors import InputError
+from protopush.models.crops import crop_features, crop_name
+from protopush.preserve_state import preserve_state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WINDOWS = ["--model.image_size", "64", "--model.windows.size", "[32,48]", "--model.windows.stride", "[16,16]"]
+LIVE = ["--push.anchoring", "live", "--push.start_epoch", "1", "--push.interval", "1"]
+ARMS = {
+    "frozen": [],
+    "hard": ["--push.anchoring", "off", "--push.unique", "image"],
+    "tuned": ["--train.freeze_backbone", "false", "--train.head_epochs", "1", "--train.epochs", "3"],
+    "averaged": ["--train.freeze_backbone", "false", "--train.ema", "0.9"],
+}
+
+
+@pytest.fixture(scope="module")
+def crops_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on windows, one for each of ``ARMS``; their images are away."""
+    crops_home = tmp_path_factory.mktemp("crops")
+    make_images(crops_home / "data", ["bird", "cat", "dog"], 10, (80, 64))
+    for name, words in ARMS.items():
+        wish = ["--data.path", str(crops_home / "data"), "--out", str(crops_home / name), *WINDOWS, *LIVE, *words]
+        assert main(["train", *SMALL, *wish]) == 0
+    (crops_home / "data").rename(crops_home / "away")
+    return crops_home
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_crops_alone_give_back_the_prototypes(crops_home: Path, tmp_path: Path, arm: str) -> None:
+    run, folder = open_run(crops_home / arm), tmp_path / "run"
+    checks = run.verify(crops=True)
+    assert len(checks) == 6
+    assert all(check.holds for check in checks), [check.problem for check in checks]
+    with pytest.raises(InputError, match="no such folder"):
+        run.verify()  # the images are away
+    # Prototypes that somebody has wiped out come back.
+    shutil.copytree(crops_home / arm, folder)
+    weights = load_file(folder / "model.safetensors")
+    known = weights["head.proto_manager.prototypes"].clone()
+    for name in ("prototypes", "anchor_features"):
+        if f"head.proto_manager.{name}" in weights:
+            weights[f"head.proto_manager.{name}"].zero_().add_(0.1)
+    save_file(weights, folder / "model.safetensors")
+    write_json(
+        folder / "config.json",
+        read_json(folder / "config.json") | {"weights_sha256": sha256_of(folder / "model.safetensors")},
+    )
+    assert main(["verify", str(folder), "--crops"]) == 1
+    assert main(["rebuild", str(folder), "--out", str(tmp_path / "rebuilt")]) == 0
+    rebuilt = open_run(tmp_path / "rebuilt")
+    torch.testing.assert_close(rebuilt.head.proto_manager.prototypes.detach(), known, rtol=0, atol=1e-5)
+    assert all(check.holds for check in rebuilt.verify(crops=True))
+
+
+def test_crop_is_what_the_model_sees_in_the_box(crops_home: Path) -> None:
+    run = open_run(crops_home / "frozen")
+    for c, k in run.head.proto_manager.used_slots():
+        anchor = run.head.proto_manager.anchor(c, k)
+        assert anchor is not None
+        with Image.open(crops_home / "away" / str(anchor.file)) as picture:
+            seen = run.transform.visible(picture.convert("RGB"))
+        wanted = seen.crop(tuple(map(int, anchor.region)))
+        with Image.open(crops_home / "frozen" / "prototypes" / crop_name(c, k)) as crop:
+            assert (crop.mode, crop.size, crop.tobytes()) == ("RGB", wanted.size, wanted.tobytes())
+
+
+def test_crop_that_is_missing_changed_or_broken_is_named(
+    crops_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(crops_home / "frozen", folder)
+    (folder / "prototypes" / crop_name(0, 0)).unlink()
+    (folder / "prototypes" / crop_name(0, 1)).write_bytes(b"no picture")
+    file = folder / "prototypes" / crop_name(1, 0)
+    with Image.open(file) as crop:
+        crop.point(lambda value: 255 - value).save(file)
+    faults = [check.fault for check in open_run(folder).verify(crops=True)]
+    assert faults == ["crop_missing", "crop_missing", "similarity_off", "", "", ""]
+    assert main(["verify", str(folder), "--crops"]) == 1
+    assert "no crop in prototypes/" in capsys.readouterr().out
+    assert main(["rebuild", str(folder), "--out", str(tmp_path / "new")]) == 2
+    assert "cannot rebuild bird:0" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_run_on_whole_images_has_no_crops(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not list((run / "prototypes").glob("*.png"))
+    assert main(["verify", str(run), "--crops"]) == 2
+    assert "expected a run on windows" in capsys.readouterr().err
+
+
+def test_shared_folder_has_crops_and_no_whole_image(crops_home: Path, tmp_path: Path) -> None:
+    (crops_home / "away").rename(crops_home / "data")
+    try:
+        open_run(crops_home / "tuned").model.save_pretrained(tmp_path / "shared")
+    finally:
+        (crops_home / "data").rename(crops_home / "away")
+    names = sorted(file.name for file in (tmp_path / "shared" / "prototypes").iterdir())
+    assert names == sorted(crop_name(c, k) for c in range(3) for k in range(2))
+    assert all(check.holds for check in open_run(tmp_path / "shared").verify(crops=True))
+    model = ProtoModel.from_pretrained(str(tmp_path / "shared"))
+    model.save_pretrained(tmp_path / "again")  # without the images the crops go along
+    assert all(check.holds for check in open_run(tmp_path / "again").verify(crops=True))
+
+
+def test_forbidden_patch_leaves_another_crop(crops_home: Path, tmp_path: Path) -> None:
+    (crops_home / "away").rename(crops_home / "data")
+    try:
+        shutil.copytree(crops_home / "tuned", tmp_path / "run")
+        before = (tmp_path / "run" / "prototypes" / crop_name(0, 0)).read_bytes()
+        wish = ["--prototype", "bird:0", "--reason", "a rim", "--data.num_workers", "0"]
+        assert main(["forbid", str(tmp_path / "run"), *wish]) == 0
+        assert (tmp_path / "run" / "prototypes" / crop_name(0, 0)).read_bytes() != before
+        assert all(check.holds for check in open_run(tmp_path / "run").verify(crops=True))
+    finally:
+        (crops_home / "data").rename(crops_home / "away")
+
+
+def test_prototypes_are_their_crops_at_every_step_of_a_trained_backbone(crops_home: Path) -> None:
+    run = open_run(crops_home / "tuned")
+    model = run.model.train()
+    for module in model.backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    first = None
+    for _ in range(4):
+        out = model(images)
+        with preserve_state(model):
+            slow = torch.stack(
+                [run.head.embed(crop_features(run, slot)) for slot in run.head.proto_manager.used_slots()]
+            )
+        used = out.prototypes.flatten(0, 1)[run.head.proto_manager.valid_mask]
+        torch.testing.assert_close(used, slow, rtol=0, atol=1e-5)
+        first = slow if first is None else first
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(out.logits, labels).backward()
+        weight = next(model.backbone.parameters())
+        assert weight.grad is not None
+        assert float(weight.grad.abs().sum()) > 0
+        optimizer.step()
+        model.train()
+        for module in model.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    assert first is not None
+    assert float((slow - first).abs().max()) > 1e-4  # the backbone has moved, and the prototypes with it
+
+
+def test_windows_refuse_batch_norms_that_learn_from_batches(
+    crops_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--data.path",
+        str(crops_home / "away"),
+        "--train.freeze_backbone",
+        "false",
+        "--train.freeze_norms",
+        "false",
+    ]
+    assert main(["train", *SMALL, *WINDOWS, *LIVE, *words, "--out", str(crops_home / "none")]) == 2
+    assert "leave train.freeze_norms true" in capsys.readouterr().err
+    assert not (crops_home / "none").exists()
