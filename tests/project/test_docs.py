@@ -243,9 +243,9 @@ def test_proofs_are_shown_as_they_are_printed():
     windows, whole = (block.strip().splitlines() for block in blocks("text", text_of("local"))[:2])
     nothing = Locality("a", 0.98, dict.fromkeys(("noise", "black", "another image"), 0.0))
     holds = AnchorCheck("a", 0, "a.png", 1.0, 1.0, "")
-    shown = [line.rstrip() for line in locality_table([nothing] * 28, claimed=True).splitlines()]
+    shown = [line.rstrip() for line in locality_table([nothing] * 28, "box").splitlines()]
     assert windows == [anchors_table([holds] * 12), *shown]
-    *head, verdict = locality_table([nothing] * 28, claimed=False).splitlines()
+    *head, verdict = locality_table([nothing] * 28, "all").splitlines()
     assert (whole[1], whole[-1]) == (head[0].rstrip(), verdict)
 
 
