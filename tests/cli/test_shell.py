@@ -172,8 +172,7 @@ sys.exit(program.run(["verify"]))
 SWALLOWS = """
 def command():
     import swallows
-    for _ in range(300):  # a signal that was put off until after an import ends no sleep, as that of a kill does
-        time.sleep(0.1)
+    time.sleep(30)  # a signal that was put off until after an import ends it, as that of a kill does
 """
 CLEANS_UP = """
 def command():
