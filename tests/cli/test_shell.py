@@ -116,7 +116,7 @@ def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number, se
     assert process.wait(60) == CODES[number]
     lines = process.stderr.splitlines()
     assert lines[-1] == "protopush: interrupted; what was saved is still there; train goes on with --resume"
-    assert not [line for line in lines if "Traceback" in line or "Error" in line]
+    assert not [line for line in lines if "Traceback" in line or "Error" in line], process.stderr
     assert nobody_left(process.pid)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     epochs = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
