@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from helpers import TURNED, cell_box, save_turned
 from protopush.data.images import read_image
+from protopush.data.regions import Regions
 from protopush.data.transforms import View
 from protopush.errors import InputError
 from protopush.explain import ClassEvidence, Explanation, Match, draw_gallery, draw_panel, draw_why_not, explain_image
@@ -60,7 +61,9 @@ def an_explanation(matches, name="mel", size=(300, 100), file="folder/picture.pn
 
 
 def a_match(k=0, box=(100, 25, 125, 50), anchor=None, contribution=1.0, **changes):
-    values = {"sees": (100, 0, 200, 100), "map": np.linspace(-0.1, 0.6, 16).reshape(4, 4).tolist(), **changes}
+    values = {"sees": (100, 0, 200, 100), "values": tuple(np.linspace(-0.1, 0.6, 16).tolist()), **changes}
+    rows = math.isqrt(len(values["values"]))
+    values["regions"] = Regions.grid((rows, len(values["values"]) // rows), (200, 200))
     return Match(0, k, contribution / 2, 2.0, contribution, 5, box=box, anchor=anchor, **values)
 
 
@@ -361,7 +364,7 @@ def test_panels_of_any_shape_of_picture(tmp_path, size, match):
 
 
 def test_a_match_of_whole_pictures_says_so(written):
-    whole = a_match(map=((0.5,),), box=(100, 0, 200, 100))
+    whole = a_match(values=(0.5,), box=(100, 0, 200, 100))
     draw_panel(an_explanation([whole]), Image.new("RGB", (300, 100), GREY), no_picture)
     texts = [text for text, _ in written]
     assert "the whole picture" in texts
@@ -458,7 +461,7 @@ def test_a_local_part_is_shown_alone_at_both_places():
     image.paste(PINK, (100, 25, 125, 50))
     source.paste(PINK, (50, 50, 100, 100))
     anchor = replace(an_anchor(sees=(50, 50, 100, 100)), region=(0, 0, 50, 50))
-    match = a_match(sees=(100, 25, 125, 50), anchor=anchor, map=[[0.1, 0.2]])
+    match = a_match(sees=(100, 25, 125, 50), anchor=anchor, values=(0.1, 0.2))
     for reach, least, most in (("box", 146, 160), ("all", 70, 76)):  # less the frame, and what resampling mixes with it
         explanation = replace(an_explanation([match]), reach=reach)
         panel = draw_panel(explanation, image, lambda c, k: source)

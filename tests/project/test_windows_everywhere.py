@@ -108,10 +108,10 @@ def test_explanations_show_windows(home, tmp_path, capsys):
             left, top, right, bottom = match["box"]
             assert x0 <= left < right <= x1
             assert y0 <= top < bottom <= y1
-            assert np.shape(match["map"]) == regions.raster == (6, 6)
             own = maps[match["class_index"], match["prototype"]]
-            np.testing.assert_allclose(match["map"], regions.map(own), atol=1e-6)
-            assert np.max(match["map"]) == pytest.approx(match["similarity"], abs=1e-6)
+            np.testing.assert_allclose(match["values"], own, atol=1e-6)
+            assert max(match["values"]) == match["values"][match["cell"]] == match["similarity"]
+    assert told["regions"] == json.loads(json.dumps(regions.to_dict()))
     assert Image.open(tmp_path / "009.png").width == 1480
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from protopush.backbones.create import Features
 from protopush.data.images import read_image
+from protopush.data.regions import Regions
 from protopush.data.transforms import Box, EvalTransform, View
 from protopush.errors import InputError, listing
 from protopush.nn.head import HeadOptimal, HeadOutput
@@ -38,8 +40,9 @@ class Match:
         box: the patch, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
         sees: likewise, all that the similarity can depend on; no more than the box where the model is local.
         anchor: the training patch that the prototype stands for; None before the first push.
-        map: cosine of the prototype and every patch, rows of columns over the part that the model saw: each square has
-            the largest of the patches that cover it. One value for a model that matches the pooled feature.
+        values: cosine of the prototype and every patch, in the order of ``regions``; its largest is ``similarity``. One
+            value for a model that matches the pooled feature.
+        regions: of the patches, the same for all matches of a picture.
     """
 
     class_index: int
@@ -51,7 +54,15 @@ class Match:
     box: Box
     sees: Box
     anchor: Anchor | None
-    map: tuple[tuple[float, ...], ...] = ()
+    values: tuple[float, ...] = ()
+    regions: Regions | None = None
+
+    @cached_property
+    def map(self) -> tuple[tuple[float, ...], ...]:
+        """The values in rows of columns over the part that the model saw: each square the largest that cover it."""
+        if self.regions is None:
+            return ()
+        return tuple(map(tuple, self.regions.map(torch.tensor(self.values, dtype=torch.float64)).tolist()))
 
 
 @dataclass(frozen=True)
@@ -172,11 +183,15 @@ class Explanation:
         return WhyNot(self.classes[0], self.of(class_name))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that a trip through JSON does not change."""
+        """Plain values that a trip through JSON does not change; ``regions`` stand once, for all matches."""
+        matches = [match for evidence in self.classes for match in evidence.matches]
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain["regions"] = next((one.regions.to_dict() for one in matches if one.regions is not None), None)
         for values, evidence in zip(plain["classes"], self.classes, strict=True):
             values["contributions_sum"] = evidence.contributions_sum
-        return plain
+            for match in values["matches"]:
+                del match["regions"]
+        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
 
 
 def explain_image(
@@ -249,8 +264,7 @@ def explain_batch(
     regions = head.compared(features.regions)
     logits, biases = output.logits.double().cpu(), head.bias.tolist()
     # (B, C, K) each, brought over from the device at once
-    maps = regions.map(output.maps)
-    terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, maps)]
+    terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, output.maps)]
     used = head.proto_manager.mask().tolist()
     explanations = []
     for i, (file, view) in enumerate(zip(files, views, strict=True)):
@@ -274,9 +288,10 @@ def explain_batch(
                     box=view.original_box(regions.boxes[cell]),
                     sees=view.original_box(regions.sees[cell]),
                     anchor=head.proto_manager.anchor(c, k),
-                    map=tuple(map(tuple, rows)),
+                    values=tuple(values),
+                    regions=regions,
                 )
-                for k, (weight, similarity, contribution, cell, rows) in enumerate(columns)
+                for k, (weight, similarity, contribution, cell, values) in enumerate(columns)
                 if used[c][k]
             ]
             matches.sort(key=lambda match: -match.contribution)  # stable: the lower slot first among equals
