@@ -107,42 +107,40 @@ def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number, se
     options = [*SMALL, "--train.epochs", "200", "--train.patience", "200", "--train.freeze_backbone", "false"]
     words = ["train", "--data.path", str(home / "images"), "--out", str(tmp_path / "run"), *options]
     words += ["--data.num_workers", "2"]
-    process = Forked(*words)
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
-    limit = time.monotonic() + 100
-    while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
-        time.sleep(0.05)
-    send(process.pid, number)
-    assert process.wait(60) == CODES[number]
-    lines = process.stderr.splitlines()
+    command = [sys.executable, "-m", "protopush", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+        limit = time.monotonic() + 100
+        while process.poll() is None and not checkpoint.is_file() and time.monotonic() < limit:
+            time.sleep(0.05)
+        send(process.pid, number)
+        lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == CODES[number]
     assert lines[-1] == "protopush: interrupted; what was saved is still there; train goes on with --resume"
-    assert not [line for line in lines if "Traceback" in line or "Error" in line], process.stderr
+    assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert nobody_left(process.pid)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     epochs = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    process = Forked(*words, "--resume")
-    while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == CODES[signal.SIGTERM]
-    assert "interrupted" in process.stderr
+    with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True) as process:
+        while len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=60)[1]
 
 
 def test_predictions_that_are_ended_say_how_to_go_on(home, tmp_path):
     pictures = make_images(tmp_path / "many", ["bird"], 400)
     out = tmp_path / "predictions.csv"
     command = ["predict", str(home / "run"), str(pictures), "--out", str(out), "--data.num_workers", "2"]
-    process = Forked(*command)
-    while process.poll() is None and not out.is_file() and not list(tmp_path.glob("*predictions*")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == CODES[signal.SIGTERM]
-    assert (
-        process.stderr.splitlines()[-1]
-        == "protopush: interrupted; the same command, without --overwrite, goes on where it stopped"
-    )
+    with subprocess.Popen([sys.executable, "-m", "protopush", *command], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not out.is_file() and not list(tmp_path.glob("*predictions*")):
+            time.sleep(0.01)
+        process.terminate()
+        last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 143
+    assert last == "protopush: interrupted; the same command, without --overwrite, goes on where it stopped"
     assert main(command) == 0
     assert len(out.read_text().splitlines()) == 401
 
@@ -172,7 +170,8 @@ sys.exit(program.run(["verify"]))
 SWALLOWS = """
 def command():
     import swallows
-    time.sleep(30)  # a signal that was put off until after an import ends it, as that of a kill does
+    for _ in range(300):  # a signal that was put off until after an import ends no sleep, as that of a kill does
+        time.sleep(0.1)
 """
 CLEANS_UP = """
 def command():

@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -61,10 +60,7 @@ def _send_again(number: int) -> None:
     import _thread
     import threading
 
-    again: Callable[..., object] = _thread.interrupt_main
-    if hasattr(signal, "pthread_kill"):  # it also ends a call that waits; not on Windows
-        again = partial(signal.pthread_kill, threading.main_thread().ident or 0)
-    threading.Timer(0.05, again, [number]).start()
+    threading.Timer(0.05, _thread.interrupt_main, [number]).start()
 
 
 STOP = Stop()
