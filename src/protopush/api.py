@@ -118,10 +118,11 @@ class Run(stored_run.Run):
         from protopush.data.images import check_images, read_image
         from protopush.explain import draw_panel, draw_why_not, explain_image
         from protopush.explain.checked_region import checked_regions
+        from protopush.models.crops import has_crops
 
         if why_not is not None and why_not not in self.class_names:
             raise InputError(f"unknown class {why_not!r} in --why_not; expected one of: {listing(self.class_names)}")
-        if regions and self.model.backbone.is_local and self.head.match == "local":
+        if regions and has_crops(self.model):
             raise InputError(
                 "--regions finds what a prototype depends on outside its box; this model sees each box alone: the box "
                 "is all; leave --regions out"

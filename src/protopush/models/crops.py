@@ -14,7 +14,7 @@ from protopush.data.images import read_image
 from protopush.data.regions import Region
 from protopush.data.transforms import to_tensor
 from protopush.errors import InputError
-from protopush.models.stored_run import Run
+from protopush.models.stored_run import Run, picture_name
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.certificate import AnchorCheck
@@ -33,7 +33,7 @@ def has_crops(model: ProtoModel) -> bool:
 
 def crop_name(class_index: int, prototype: int) -> str:
     """The file of an anchor's crop in ``prototypes/``."""
-    return f"class{class_index:02d}-prototype{prototype:02d}.png"
+    return picture_name(class_index, prototype, "png")
 
 
 def save_crop(run: Run, slot: tuple[int, int], anchor: Anchor, picture: Image.Image) -> None:
@@ -106,7 +106,7 @@ def _check(run: Run) -> None:
     if not has_crops(run.model):
         raise InputError(
             f"the prototypes of {run.folder} depend on whole images, so that no crop can prove them; expected a run on "
-            "windows (model.windows); verify it without --crops"
+            "windows (model.windows); protopush verify without --crops reads the images instead"
         )
 
 

@@ -65,9 +65,9 @@ class Run:
         return read_image(file) if file.is_file() else None
 
 
-def picture_name(class_index: int, prototype: int) -> str:
+def picture_name(class_index: int, prototype: int, ending: str = "jpg") -> str:
     """The file of an anchor's picture in ``prototypes/``."""
-    return f"class{class_index:02d}-prototype{prototype:02d}.jpg"
+    return f"class{class_index:02d}-prototype{prototype:02d}.{ending}"
 
 
 def current_versions() -> dict[str, str]:

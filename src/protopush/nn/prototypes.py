@@ -29,7 +29,7 @@ class Anchor:
         group: lesion, patient, module, ...
         box: the patch, (x0, y0, x1, y1) in pixels of the upright original picture.
         sees: likewise, all that its feature can depend on.
-        region: the box in pixels of the model's input: with the file, what tells a patch from all others.
+        region: the box in pixels of the model's input: with the file, what distinguishes a patch from all others.
         pooled: whether it is the image's pooled feature and no patch.
         image_size: (width, height) of that picture.
         verified: False where the dataset could not say which file or view the patch came from.
