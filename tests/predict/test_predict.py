@@ -288,6 +288,18 @@ def test_a_reader_that_dies_is_one_line(home, tmp_path, monkeypatch, capsys):
     assert 0 < told(capsys, *words)["resumed_from"] <= 24
 
 
+@pytest.mark.parametrize("lost", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_reader_that_dies_while_its_batch_is_fetched(home, tmp_path, monkeypatch, capsys, lost):
+    """PyTorch raises its own error for a dead reader only if it is asked before the connection breaks."""
+
+    def fetch(self, *_, **__):
+        raise lost
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", fetch)
+    words = (home / "run", home / "images", "--threshold", "0.5", "--out", tmp_path / "o.csv")
+    assert "a process that reads images died" in refused(capsys, "predict", *words, "--data.num_workers", "1")
+
+
 def cut_after(monkeypatch, batches: int) -> None:
     """Ctrl-C while batch number ``batches`` is computed."""
     run_model, seen = predicted_inputs.run_model, iter(range(batches))

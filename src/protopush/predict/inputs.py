@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +34,7 @@ logger = logging.getLogger("protopush.predict")
 TABLES = {".csv", ".tsv", ".tab"}
 # Pixels that a picture may have when it is resized to cover the model's input: a line of 1 x 100,000 has billions.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+SIGNAL_SECONDS = 0.5  # until the end of a process that has died is known to the one that started it
 DIGITS = 6  # of numbers in the table; what is compared is what is written
 
 Floats = NDArray[np.float64]
@@ -262,9 +265,13 @@ def run_over(
         with iterate_outputs(run.model, loader, device, call=lambda images: run_model(run.model, images, top)) as found:
             for indices, (outputs, problems) in zip(batches, found, strict=True):
                 take(indices, problems, outputs)
-    except RuntimeError as error:  # from anywhere above: torch interrupts what is being done
-        if "DataLoader worker" not in str(error):
-            raise
+    except (RuntimeError, ConnectionError, EOFError) as error:  # from anywhere above: torch interrupts what is being done
+        if isinstance(error, RuntimeError):
+            if "DataLoader worker" not in str(error):
+                raise
+        else:  # its last batch was being fetched; PyTorch's own error follows with the signal of its end
+            with suppress(RuntimeError):
+                time.sleep(SIGNAL_SECONDS)
         raise InputError(
             f"a process that reads images died ({first_line(error)}); expected memory for {num_workers} of them; start "
             "the same again with fewer --data.num_workers: it goes on where it stopped"
