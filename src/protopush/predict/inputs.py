@@ -265,7 +265,7 @@ def run_over(
         with iterate_outputs(run.model, loader, device, call=lambda images: run_model(run.model, images, top)) as found:
             for indices, (outputs, problems) in zip(batches, found, strict=True):
                 take(indices, problems, outputs)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # from anywhere above: torch interrupts what is being done
+    except (RuntimeError, ConnectionError, EOFError) as error:  # from anywhere above: torch interrupts what is done
         if isinstance(error, RuntimeError):
             if "DataLoader worker" not in str(error):
                 raise
