@@ -1,10 +1,10 @@
-"""Local against global prototypes: accuracy, diversity, localisation and faithfulness, over seeds.
+"""What is compared, windows or cells or whole images: accuracy, diversity, localisation and faithfulness, over seeds.
 
     python benchmarks/evidence.py manifest.csv --seeds 0 1 2
+    python benchmarks/evidence.py manifest.csv --seeds 0 --arms windows-112 windows-64-full
 
-Trains the pair recipes/ham10000-live.yaml and recipes/ham10000-global.yaml with each seed, where the run isn't there
-yet, and measures both on the test split as ``protopush compare`` does. Results grow run by run in the JSON file; what
-is there isn't measured again.
+Trains the recipe of each arm with each seed, where the run isn't there yet, and measures it on the test split as
+``protopush compare`` does. Results grow run by run in the JSON file; what is there isn't measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,23 @@ from protopush.evaluation.measure import measure
 from protopush.runs.run import open_run, open_split
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = {"local": "ham10000-live", "global": "ham10000-global"}
+WITHOUT_MASKS = ["--loss.off_mask", "0", "--push.min_mask_share", "0"]
+# The recipe of each arm, and what is changed in it.
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "whole-image": ("ham10000-global", []),
+    "last-map": ("ham10000-live", []),
+    "stage": ("ham10000-live", ["--model.stage", "blocks.3"]),
+    "windows": ("ham10000-windows", WITHOUT_MASKS),
+    "windows-masks": ("ham10000-windows", []),
+}
+MORE: dict[str, tuple[str, list[str]]] = {
+    "stage-2": ("ham10000-live", ["--model.stage", "blocks.2"]),
+    "stage-4": ("ham10000-live", ["--model.stage", "blocks.4"]),
+    "windows-112": ("ham10000-live", ["--model.windows.size", "112"]),
+    "windows-64-112": ("ham10000-live", ["--model.windows.size", "[64,112]"]),
+    "windows-64-full": ("ham10000-live", ["--model.windows.size", "[64,full]"]),
+    "windows-anchors": ("ham10000-windows", ["--loss.off_mask", "0"]),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -40,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     done = {(row["arm"], row["seed"]) for row in found["rows"]}
     try:
         for seed in options.seeds:
-            for arm in ARMS:
+            for arm in options.arms:
                 if (arm, seed) not in done:
                     found["rows"].append({"arm": arm, "seed": seed, "compared": measured(arm, seed, options)})
                     save(found, options.out)
@@ -55,6 +71,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="CSV image,label,split,mask")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS | MORE, default=list(ARMS), help="what is trained")
     parser.add_argument("--faithfulness", type=int, default=96, help="images that faithfulness is measured on")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], help="words for protopush train, such as --train.epochs=2")
@@ -67,9 +84,9 @@ def measured(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str,
     """The rows of ``protopush compare`` for one run, trained where it isn't there."""
     folder = options.runs / f"{arm}-{seed}"
     if not (folder / "config.json").is_file():
-        recipe = ROOT / "recipes" / f"{ARMS[arm]}.yaml"
-        words = ["train", "--config", str(recipe), "--data.path", options.manifest, "--train.seed", str(seed)]
-        code = protopush([*words, "--out", str(folder), *options.set])
+        recipe, changes = (ARMS | MORE)[arm]
+        words = ["train", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *changes, *options.set]
+        code = protopush([*words, "--data.path", options.manifest, "--train.seed", str(seed), "--out", str(folder)])
         if code:
             raise InputError(f"training {folder} ended with exit code {code}; see above")
     run = open_run(folder)
@@ -84,24 +101,29 @@ def measured(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str,
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: mean (deviation) over seeds, a column for each arm."""
-    lines = ["| | better | " + " | ".join(ARMS) + " |", "| --- | --- |" + " --- |" * len(ARMS)]
-    by_arm = {arm: [row["compared"] for row in rows if row["arm"] == arm] for arm in ARMS}
-    group = ""
-    for place, told in enumerate(rows[0]["compared"]):
-        if told["group"] != group:
-            group = told["group"]
-            lines.append(f"| **{group}** | |" + " |" * len(ARMS))
-        cells = [_cell([row[place]["values"][0] for row in compared]) for compared in by_arm.values()]
-        lines.append(f"| {told['metric'].strip()} | {told['better']} | " + " | ".join(cells) + " |")
+    """The table: mean (deviation) over seeds, a column for each arm, a row for each metric that any run has."""
+    arms = [arm for arm in ARMS | MORE if any(row["arm"] == arm for row in rows)]
+    lines = ["| | better | " + " | ".join(arms) + " |", "| --- | --- |" + " --- |" * len(arms)]
+    metrics = {told["metric"]: told for row in rows for told in row["compared"]}
+    for group in dict.fromkeys(told["group"] for told in metrics.values()):
+        lines.append(f"| **{group}** | |" + " |" * len(arms))
+        for metric, told in metrics.items():
+            if told["group"] == group:
+                cells = [_cell([_value(row, metric) for row in rows if row["arm"] == arm]) for arm in arms]
+                lines.append(f"| {metric.strip()} | {told['better']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values:
+def _value(row: dict[str, Any], metric: str) -> float | None:
+    return next((told["values"][0] for told in row["compared"] if told["metric"] == metric), None)
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    mean, deviation = spread(values)
-    return f"{mean:.3f}" + (f" ({deviation:.3f})" if len(values) > 1 else "")
+    mean, deviation = spread(known)
+    return f"{mean:.3f}" + (f" ({deviation:.3f})" if len(known) > 1 else "")
 
 
 if __name__ == "__main__":

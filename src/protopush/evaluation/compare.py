@@ -34,13 +34,14 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("localisation", "  by chance", "", ("localization", "anchors_mask_area")),
     ("localisation", "activation on the mask", "higher", ("localization", "activation_on_mask")),
     ("localisation", "pointing game", "higher", ("localization", "pointing_game")),
-    ("localisation", "  both by chance", "", ("localization", "mask_area")),
+    ("localisation", "strongest box on the mask", "higher", ("localization", "peaks_on_mask")),
+    ("localisation", "  all three by chance", "", ("localization", "mask_area")),
     ("localisation", "outside-inside ratio", "lower", ("localization", "outside_inside_ratio")),
     ("faithfulness", "insertion", "higher", ("faithfulness", "insertion")),
     ("faithfulness", "  in random order", "", ("faithfulness", "random_insertion")),
     ("faithfulness", "deletion", "lower", ("faithfulness", "deletion")),
     ("faithfulness", "relevance ordering", "higher", ("faithfulness", "relevance_ordering")),
-    ("faithfulness", "peak leaves its cell", "lower", ("faithfulness", "location_change")),
+    ("faithfulness", "peak leaves its box", "lower", ("faithfulness", "location_change")),
     ("faithfulness", "similarity lost by changes elsewhere", "lower", ("faithfulness", "activation_change")),
 )
 
