@@ -231,15 +231,16 @@ def test_elpv_is_split_by_contiguous_blocks():
     pytest.importorskip("elpv_dataset")
     catalog = load_catalog(source="elpv")
     assert catalog.classes == ("functional", "defective")
-    assert Counter(s.label for s in catalog.samples) == {0: 588, 1: 313}
+    assert Counter(s.label for s in catalog.samples) == {0: 1508, 1: 715}
     splits: dict[int, set[str]] = {}
     for s in catalog.samples:
         number = int(s.image.stem.removeprefix("cell")) - 1
         splits.setdefault(number // 60, set()).add(s.split)
     assert all(len(found) == 1 for found in splits.values())
     assert len(splits) > 10
+    assert Counter(splits_of.pop() for splits_of in splits.values()) == {"train": 26, "val": 9, "test": 9}
     by_split = Counter((s.split, s.label) for s in catalog.samples)
-    assert all(by_split[split, label] >= 50 for split in ("train", "val", "test") for label in (0, 1))
+    assert all(by_split[split, label] >= 100 for split in ("train", "val", "test") for label in (0, 1))
 
 
 def test_ham10000_manifest_reads(ham):

@@ -31,8 +31,8 @@ logger = logging.getLogger("protopush.data")
 AT_ONCE = 512  # images in memory: MedMNIST+ has files of many gigabytes
 
 BLOCK = 60
-# Every fifth block that holds sure monocrystalline cells, counted from the second: validation; from the third: test.
-# With this choice both hold about as many defective as functional cells.
+# Every fifth block, counted from the second: validation; from the third: test. Both hold cells of both crystals, sound
+# and defective modules: nine blocks each.
 FOLDS = {1: "val", 2: "test"}
 
 _ORGANS = (
@@ -181,7 +181,7 @@ def _pictures(file: Path, split: str, count: int) -> Iterator[NDArray[Any]]:
 
 
 def elpv(path: str = "", classes: Sequence[str] | None = None) -> Catalog:
-    """Solar cells in electroluminescence (Buerhop-Lutz et al. 2018): functional against defective, monocrystalline.
+    """Solar cells in electroluminescence (Buerhop-Lutz et al. 2018): functional against defective, of both crystals.
 
     Only the sure labels are taken (defect probability 0 or 1). The files are ordered by solar module, so cells are
     held out in contiguous blocks of 60: never at random, which would put one module in two splits.
@@ -202,14 +202,9 @@ def elpv(path: str = "", classes: Sequence[str] | None = None) -> Catalog:
         raise InputError(f"no such file: {table}; expected the elpv data folder (pip install 'protopush[demo]')")
     names = tuple(classes) if classes is not None else ("functional", "defective")
     rows = [line.split() for line in table.read_text().splitlines()]
-    sure = [
-        (index // BLOCK, name, float(probability))
-        for index, (name, probability, kind) in enumerate(rows)
-        if kind == "mono" and float(probability) in (0.0, 1.0)
-    ]
-    fold = {block: place % 5 for place, block in enumerate(sorted({block for block, _, _ in sure}))}
     samples = tuple(
-        Sample(root / name, name, int(defect), FOLDS.get(fold[block], "train"), f"block {block}")
-        for block, name, defect in sure
+        Sample(root / name, name, int(float(defect)), FOLDS.get(index // BLOCK % 5, "train"), f"block {index // BLOCK}")
+        for index, (name, defect, _) in enumerate(rows)
+        if float(defect) in (0.0, 1.0)
     )
     return Catalog(samples, names, root)
