@@ -129,9 +129,9 @@ def _setup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(training: Training, seed: int, rate: float, options: argparse.Namespace) -> RunConfig:
-    """The run of a training: recipes/ham10000.yaml where the backbone is frozen, else with the benchmark's epochs."""
+    """The run of a training: recipes/ham10000.yaml on the last map where the backbone is frozen, else with the benchmark's epochs."""
     train = TrainConfig(seed=seed, lr=rate, epochs=options.epochs)
-    model = ModelConfig(backbone=options.backbone)
+    model = ModelConfig(backbone=options.backbone, windows=None)  # the last map
     if training.tuned:
         train = replace(
             train,

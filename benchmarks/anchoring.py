@@ -2,7 +2,7 @@
 
     python benchmarks/anchoring.py manifest.csv --seeds 0 1 2
 
-Trained as recipes/ham10000.yaml says (frozen backbone, features from the cache) and tested on the test split, before
+Trained as recipes/ham10000.yaml says, on the last map (frozen backbone, features from the cache) and tested on the test split, before
 and after the biases are refitted. The arms that are to be exact are saved as runs and verified: every prototype must
 equal its anchor's embedding to 1e-5.
 """
@@ -105,7 +105,7 @@ def run_training(name: str, arms: list[str], seed: int, options: argparse.Namesp
     push, match = TRAININGS[name]
     config = RunConfig(
         data=DataConfig(path=options.manifest, source="manifest"),
-        model=ModelConfig(backbone=options.backbone, match=match),  # type: ignore[arg-type]
+        model=ModelConfig(backbone=options.backbone, match=match, windows=None),  # type: ignore[arg-type]
         push=replace(push),
         train=TrainConfig(seed=seed),
     )

@@ -36,7 +36,9 @@ def config(path: Path, **options) -> RunConfig:
     """A tiny ConvNeXt (layer norm, no dropout: nothing depends on how a batch is cut) with random weights."""
     made = RunConfig(
         data=DataConfig(path=str(path), num_workers=0, augment=False),
-        model=ModelConfig(backbone="test_convnext", pretrained=False, num_prototypes=2, embed_dim=8, dropout=0.0),
+        model=ModelConfig(
+            backbone="test_convnext", pretrained=False, num_prototypes=2, embed_dim=8, dropout=0.0, windows=None
+        ),
         loss=LossConfig(class_weights="none", grounding=0.0),
         push=PushConfig(start_epoch=10**6),
         train=TrainConfig(epochs=2, batch_size=8, freeze_backbone=False, warmup_epochs=0.0),

@@ -304,7 +304,15 @@ def create_backbone(
     if seen.size != own.size and set_input_size is not None:
         set_input_size(seen.size)  # timm's ViTs and Swins are built for one size of images
     only_used = model is not name_or_module
-    backbone = Backbone(model, recipe["name"], seen, only_used=only_used, recipe=recipe, **reading)
+    try:
+        backbone = Backbone(model, recipe["name"], seen, only_used=only_used, recipe=recipe, **reading)
+    except InputError as error:
+        if cut is None or seen.size == own.size:
+            raise
+        raise InputError(
+            f"{recipe['name']} does not take windows of {seen.size[0]}x{seen.size[1]} pixels ({first_line(error)}); "
+            f"give window_input {own.size[0]}, which enlarges them, larger windows, or none (model.windows null)"
+        ) from error
     if cut is None:
         return backbone
     windowed = {**recipe, "windows": {"size": cut.size, "stride": cut.stride}, "window_input": cut.input}

@@ -47,7 +47,7 @@ class ModelConfig:
         pretrained: true (the model's own weights), false (random) or a file of weights.
         image_size: pixels of a side; none: what the backbone was trained on.
         stage: an earlier level of a timm model to stop at: its number (from 0; -2: from the end) or a layer (blocks.3).
-        windows: windows that the backbone sees alone, so that prototypes are local; none: the image as a whole.
+        windows: windows that the backbone sees alone, so that prototypes are local; null: the image as a whole.
         window_input: pixels of a side that windows are enlarged to before the backbone; none: they are not.
         num_prototypes: prototypes per class.
         max_prototypes: slots per class, room to grow; none: as many as prototypes.
@@ -60,7 +60,7 @@ class ModelConfig:
     pretrained: bool | str = True
     image_size: Annotated[int, Range(8)] | None = None
     stage: int | str | None = None
-    windows: WindowsConfig | None = None
+    windows: WindowsConfig | None = field(default_factory=WindowsConfig)
     window_input: Annotated[int, Range(8)] | None = None
     num_prototypes: Count = 10
     max_prototypes: Count | None = None

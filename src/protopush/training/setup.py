@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from protopush.backbones.create import Backbone, create_backbone
+from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig, require_training_images
@@ -216,6 +217,12 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     backbone = create_backbone(
         c.backbone, pretrained=c.pretrained, **{key: value for key, value in given.items() if value is not None}
     )
+    if c.windows and len(backbone.regions) == 1 and c.windows.size != FULL:
+        height, width = backbone.preprocessing.size
+        raise InputError(
+            f"model.windows.size is {c.windows.size}, and images have {height}x{width} pixels: one window is all of "
+            "an image; expected smaller ones; give --model.windows.size, --model.image_size, or --model.windows null"
+        )
     if c.stage is not None:
         backbone.measure()
     head = HeadOptimal(
