@@ -134,13 +134,13 @@ class Run(stored_run.Run):
             found = explain_image(self.model, path, self.transform, self.class_names, self.device, top_classes, also)
             shown = found.classes[0].matches[:rows]
             checked = checked_regions(self.model, image, self.transform, shown, self.device) if regions else None
-            pictures = {f"{file}.png": draw_panel(found, image, self.picture, rows, regions=checked, narrow=narrow)}
+            pictures = {f"{file}.png": draw_panel(found, image, self.source, rows, regions=checked, narrow=narrow)}
             values = found.to_dict() | {"panel": f"{file}.png"}
             if checked is not None:
                 values["regions"] = [region.to_dict() for region in checked]
             if why_not and why_not != found.predicted_name:
                 beside = f"{file}-why-not.png"
-                pictures[beside] = draw_why_not(found, why_not, image, self.picture, narrow=narrow)
+                pictures[beside] = draw_why_not(found, why_not, image, self.source, narrow=narrow)
                 values["why_not"] = found.why_not(why_not).to_dict() | {"panel": beside}
             for target, picture in pictures.items():
                 write_atomic(Path(target), lambda temporary, p=picture: p.save(temporary, format="PNG"))  # type: ignore[misc]

@@ -36,7 +36,7 @@ def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
     found, manager, reach = [], run.head.proto_manager, run.head.compared(run.model.backbone.regions).reach
     for k in manager.used_of(c):
         ink = COLOURS[c % len(COLOURS)]
-        part, whole = part_and_whole(run.picture(c, k), manager.anchor(c, k), ink, TILE, 22, reach)
+        part, whole = part_and_whole(run.source(c, k), manager.anchor(c, k), ink, TILE, 22, reach)
         both = Image.new("RGB", (2 * TILE + 8, TILE), (255, 255, 255))
         both.paste(part, (0, 0))
         both.paste(whole, (TILE + 8, 0))

@@ -12,7 +12,6 @@ from protopush.explain import figure_style as style
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.nn.prototypes import Anchor
 
-SourceOf = Callable[[int, int], Image.Image | None]
 PictureOf = Callable[[Neighbour], Image.Image | None]
 OWN, OTHERS = 3, 2  # neighbours of the class, and of other classes
 PAIR, GAP, PAD = 6, 10, 8  # between a part and its picture, between neighbours, and from these to their frame
@@ -21,7 +20,7 @@ PAIR, GAP, PAD = 6, 10, 8  # between a part and its picture, between neighbours,
 def draw_gallery(
     class_names: Sequence[str],
     anchors: Callable[[int, int], Anchor | None],
-    source_of: SourceOf,
+    source_of: canvas.SourceOf,
     num_classes: int,
     slots: int,
     per_class: int = 5,
@@ -35,7 +34,7 @@ def draw_gallery(
     Args:
         class_names: in label order.
         anchors: (class, prototype) to the anchor; None where the slot is not in use or was never pushed.
-        source_of: (class, prototype) to the anchor's training picture, or a smaller copy, or None.
+        source_of: (class, prototype) to what its anchor is drawn from: the training picture, or its crop, or None.
         num_classes: how many classes.
         slots: prototypes per class to ask ``anchors`` for.
         per_class: the most to show of one class.
@@ -70,7 +69,7 @@ def draw_gallery(
 
 class _Gallery(canvas.Page):
     def __init__(
-        self, narrow: bool, class_names: Sequence[str], source_of: SourceOf, picture_of: PictureOf, reach: str
+        self, narrow: bool, class_names: Sequence[str], source_of: canvas.SourceOf, picture_of: PictureOf, reach: str
     ) -> None:
         super().__init__(style.NARROW if narrow else style.WIDE)
         self.class_names, self.source_of, self.picture_of, self.reach = class_names, source_of, picture_of, reach
