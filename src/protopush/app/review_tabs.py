@@ -25,10 +25,13 @@ from protopush.runs.decisions import Decision, in_force
 
 TILE, NEAR = 300, 132  # sides in pixels of the page
 AGAIN = 3.0  # seconds between requests for what is computed in the background
-INTRO = (
-    "A prototype is a part of a training image that the model compares new images with. Left the part, right the image "
-    "that it comes from. Choose one to see it closer, and to keep or forbid it."
-)
+INTRO = {
+    "local": "A prototype is a part of a training image that the model compares new images with. Left the part, right "
+    "the image that it comes from.",
+    "global": "A prototype is a training image that the model compares new images with, each as a whole. Left what it "
+    "sees of it, right all of it.",
+}
+CHOOSE = "Choose one to see it closer, and to keep or forbid it."
 
 
 def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
@@ -67,7 +70,8 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
     """Build the tab on a page."""
     chosen = gr.State(None)
     run = store.run()
-    gr.HTML(message(f"{INTRO} {REACH[run.head.compared(run.model.backbone.regions).reach]}", "plain"))
+    seen = f" {REACH[run.model.backbone.regions.reach]}" if run.head.match == "local" else ""
+    gr.HTML(message(f"{INTRO[run.head.match]} {CHOOSE}{seen}", "plain"))
     names = [(name, c) for c, name in enumerate(run.class_names)]
     kind = gr.Dropdown(label="Class", choices=names, value=0, elem_id="pp-class", filterable=len(names) > 20)
     pictures = gr.Gallery(

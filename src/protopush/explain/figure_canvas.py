@@ -170,7 +170,7 @@ def part_tile(
         for x0, y0, x1, y1 in (box, sees or box)
     )
     draw_sees(crop, here, seen, ink)
-    draw_box(crop, here, ink, 3 if sees is None else 2)
+    draw_box(crop, here, ink, 3 if sees is None else 2 if sees == box else 1)  # little is in the cell of a stage
     return tile(crop, side)
 
 
@@ -229,7 +229,7 @@ def part_and_whole(
     if found is not None:
         box = style.scaled(found.box, source.size, whole.size)
         draw_sees(whole, box, found.sees and style.scaled(found.sees, source.size, whole.size), ink)
-        draw_box(whole, box, ink, line=2)
+        draw_box(whole, box, ink, line=2 if found.sees in (None, found.box) else 1)
     return part, tile(whole, side)
 
 
