@@ -164,7 +164,6 @@ class Run(stored_run.Run):
         """
         from protopush.data.dataset import ImageDataset
         from protopush.evaluation.compare import compare, measure_beside
-        from protopush.evaluation.locality import measure_run
         from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
         from protopush.runs.progress import bar
@@ -179,7 +178,7 @@ class Run(stored_run.Run):
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
         checks, audited = self._check_anchors(self.root), audit_catalog(catalog) if audit else None
         images = min(faithfulness, 16)
-        locality = measure_run(self, self.root, measured.dataset, images, self.device) if images else None
+        locality = self._measure_locality(self.root, measured.dataset, images) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self
         build_report(
             trained, measured, neighbours, checks, audited, comparison, page, device=self.device, locality=locality
@@ -235,14 +234,7 @@ class Run(stored_run.Run):
             split: whose images.
             images: how many of them.
         """
-        from protopush.evaluation.locality import measure_run
-        from protopush.runs.progress import bar
-
-        with bar(
-            "Replacing what lies outside the boxes", len(self.head.proto_manager.used_slots()) + images
-        ) as advance:
-            dataset, _ = self._images(split)
-            return measure_run(self, Path(root or self.root), dataset, images, self.device, advance=advance)
+        return self._measure_locality(Path(root or self.root), self._images(split)[0], images)
 
     def push(
         self, out: str | Path, *, split: str = "train", momentum: float = 0.9, use_local: bool = True,
@@ -413,6 +405,14 @@ class Run(stored_run.Run):
             self.model, self.head.proto_manager, self.transform, root, self.class_names, self.device,  # type: ignore[arg-type]
             same_weights=same_weights(self.folder),
         )  # fmt: skip
+
+    def _measure_locality(self, root: Path, dataset: ImageDataset, images: int) -> list[Locality]:
+        from protopush.evaluation.locality import measure_run
+        from protopush.runs.progress import bar
+
+        places = len(self.head.proto_manager.used_slots()) + min(images, len(dataset))
+        with bar("Replacing what lies outside the boxes", places) as advance:
+            return measure_run(self, root, dataset, images, self.device, advance=advance)
 
 
 def audit_catalog(catalog: Catalog, **how: Any) -> Audit:
