@@ -173,16 +173,15 @@ class Run(stored_run.Run):
             raise InputError(f"--out {page} is a folder; expected the HTML file to write")
         found, catalog = measure_beside(self, against, split, *where, resamples, faithfulness)
         measured, comparison = found[0][1], compare(found) if against else None
+        root = self.root if self.root.is_dir() else catalog.root  # a shared folder doesn't name where its images were
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
-        checks, audited = self._check_anchors(self.root), audit_catalog(catalog) if audit else None
+        checks, audited = self._check_anchors(root), audit_catalog(catalog) if audit else None
         images = min(faithfulness, 16)
-        locality = self._measure_locality(self.root, measured.dataset, images) if images else None
+        locality = self._measure_locality(root, measured.dataset, images) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self
-        build_report(
-            trained, measured, neighbours, checks, audited, comparison, page, device=self.device, locality=locality
-        )
+        build_report(trained, measured, neighbours, checks, audited, comparison, page, root, self.device, locality)
         return page, measured
 
     def compare(
