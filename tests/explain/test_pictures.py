@@ -534,9 +534,11 @@ def test_what_a_part_sees_has_a_thin_frame():
     [("box", "nothing outside it can change"), ("more", "The thin frame is all"), ("all", "sees the whole image")],
 )
 def test_the_words_say_what_the_model_sees(written, reach, said):
-    draw_panel(replace(an_explanation([a_match()]), reach=reach), Image.new("RGB", (300, 100), GREY), no_picture)
+    explanation, image = replace(an_explanation([a_match()]), reach=reach), Image.new("RGB", (300, 100), GREY)
+    draw_panel(explanation, image, no_picture)
+    draw_why_not(explanation, "other 0", image, no_picture)
     draw_gallery(["mel"], lambda c, k: an_anchor(), no_picture, 1, 1, reach=reach)
-    assert " ".join(text for text, _ in written).count(said) == 2
+    assert " ".join(text for text, _ in written).count(said) == 3
 
 
 # Checked regions.

@@ -92,6 +92,8 @@ def draw_why_not(
         y = page.picture(x, y, page.numbered(some, width, 600 if narrow else 400)) + sizes.gap
         bottom = max(bottom, page.rows(some, x, y, width, sizes.side if narrow else 132, maps=False))
         x += 0 if narrow else width + BETWEEN
+    if not page.whole:
+        bottom = page.note(sizes.margin, bottom + sizes.gap, style.REACH[explanation.reach], sizes.content, most=4)
     return page.done(page.difference(why, page.rule(bottom + sizes.gap), width))
 
 
