@@ -24,6 +24,7 @@ from protopush.report.prototype_cards import Cards
 from protopush.runs.decisions import Decision, in_force
 
 TILE, NEAR = 300, 132  # sides in pixels of the page
+TO_DETAILS = "() => document.querySelector('#pp-details').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 AGAIN = 3.0  # seconds between requests for what is computed in the background
 INTRO = {
     "local": "A prototype is a part of a training image that the model compares new images with. Left the part, right "
@@ -125,7 +126,8 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
     every = [pictures, chosen, known, form, again]
     kind.input(show_class, kind, every, **PRIVATE).then(lambda: "", None, result, **PRIVATE)
     page.load(show_class, kind, every, **PRIVATE)
-    pictures.select(choose, kind, [chosen, known, again, form, result], **PRIVATE)
+    picked = pictures.select(choose, kind, [chosen, known, again, form, result], **PRIVATE)
+    picked.then(None, js=TO_DETAILS, **PRIVATE)  # below ten pictures nobody would see that something has come
     again.tick(describe, chosen, [known, again], show_progress="hidden", **PRIVATE)
     for button, forbids in ((forbid, True), (keep, False)):
         after = [result, pictures, known, again, reason]
