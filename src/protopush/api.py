@@ -134,13 +134,13 @@ class Run(stored_run.Run):
             found = explain_image(self.model, path, self.transform, self.class_names, self.device, top_classes, also)
             shown = found.classes[0].matches[:rows]
             checked = checked_regions(self.model, image, self.transform, shown, self.device) if regions else None
-            pictures = {f"{file}.png": draw_panel(found, image, self.picture, rows, regions=checked, narrow=narrow)}
+            pictures = {f"{file}.png": draw_panel(found, image, self.source, rows, regions=checked, narrow=narrow)}
             values = found.to_dict() | {"panel": f"{file}.png"}
             if checked is not None:
                 values["regions"] = [region.to_dict() for region in checked]
             if why_not and why_not != found.predicted_name:
                 beside = f"{file}-why-not.png"
-                pictures[beside] = draw_why_not(found, why_not, image, self.picture, narrow=narrow)
+                pictures[beside] = draw_why_not(found, why_not, image, self.source, narrow=narrow)
                 values["why_not"] = found.why_not(why_not).to_dict() | {"panel": beside}
             for target, picture in pictures.items():
                 write_atomic(Path(target), lambda temporary, p=picture: p.save(temporary, format="PNG"))  # type: ignore[misc]
@@ -164,7 +164,6 @@ class Run(stored_run.Run):
         """
         from protopush.data.dataset import ImageDataset
         from protopush.evaluation.compare import compare, measure_beside
-        from protopush.evaluation.locality import measure_run
         from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
         from protopush.runs.progress import bar
@@ -174,16 +173,15 @@ class Run(stored_run.Run):
             raise InputError(f"--out {page} is a folder; expected the HTML file to write")
         found, catalog = measure_beside(self, against, split, *where, resamples, faithfulness)
         measured, comparison = found[0][1], compare(found) if against else None
+        root = self.root if self.root.is_dir() else catalog.root  # a shared folder doesn't name where its images were
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
-        checks, audited = self._check_anchors(self.root), audit_catalog(catalog) if audit else None
+        checks, audited = self._check_anchors(root), audit_catalog(catalog) if audit else None
         images = min(faithfulness, 16)
-        locality = measure_run(self, self.root, measured.dataset, images, self.device) if images else None
+        locality = self._measure_locality(root, measured.dataset, images) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self
-        build_report(
-            trained, measured, neighbours, checks, audited, comparison, page, device=self.device, locality=locality
-        )
+        build_report(trained, measured, neighbours, checks, audited, comparison, page, root, self.device, locality)
         return page, measured
 
     def compare(
@@ -235,14 +233,7 @@ class Run(stored_run.Run):
             split: whose images.
             images: how many of them.
         """
-        from protopush.evaluation.locality import measure_run
-        from protopush.runs.progress import bar
-
-        with bar(
-            "Replacing what lies outside the boxes", len(self.head.proto_manager.used_slots()) + images
-        ) as advance:
-            dataset, _ = self._images(split)
-            return measure_run(self, Path(root or self.root), dataset, images, self.device, advance=advance)
+        return self._measure_locality(Path(root or self.root), self._images(split)[0], images)
 
     def push(
         self, out: str | Path, *, split: str = "train", momentum: float = 0.9, use_local: bool = True,
@@ -413,6 +404,14 @@ class Run(stored_run.Run):
             self.model, self.head.proto_manager, self.transform, root, self.class_names, self.device,  # type: ignore[arg-type]
             same_weights=same_weights(self.folder),
         )  # fmt: skip
+
+    def _measure_locality(self, root: Path, dataset: ImageDataset, images: int) -> list[Locality]:
+        from protopush.evaluation.locality import measure_run
+        from protopush.runs.progress import bar
+
+        places = len(self.head.proto_manager.used_slots()) + min(images, len(dataset))
+        with bar("Replacing what lies outside the boxes", places) as advance:
+            return measure_run(self, root, dataset, images, self.device, advance=advance)
 
 
 def audit_catalog(catalog: Catalog, **how: Any) -> Audit:

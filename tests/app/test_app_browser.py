@@ -172,6 +172,13 @@ def test_on_a_phone_and_with_files_that_are_none(browser, server):
     visit.page.wait_for_selector("#pp-panel img")
     assert visit.page.evaluate("document.querySelector('#pp-panel img').naturalWidth") == 800
     visit.no_wider_than(400)
+    visit.tab("Prototypes")
+    visit.page.locator("#pp-gallery .thumbnail-item").first.click()
+    visit.page.wait_for_selector("#pp-details .card")
+    seen = "document.querySelector('#pp-details .card h4').getBoundingClientRect()"
+    visit.page.wait_for_function(
+        f"0 <= {seen}.top && {seen}.bottom <= window.innerHeight"
+    )  # what was chosen is in sight
     for name in ("Prototypes", "Decisions"):
         visit.tab(name)
         visit.page.wait_for_timeout(500)

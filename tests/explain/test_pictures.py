@@ -485,6 +485,23 @@ def test_windows_of_two_sizes_are_shown_at_one_scale():
     assert where(part, COLOURS[0]) == (41, 41, 123, 123)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("reach", ["box", "more", "all"])
+def test_gallery_of_whole_images_speaks_of_no_boxes(written, reach, narrow):
+    whole = an_anchor(box=(0, 0, 400, 200), sees=(0, 0, 400, 200), pooled=True)
+    options = {"neighbours": lambda c, k: NEAR, "narrow": narrow, "reach": reach}
+    draw_gallery(["mel", "nv", "bkl"], lambda c, k: whole, no_picture, 1, 1, **options)
+    said = " ".join(text for text, _ in written)
+    assert "Left what the model sees of an image, right all of it." in said
+    assert "Each prototype stands for an image as a whole." in said
+    assert not any(word in said for word in ("box", "thin frame", "the part"))
+    written.clear()
+    draw_gallery(["mel"], lambda c, k: [whole, an_anchor()][k], no_picture, 1, 2, reach=reach)
+    said = " ".join(text for text, _ in written)
+    assert "Left the part, right its whole image" in said
+    assert "as a whole" not in said
+
+
 def test_what_a_part_sees_has_a_thin_frame():
     picture, ink = Image.new("RGB", (80, 60), GREY), COLOURS[2]
     draw_sees(picture, (30, 20, 40, 30), (10, 5, 70, 55), ink)
@@ -506,6 +523,10 @@ def test_what_a_part_sees_has_a_thin_frame():
     part = part_tile(image, (100, 25, 125, 50), COLOURS[0], 164, (80, 10, 145, 70))
     x0, y0, x1, y1 = where(part, COLOURS[0])
     assert (x1 - x0, y1 - y0) == pytest.approx((65 * 164 / 71.5, 60 * 164 / 71.5), abs=1.5)
+    inside = part.crop((x0 + 2, y0 + 2, x1 - 2, y1 - 2))
+    left, top, right, bottom = where(inside, COLOURS[0])
+    assert (right - left, bottom - top) == pytest.approx((25 * 164 / 71.5, 25 * 164 / 71.5), abs=1.5)
+    assert count(inside, COLOURS[0]) == 2 * (right - left + bottom - top) - 4  # one pixel wide: cells are small
 
 
 @pytest.mark.parametrize(
@@ -513,9 +534,11 @@ def test_what_a_part_sees_has_a_thin_frame():
     [("box", "nothing outside it can change"), ("more", "The thin frame is all"), ("all", "sees the whole image")],
 )
 def test_the_words_say_what_the_model_sees(written, reach, said):
-    draw_panel(replace(an_explanation([a_match()]), reach=reach), Image.new("RGB", (300, 100), GREY), no_picture)
+    explanation, image = replace(an_explanation([a_match()]), reach=reach), Image.new("RGB", (300, 100), GREY)
+    draw_panel(explanation, image, no_picture)
+    draw_why_not(explanation, "other 0", image, no_picture)
     draw_gallery(["mel"], lambda c, k: an_anchor(), no_picture, 1, 1, reach=reach)
-    assert " ".join(text for text, _ in written).count(said) == 2
+    assert " ".join(text for text, _ in written).count(said) == 3
 
 
 # Checked regions.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,8 +21,14 @@ from protopush.cli import main
 from protopush.data.files import read_json, write_json
 from protopush.data.images import sha256_of
 from protopush.errors import InputError
+from protopush.explain import explain_image
+from protopush.explain.figure_style import COLOURS, TILE, WIDE
+from protopush.explain.panel import BETWEEN, LEFT
 from protopush.models.crops import crop_features, crop_name
 from protopush.preserve_state import preserve_state
+from protopush.report.build import environment
+from protopush.report.cases import contribution_rows
+from protopush.report.prototype_cards import Cards, Frame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,6 +130,112 @@ def test_shared_folder_has_crops_and_no_whole_image(crops_home: Path, tmp_path: 
     model = ProtoModel.from_pretrained(str(tmp_path / "shared"))
     model.save_pretrained(tmp_path / "again")  # without the images the crops go along
     assert all(check.holds for check in open_run(tmp_path / "again").verify(crops=True))
+
+
+@pytest.fixture(scope="module")
+def shared_folder(crops_home: Path) -> Path:
+    """What ``save_pretrained`` writes of a run on windows; the images are away again."""
+    (crops_home / "away").rename(crops_home / "data")
+    open_run(crops_home / "frozen").model.save_pretrained(crops_home / "shared")
+    (crops_home / "data").rename(crops_home / "away")
+    return crops_home / "shared"
+
+
+def assert_is_crop(tile: Image.Image, folder: Path, slot: tuple[int, int]) -> None:
+    """The tile is the crop, but for a frame of two pixels."""
+    with Image.open(folder / "prototypes" / crop_name(*slot)) as crop:
+        wanted = np.asarray(crop.resize(tile.size, Image.Resampling.BICUBIC))
+    assert np.array_equal(np.asarray(tile)[2:-2, 2:-2], wanted[2:-2, 2:-2])
+
+
+def framed_in(picture: Image.Image, ink: tuple[int, int, int], left: int, width: int) -> tuple[int, int, int, int]:
+    """The frame of this colour in some columns of a picture."""
+    rows, columns = np.nonzero((np.asarray(picture.convert("RGB"))[:, left : left + width] == ink).all(axis=-1))
+    return left + int(columns.min()), int(rows.min()), left + int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def test_gallery_of_a_shared_folder_shows_crops(shared_folder: Path) -> None:
+    with Image.open(shared_folder / "prototypes.png") as gallery:
+        for c in range(3):
+            second = framed_in(gallery, COLOURS[c], 32 + 288, 264)
+            assert second[2] - second[0] == second[3] - second[1] == 129  # the part; nothing is framed beside it
+            for k, box in enumerate([(32, second[1], 161, second[3]), second]):
+                assert_is_crop(gallery.crop(box), shared_folder, (c, k))
+                assert gallery.getpixel((box[2] + 16, box[1] + 10)) == TILE
+
+
+def test_panels_on_a_shared_folder_show_crops(
+    crops_home: Path, shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, draw = list[str](), ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, xy: object, text: str, **how: object) -> None:
+        written.append(text)
+        draw(self, xy, text, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    (found,) = open_run(shared_folder).explain([crops_home / "away" / "cat" / "003.png"], tmp_path, why_not="dog")
+    best, left = found["classes"][0]["matches"][0], WIDE.margin + LEFT + BETWEEN + 2 * (WIDE.side + WIDE.gap)
+    with Image.open(found["panel"]) as panel:
+        tile = panel.crop(framed_in(panel, COLOURS[0], left, WIDE.side))
+        assert_is_crop(tile, shared_folder, (best["class_index"], best["prototype"]))
+    assert Path(found["why_not"]["panel"]).is_file()
+    assert written.count("whole image not") + written.count("whole image not shared") == 2 + 4
+    assert "no picture" not in written
+
+
+def test_report_on_a_shared_folder_shows_crops(crops_home: Path, shared_folder: Path) -> None:
+    run = open_run(shared_folder)
+    for c, k in run.head.proto_manager.used_slots():
+        cards = Cards(run, crops_home / "nowhere")
+        card = cards.card(c, k)
+        assert (card["source"], card["part"].frames) == (None, (Frame(0, 0, 100, 100),))
+        assert card["missing"].startswith("Its training image is not shared")
+        with (
+            Image.open(io.BytesIO(b64decode(card["part"].uri.partition(",")[2]))) as shown,
+            Image.open(shared_folder / "prototypes" / crop_name(c, k)) as crop,
+        ):
+            assert shown.size == crop.size
+            assert np.abs(np.asarray(shown, dtype=float) - np.asarray(crop)).mean() < 20  # a JPEG of noise
+    found = explain_image(run.model, crops_home / "away" / "cat" / "003.png", run.transform, run.class_names)
+    pictures = {"here": card["part"], "there": card["part"], "source": None, "ident": "x"}
+    row = contribution_rows(found.classes[0])[0] | pictures
+    html = str(environment().get_template("macros.html.j2").module.looks_like(row))
+    assert "whole image not shared" in html
+    assert "no picture" not in html
+
+
+def test_app_on_a_shared_folder_shows_crops(shared_folder: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
+    from protopush.app.review_tabs import TILE as SIDE
+    from protopush.app.review_tabs import thumbnails
+
+    for c in range(3):
+        for k, (both, _) in enumerate(thumbnails(open_run(shared_folder), c)):
+            assert_is_crop(both.crop((0, 0, SIDE, SIDE)), shared_folder, (c, k))
+            assert both.getpixel((SIDE + 18, 10)) == TILE
+
+
+def test_crop_that_cannot_be_read_is_not_drawn(shared_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shared_folder, tmp_path / "run"))
+    (folder / "prototypes" / crop_name(0, 0)).write_bytes(b"no picture")
+    run = open_run(folder)
+    assert (run.crop(0, 0), run.source(0, 0)) == (None, None)
+    assert run.source(0, 1) is not None
+    assert Cards(run, folder).card(0, 0)["missing"] == "The run keeps no picture of its training image."
+
+
+def test_crop_of_another_patch_is_not_handed_on(shared_folder: Path, tmp_path: Path) -> None:
+    """A prototype that was pushed within its image, where nobody can read that image: the old crop shows a lie."""
+    model = ProtoModel.from_pretrained(shared_folder)
+    manager = model.head.proto_manager
+    anchor = manager.anchor(1, 0)
+    assert anchor is not None
+    x0, y0, x1, y1 = anchor.region
+    manager.anchors[manager.index(1, 0)] = replace(anchor, region=(x0 + 16, y0, x1 + 16, y1))
+    model.save_pretrained(tmp_path / "again")
+    names = {file.name for file in (tmp_path / "again" / "prototypes").iterdir()}
+    assert names == {crop_name(c, k) for c in range(3) for k in range(2)} - {crop_name(1, 0)}
 
 
 def test_forbidden_patch_leaves_another_crop(crops_home: Path, tmp_path: Path) -> None:

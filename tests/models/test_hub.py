@@ -96,6 +96,15 @@ def test_nothing_tells_of_this_computer_and_verify_asks_for_the_images(home, sha
     assert main(["evaluate", str(shared), "--data.path", str(home / "images")]) == 0
 
 
+def test_report_of_a_shared_folder_finds_the_images_that_it_is_given(home, shared):
+    words = ["--faithfulness", "2", "--resamples", "0", "--audit", "false", "--data.num_workers", "0"]
+    assert main(["report", str(shared), "--data.path", str(home / "images"), *words]) == 0
+    said = (shared / "report.html").read_text(encoding="utf-8")
+    assert "All 6 anchors hold" in said
+    assert "Measured in 8 places" in said  # those of the anchors and two images
+    assert "picture not found" not in said
+
+
 def test_a_copy_of_a_copy_needs_no_images(home, shared, tmp_path):
     moved = Path(shutil.copytree(shared, tmp_path / "elsewhere"))
     shutil.rmtree(shared)

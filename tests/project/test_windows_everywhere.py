@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,27 @@ def test_what_is_local_is_measured(home, capsys, kind):
     said = capsys.readouterr().out
     assert ("Nothing outside a box" in said) == (kind == "windows")
     assert ("only that replaced which it does not see" in said) == (kind == "stage")
+
+
+@pytest.mark.parametrize("images", [3, 1000])  # more than there are: all of them
+def test_the_proof_shows_how_far_it_is(home, tmp_path, monkeypatch, images):
+    steps = {}
+
+    @contextmanager
+    def bar(what, total):
+        steps[what] = [total, 0]
+
+        def advance(count):
+            steps[what][1] += count
+
+        yield advance
+
+    monkeypatch.setattr("protopush.runs.progress.bar", bar)
+    run = protopush.open_run(home / "windows", device="cpu", num_workers=0)
+    places = len(run.locality(images=images))
+    assert steps.pop("Replacing what lies outside the boxes") == [places, places]
+    run.report(tmp_path / "report.html", resamples=0, audit=False, faithfulness=images)
+    assert steps["Replacing what lies outside the boxes"] == [min(places, 6 + 16)] * 2
 
 
 def test_a_claim_that_is_not_kept_is_found(home, run, capsys, monkeypatch):

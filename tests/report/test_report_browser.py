@@ -36,6 +36,36 @@ def test_hostile_names_do_no_harm(browser, hostile, tmp_path, width, scheme):
         keep(visit, f"report-{width}-{scheme}", tmp_path)
 
 
+# Cells of tables whose rows are blocks on a phone: what each says with its title, and where it lies.
+CELLS = """() => [...document.querySelectorAll('table.stack td, table.stack th[scope]')]
+  .filter(cell => cell.textContent.trim())
+  .map(cell => [getComputedStyle(cell, '::before').content, cell.textContent, cell.className,
+                cell.getBoundingClientRect().toJSON()])"""
+
+
+def test_no_column_is_cut_on_a_phone(browser, hostile):
+    """Each value lies within the page, below or beside the name of its row, and has the title of its column."""
+    with Visit(browser, hostile, 1400) as visit:
+        wide = visit.page.evaluate(CELLS)
+        titles = visit.page.evaluate("[...document.querySelectorAll('table.stack thead th')].map(th => th.innerText)")
+    with Visit(browser, hostile, 400) as visit:
+        phone = visit.page.evaluate(CELLS)
+        cut = visit.page.evaluate(
+            "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth)"
+            ".map(s => [s.ariaLabel, !!s.querySelector('table.stack, .meaning')])"
+        )
+    assert [cell[1] for cell in phone] == [cell[1] for cell in wide]
+    assert len([cell for cell in phone if "meaning" in cell[2]]) > 20
+    assert {cell[0] for cell in wide} == {"none"}
+    said = {cell[0].strip('":') for cell in phone} - {"none"}
+    assert said > {"95 % interval", "better", "bias", "probability", "min_dist"}
+    assert said <= {title.replace("\n", ", ") for title in titles}
+    for _, text, kind, box in phone:
+        assert 0 <= box["left"] < box["right"] <= 400, text
+        assert "meaning" not in kind or box["width"] > 300
+    assert [what for what, stacked in cut if stacked] == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_can_be_read(browser, hostile, scheme):
     with Visit(browser, hostile, scheme=scheme) as visit:

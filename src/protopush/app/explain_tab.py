@@ -91,7 +91,7 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         except InputError as error:
             return nothing(message(str(error), "bad"))
         some = replace(explanation, classes=explanation.classes[:PANEL])
-        drawn = draw_panel(some, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
+        drawn = draw_panel(some, image.copy, run.source, narrow=(pixels or NARROW) < NARROW)
         others = [name for name in run.class_names if name != explanation.predicted_name]
         first = [image, render("prediction", explanation, upload.note), gr.Image(value=drawn, visible=True)]
         asked = [gr.Column(visible=bool(others)), gr.Dropdown(choices=others, value=None)]
@@ -104,7 +104,7 @@ def explain_tab(store: RunStore, limits: Limits) -> None:
         try:
             run = store.run()
             found = image.explain(store, run, (name,))
-            drawn = draw_why_not(found, name, image.copy, run.picture, narrow=(pixels or NARROW) < NARROW)
+            drawn = draw_why_not(found, name, image.copy, run.source, narrow=(pixels or NARROW) < NARROW)
         except InputError as error:  # since somebody changed the run, it may be the predicted class
             return [hidden, message(str(error), "bad")]
         return [gr.Image(value=drawn, visible=True), ""]

@@ -24,11 +24,15 @@ from protopush.report.prototype_cards import Cards
 from protopush.runs.decisions import Decision, in_force
 
 TILE, NEAR = 300, 132  # sides in pixels of the page
+TO_DETAILS = "() => document.querySelector('#pp-details').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 AGAIN = 3.0  # seconds between requests for what is computed in the background
-INTRO = (
-    "A prototype is a part of a training image that the model compares new images with. Left the part, right the image "
-    "that it comes from. Choose one to see it closer, and to keep or forbid it."
-)
+INTRO = {
+    "local": "A prototype is a part of a training image that the model compares new images with. Left the part, right "
+    "the image that it comes from.",
+    "global": "A prototype is a training image that the model compares new images with, each as a whole. Left what it "
+    "sees of it, right all of it.",
+}
+CHOOSE = "Choose one to see it closer, and to keep or forbid it."
 
 
 def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
@@ -36,7 +40,7 @@ def thumbnails(run: Run, c: int) -> list[tuple[Image.Image, str]]:
     found, manager, reach = [], run.head.proto_manager, run.head.compared(run.model.backbone.regions).reach
     for k in manager.used_of(c):
         ink = COLOURS[c % len(COLOURS)]
-        part, whole = part_and_whole(run.picture(c, k), manager.anchor(c, k), ink, TILE, 22, reach)
+        part, whole = part_and_whole(run.source(c, k), manager.anchor(c, k), ink, TILE, 22, reach)
         both = Image.new("RGB", (2 * TILE + 8, TILE), (255, 255, 255))
         both.paste(part, (0, 0))
         both.paste(whole, (TILE + 8, 0))
@@ -67,7 +71,8 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
     """Build the tab on a page."""
     chosen = gr.State(None)
     run = store.run()
-    gr.HTML(message(f"{INTRO} {REACH[run.head.compared(run.model.backbone.regions).reach]}", "plain"))
+    seen = f" {REACH[run.model.backbone.regions.reach]}" if run.head.match == "local" else ""
+    gr.HTML(message(f"{INTRO[run.head.match]} {CHOOSE}{seen}", "plain"))
     names = [(name, c) for c, name in enumerate(run.class_names)]
     kind = gr.Dropdown(label="Class", choices=names, value=0, elem_id="pp-class", filterable=len(names) > 20)
     pictures = gr.Gallery(
@@ -121,7 +126,8 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
     every = [pictures, chosen, known, form, again]
     kind.input(show_class, kind, every, **PRIVATE).then(lambda: "", None, result, **PRIVATE)
     page.load(show_class, kind, every, **PRIVATE)
-    pictures.select(choose, kind, [chosen, known, again, form, result], **PRIVATE)
+    picked = pictures.select(choose, kind, [chosen, known, again, form, result], **PRIVATE)
+    picked.then(None, js=TO_DETAILS, **PRIVATE)  # below ten pictures nobody would see that something has come
     again.tick(describe, chosen, [known, again], show_progress="hidden", **PRIVATE)
     for button, forbids in ((forbid, True), (keep, False)):
         after = [result, pictures, known, again, reason]

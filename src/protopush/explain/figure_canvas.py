@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,17 @@ from protopush.data.transforms import Box, View
 from protopush.explain import figure_style as style
 from protopush.explain.figure_style import INK, MUTED, PAPER, RULE, TILE, Colour, Map, Rect
 from protopush.nn.prototypes import Anchor
+
+
+class Crop(NamedTuple):
+    """The crop of a local prototype, where its training picture is not shared."""
+
+    picture: Image.Image
+
+
+Source = Image.Image | Crop | None
+"""What a prototype is drawn from: its training picture, or a smaller copy; its crop; or nothing."""
+SourceOf = Callable[[int, int], Source]
 
 
 class Page:
@@ -158,18 +170,45 @@ def part_tile(
         for x0, y0, x1, y1 in (box, sees or box)
     )
     draw_sees(crop, here, seen, ink)
-    draw_box(crop, here, ink, 3 if sees is None else 2)
+    draw_box(crop, here, ink, 3 if sees is None else 2 if sees == box else 1)  # little is in the cell of a stage
     return tile(crop, side)
 
 
+class Part(NamedTuple):
+    """A part in a picture: its box there, and what it sees (:func:`protopush.explain.figure_style.drawn_sees`)."""
+
+    picture: Image.Image
+    box: Rect
+    sees: Rect | None
+
+
+def anchor_part(source: Source, anchor: Anchor | None, reach: str) -> Part | None:
+    """The part that a prototype stands for, in its training picture or alone; None where there is none to draw.
+
+    Args:
+        source: of the prototype.
+        anchor: None where there was no push yet.
+        reach: what the model sees of a picture for a patch (:attr:`protopush.data.regions.Regions.reach`).
+    """
+    if source is None or anchor is None:
+        return None
+    if isinstance(source, Crop):
+        box = 0, 0, *source.picture.size
+        return Part(source.picture, box, box)
+    if anchor.box is None:
+        return None
+    original = anchor.image_size or source.size
+    sees = style.drawn_sees(anchor, reach, original, source.size)
+    return Part(source.convert("RGB"), style.scaled(anchor.box, original, source.size), sees)
+
+
 def part_and_whole(
-    picture: Image.Image | None, anchor: Anchor | None, ink: Colour, side: int, text: int, reach: str = "all",
-    share: float = 1.0,
-) -> tuple[Image.Image, Image.Image]:  # fmt: skip
+    source: Source, anchor: Anchor | None, ink: Colour, side: int, text: int, reach: str = "all", share: float = 1.0
+) -> tuple[Image.Image, Image.Image]:
     """Two square tiles: an anchor's part, and its whole picture.
 
     Args:
-        picture: the anchor's training picture, or a smaller copy, or None.
+        source: what the prototype is drawn from.
         anchor: None where there was no push yet.
         ink: of the boxes.
         side: of a tile.
@@ -177,19 +216,20 @@ def part_and_whole(
         reach: what the model sees of a picture for a patch (:attr:`protopush.data.regions.Regions.reach`).
         share: of its tile that the part fills.
     """
-    if picture is None or anchor is None:
+    if source is None or anchor is None:
         blank = empty_tile(side, "no picture" if anchor is not None else "not pushed yet", text)
         return blank, blank
-    picture = picture.convert("RGB")
-    whole = resized(picture, side, side)
-    if anchor.box is None:
-        return empty_tile(side, "place unknown", text), tile(whole, side)
-    original = anchor.image_size or picture.size
-    box = style.scaled(anchor.box, original, whole.size)
-    draw_sees(whole, box, style.drawn_sees(anchor, reach, original, whole.size), ink)
-    draw_box(whole, box, ink, line=2)
-    box = style.scaled(anchor.box, original, picture.size)
-    part = part_tile(picture, box, ink, side, style.drawn_sees(anchor, reach, original, picture.size), share)
+    found = anchor_part(source, anchor, reach)
+    part = empty_tile(side, "place unknown", text)
+    if found is not None:
+        part = part_tile(found.picture, found.box, ink, side, found.sees, share)
+    if isinstance(source, Crop):
+        return part, empty_tile(side, "whole image not shared", text)
+    whole = resized(source.convert("RGB"), side, side)
+    if found is not None:
+        box = style.scaled(found.box, source.size, whole.size)
+        draw_sees(whole, box, found.sees and style.scaled(found.sees, source.size, whole.size), ink)
+        draw_box(whole, box, ink, line=2 if found.sees in (None, found.box) else 1)
     return part, tile(whole, side)
 
 

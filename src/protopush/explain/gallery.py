@@ -12,7 +12,6 @@ from protopush.explain import figure_style as style
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.nn.prototypes import Anchor
 
-SourceOf = Callable[[int, int], Image.Image | None]
 PictureOf = Callable[[Neighbour], Image.Image | None]
 OWN, OTHERS = 3, 2  # neighbours of the class, and of other classes
 PAIR, GAP, PAD = 6, 10, 8  # between a part and its picture, between neighbours, and from these to their frame
@@ -21,7 +20,7 @@ PAIR, GAP, PAD = 6, 10, 8  # between a part and its picture, between neighbours,
 def draw_gallery(
     class_names: Sequence[str],
     anchors: Callable[[int, int], Anchor | None],
-    source_of: SourceOf,
+    source_of: canvas.SourceOf,
     num_classes: int,
     slots: int,
     per_class: int = 5,
@@ -35,7 +34,7 @@ def draw_gallery(
     Args:
         class_names: in label order.
         anchors: (class, prototype) to the anchor; None where the slot is not in use or was never pushed.
-        source_of: (class, prototype) to the anchor's training picture, or a smaller copy, or None.
+        source_of: (class, prototype) to what its anchor is drawn from: the training picture, or its crop, or None.
         num_classes: how many classes.
         slots: prototypes per class to ask ``anchors`` for.
         per_class: the most to show of one class.
@@ -50,12 +49,13 @@ def draw_gallery(
     """
     if per_class < 1:
         raise InputError(f"per_class is {per_class}; expected at least 1 prototype to show")
-    page = _Gallery(narrow, class_names, source_of, picture_of, reach)
+    every = [[(k, anchor) for k in range(slots) if (anchor := anchors(c, k)) is not None] for c in range(num_classes)]
+    whole = any(every) and all(anchor.pooled for found in every for _, anchor in found)
+    page = _Gallery(narrow, class_names, source_of, picture_of, reach, whole)
     sizes, x, y = page.sizes, page.sizes.margin, page.heading(neighbours is not None)
     columns, step = 2 if narrow else 5, 2 * sizes.gap
     width = (sizes.content - (columns - 1) * step) // columns
-    for c in range(num_classes):
-        found = [(k, anchor) for k in range(slots) if (anchor := anchors(c, k)) is not None]
+    for c, found in enumerate(every):
         y = bottom = page.title(c, y, len(found), min(len(found), per_class))
         for i, (k, anchor) in enumerate(found[:per_class]):
             if neighbours is not None:
@@ -70,16 +70,27 @@ def draw_gallery(
 
 class _Gallery(canvas.Page):
     def __init__(
-        self, narrow: bool, class_names: Sequence[str], source_of: SourceOf, picture_of: PictureOf, reach: str
+        self,
+        narrow: bool,
+        class_names: Sequence[str],
+        source_of: canvas.SourceOf,
+        picture_of: PictureOf,
+        reach: str,
+        whole: bool,
     ) -> None:
         super().__init__(style.NARROW if narrow else style.WIDE)
         self.class_names, self.source_of, self.picture_of, self.reach = class_names, source_of, picture_of, reach
+        self.whole = whole
 
     def heading(self, with_neighbours: bool) -> int:
         """The title of the page and how to read it."""
         sizes, x = self.sizes, self.sizes.margin
         legend = "Left the part, right its whole image; similarity is that of the prototype and the part. "
         legend += style.REACH[self.reach]
+        if self.whole:
+            legend = (
+                "Left what the model sees of an image, right all of it. Each prototype stands for an image as a whole."
+            )
         if with_neighbours:
             legend += (
                 " Then what else the prototype finds similar in the training images: it should be the same thing in "
@@ -121,7 +132,15 @@ class _Gallery(canvas.Page):
             self.words(k, anchor, left, y, x + sizes.content - left)
             y = self.tiles(c, k, anchor, x, y, 200) + sizes.gap // 2
         else:
-            below = self.note(x, y + PAD, "the part, and its training image", 2 * side + PAIR) + 4
+            below = (
+                self.note(
+                    x,
+                    y + PAD,
+                    f"{'what is seen' if self.whole else 'the part'}, and its training image",
+                    2 * side + PAIR,
+                )
+                + 4
+            )
             self.words(k, anchor, x, self.tiles(c, k, anchor, x, below, side), 2 * side + PAIR)
             x += 2 * side + PAIR + 2 * sizes.gap
         own, others = (places * (side + GAP) - GAP for places in (OWN, OTHERS))

@@ -6,7 +6,7 @@ All boxes come in pixels of the original pictures and are scaled to whatever siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from PIL import Image
@@ -17,14 +17,13 @@ from protopush.explain import figure_style as style
 from protopush.explain.checked_region import Region
 from protopush.explain.explanation import ClassEvidence, Explanation, Match, WhyNot
 
-SourceOf = Callable[[int, int], Image.Image | None]
 LEFT, BETWEEN = 372, 40  # of wide pages: the panel's picture column, and from column to column
 
 
 def draw_panel(
     explanation: Explanation,
     image: Image.Image,
-    source_of: SourceOf,
+    source_of: canvas.SourceOf,
     rows: int = 5,
     regions: Sequence[Region] | None = None,
     narrow: bool = False,
@@ -34,7 +33,7 @@ def draw_panel(
     Args:
         explanation: of the picture.
         image: the upright original, or a smaller copy of it.
-        source_of: (class, prototype) to the training picture of its anchor, or a smaller copy, or None.
+        source_of: (class, prototype) to what its anchor is drawn from: the training picture, or its crop, or None.
         rows: how many prototypes to show, the largest contribution first.
         regions: of the prototypes that were checked, in any order.
         narrow: for a phone: 800 pixels wide, not 1480, and things stack.
@@ -63,7 +62,7 @@ def draw_why_not(
     explanation: Explanation,
     class_name: str,
     image: Image.Image,
-    source_of: SourceOf,
+    source_of: canvas.SourceOf,
     rows: int = 4,
     narrow: bool = False,
 ) -> Image.Image:
@@ -93,6 +92,8 @@ def draw_why_not(
         y = page.picture(x, y, page.numbered(some, width, 600 if narrow else 400)) + sizes.gap
         bottom = max(bottom, page.rows(some, x, y, width, sizes.side if narrow else 132, maps=False))
         x += 0 if narrow else width + BETWEEN
+    if not page.whole:
+        bottom = page.note(sizes.margin, bottom + sizes.gap, style.REACH[explanation.reach], sizes.content, most=4)
     return page.done(page.difference(why, page.rule(bottom + sizes.gap), width))
 
 
@@ -103,7 +104,7 @@ class _Evidence(canvas.Page):
         self,
         explanation: Explanation,
         image: Image.Image,
-        source_of: SourceOf,
+        source_of: canvas.SourceOf,
         classes: Sequence[ClassEvidence],
         most: int,
         regions: Sequence[Region],

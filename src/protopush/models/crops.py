@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protopush.data.files import write_atomic
-from protopush.data.images import read_image
 from protopush.data.regions import Region
 from protopush.data.transforms import to_tensor
 from protopush.errors import InputError
@@ -44,11 +43,7 @@ def save_crop(run: Run, slot: tuple[int, int], anchor: Anchor, picture: Image.Im
 
 def crop_features(run: Run, slot: tuple[int, int]) -> Tensor | None:
     """The backbone's feature (C,) of the crop of a prototype; None where the file is not there or cannot be read."""
-    file = run.folder / "prototypes" / crop_name(*slot)
-    try:
-        crop = read_image(file) if file.is_file() else None
-    except InputError:
-        crop = None
+    crop = run.crop(*slot)
     if crop is None:
         return None
     pixels = to_tensor(crop, run.transform.preprocessing).unsqueeze(0)

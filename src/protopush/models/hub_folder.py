@@ -16,6 +16,7 @@ from protopush.models.crops import crop_name, has_crops
 from protopush.models.model_card import MARK, card
 from protopush.models.model_folder import Run, picture_name, save_pictures, save_run
 from protopush.nn.head import HeadOptimal
+from protopush.nn.prototypes import Anchor
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
@@ -89,7 +90,7 @@ def _run_of(model: ProtoModel, folder: Path) -> Run:
 
 
 def _copy_pictures(model: ProtoModel, run: Run) -> None:
-    """Pictures of the folder that the model was read from, where the prototype still stands for the same file."""
+    """Pictures of the folder that the model was read from, where the prototype still stands for the same thing."""
     for name, source in _known_pictures(model):
         target = run.folder / "prototypes" / name
         if source.is_file() and not target.exists():
@@ -102,9 +103,10 @@ def _known_pictures(model: ProtoModel) -> Iterator[tuple[str, Path]]:
         return
     for entry in read_json(model.origin.folder / "prototypes.json")["prototypes"]:
         slot, before = (entry["class_index"], entry["prototype"]), entry["anchor"]
-        anchor = model.head.proto_manager.anchor(*slot)
-        if before and anchor and (anchor.file, anchor.sha256) == (before["file"], before["sha256"]):
-            name = crop_name(*slot) if has_crops(model) else picture_name(*slot)
+        anchor, crops = model.head.proto_manager.anchor(*slot), has_crops(model)
+        same = ("file", "sha256", "region") if crops else ("file", "sha256")
+        if before and anchor and all(getattr(anchor, key) == getattr(Anchor.from_dict(before), key) for key in same):
+            name = crop_name(*slot) if crops else picture_name(*slot)
             yield name, model.origin.folder / "prototypes" / name
 
 

@@ -109,7 +109,7 @@ def _save_gallery(run: Run, reach: str) -> None:
     gallery = draw_gallery(
         run.class_names,
         manager.anchor,
-        run.picture,
+        run.source,
         manager.num_classes,
         manager.max_prototypes,
         per_class=manager.max_prototypes,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from protopush.data.transforms import EvalTransform
+    from protopush.explain.figure_canvas import Source
     from protopush.models.model import ProtoModel
     from protopush.nn.head import HeadOptimal
 
@@ -63,6 +64,22 @@ class Run:
 
         file = self.folder / "prototypes" / picture_name(class_index, prototype)
         return read_image(file) if file.is_file() else None
+
+    def crop(self, class_index: int, prototype: int) -> Image.Image | None:
+        """The crop of a local prototype; None if the file is not there or cannot be read."""
+        from protopush.data.images import read_image
+
+        file = self.folder / "prototypes" / picture_name(class_index, prototype, "png")
+        with suppress(InputError):
+            return read_image(file) if file.is_file() else None
+        return None
+
+    def source(self, class_index: int, prototype: int) -> Source:
+        """What a prototype is drawn from: the source picture of its anchor; where that is not shared, its crop."""
+        from protopush.explain.figure_canvas import Crop
+
+        picture, crop = self.picture(class_index, prototype), self.crop(class_index, prototype)
+        return Crop(crop) if picture is None and crop is not None else picture
 
 
 def picture_name(class_index: int, prototype: int, ending: str = "jpg") -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from protopush.data.images import read_image
 from protopush.data.transforms import Box, View
 from protopush.errors import InputError
-from protopush.explain.figure_canvas import with_map
+from protopush.explain.figure_canvas import Crop, anchor_part, with_map
 from protopush.explain.figure_style import Map, Rect, decimal, drawn_sees, scaled, surroundings
 from protopush.explain.neighbours import Neighbour, Neighbours
 from protopush.metrics.glossary import metric_text
@@ -165,6 +165,8 @@ class Cards:
             missing = "Never pushed: it stands for no training image yet, so there is nothing to show."
         elif source is None:
             missing = "The run keeps no picture of its training image."
+            if shown is not None:
+                missing = "Its training image is not shared: the part is all that the model sees of it."
         return {
             "ident": ident(c, k),
             "name": f"{self.run.class_names[c]} #{k}",
@@ -193,17 +195,18 @@ class Cards:
 
     def _draw(self, c: int, k: int) -> tuple[Picture | None, Picture | None]:
         anchor = self.run.head.proto_manager.anchor(c, k)
-        picture = self.run.picture(c, k) if anchor is not None else None
-        if anchor is None or picture is None:
+        source = self.run.source(c, k) if anchor is not None else None
+        if anchor is None or source is None:
             return None, None
         (side, whole, _), name = self.sides, anchor.file or f"sample {anchor.sample_id}"
-        source = embed(picture, whole, whole, f"training image {name}", self.sharp)
-        if anchor.box is None or anchor.image_size is None:
-            return None, source
-        box = scaled(anchor.box, anchor.image_size, picture.size)
-        sees = drawn_sees(anchor, self.reach, anchor.image_size, picture.size)
-        here = part(picture, box, side, f"cell {anchor.cell} of {name}", sharp=self.sharp, sees=sees)
-        return here, framed(source, [box], picture.size, sees=[sees])
+        found, here, there = anchor_part(source, anchor, self.reach), None, None
+        if not isinstance(source, Crop):
+            there = embed(source, whole, whole, f"training image {name}", self.sharp)
+        if found is not None:
+            picture, box, sees = found
+            here = part(picture, box, side, f"cell {anchor.cell} of {name}", sharp=self.sharp, sees=sees)
+            there = there and framed(there, [box], picture.size, sees=[sees])
+        return here, there
 
     def _facts(self, c: int, k: int, anchor: Anchor) -> list[tuple[str, str]]:
         before, after = decimal(anchor.similarity), decimal(anchor.similarity_after)

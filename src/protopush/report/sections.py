@@ -85,7 +85,7 @@ def _local(data: ReportData) -> list[str]:
     if regions.reach == "more":
         by += f"; outside the frame: at most {max(one.beyond for one in found):.1g}"
     if largest <= TOLERANCE:
-        by = f"at most {largest:.1g}, which is rounding"
+        by = f"at most {largest:.1g}, which is rounding" if largest else "0"
     return [
         f"{words} Measured in {len(found)} places, with noise, black or another image in place of everything outside "
         f"the box: the similarity changes by {by}."
