@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from browser import Visit, keep
 from docs_blocks import ROOT, blocks, commands
 from helpers import SMALL, make_images
 from protopush.cli import main
@@ -74,20 +73,3 @@ def test_recipes_parse_and_are_told(recipe):
 def test_pictures_and_files_that_the_readme_names_exist():
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
-
-
-@pytest.mark.slow
-def test_demo(tmp_path, monkeypatch, capsys, request):
-    pytest.importorskip("elpv_dataset")
-    monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--out", "runs/demo"]) == 0
-    told = capsys.readouterr().out
-    for line in re.findall(r"^  (runs/\S+\.png)", told, flags=re.M):
-        assert Path(line).is_file()
-    assert len(list(Path("runs/demo/explanations").glob("*.png"))) == 3
-    assert main(["verify", "runs/demo"]) == 0
-    browser = request.getfixturevalue("browser")  # skips from here on where there is none
-    for width, scheme in ((1400, "light"), (400, "dark")):
-        with Visit(browser, Path("runs/demo/report.html"), width, scheme) as visit:
-            visit.is_whole(width)
-            keep(visit, f"demo-{width}-{scheme}", tmp_path)
