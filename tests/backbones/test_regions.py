@@ -138,7 +138,8 @@ def test_features_do_not_depend_on_how_memory_divides_the_windows(monkeypatch: p
     images = torch.randn(3, 3, 96, 96)
     with torch.no_grad():
         whole = backbone(images).patches
-        monkeypatch.setattr(windows_module, "PIXELS_ON_CPU", 1)
+        for name in ("PIXELS_AT_ONCE", "ONE_THREAD"):
+            monkeypatch.setattr(windows_module, name, 1)
         torch.testing.assert_close(backbone(images).patches, whole, rtol=1e-4, atol=1e-5)
         alone = backbone.model.backbone(images[:1, :, 16:48, 32:64]).pooled[0, 0]
     regions = backbone.regions

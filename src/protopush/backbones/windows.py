@@ -16,7 +16,7 @@ from protopush.errors import InputError
 
 FULL = "full"
 PIXELS_AT_ONCE = 2**21  # of all windows in one forward pass, as many as 42 images of 224 pixels: bounds the memory
-PIXELS_ON_CPU = 2**18  # Lite0 takes 0.6 of the time: large activations are new memory from the system in every layer
+ONE_THREAD = 2**18  # the same on one thread of a CPU: Lite0 takes 0.6 of the time, for large activations are new memory
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,16 @@ class WindowedModel(nn.Module):
         pixels = int((x1 - x0) * (y1 - y0)) if not self.windows.input else self.windows.input**2
         step = len(boxes)
         if not torch.compiler.is_exporting():  # an exported graph has no batch size to divide by
-            most = PIXELS_ON_CPU if images.device.type == "cpu" else PIXELS_AT_ONCE
-            step = max(1, most // (pixels * max(1, len(images))))
+            step = max(1, _at_once(images) // (pixels * max(1, len(images))))
         found = [self.embed(self.crops(images, boxes[at : at + step])) for at in range(0, len(boxes), step)]
         features = torch.cat(found)  # window by window, in each all images
         return features.view(len(boxes), -1, features.shape[1]).transpose(0, 1)
+
+
+def _at_once(images: Tensor) -> int:
+    if torch.compiler.is_compiling() or images.device.type != "cpu":  # a compiled graph can't ask for threads
+        return PIXELS_AT_ONCE
+    return ONE_THREAD if torch.get_num_threads() == 1 else PIXELS_AT_ONCE
 
 
 def _mixes_batch(model: nn.Module) -> bool:
