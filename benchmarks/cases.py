@@ -1,8 +1,9 @@
-"""The five cases; each yields comparisons."""
+"""The six cases; each yields comparisons."""
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,13 @@ from ranks import Work, team
 from ready_maps import BATCH, ReadyMaps, labelled, plain_loader, read_all, training_loader
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from protopush import ProtoModel, push_prototypes
 
 BACKBONES = {"Lite0": "tf_efficientnet_lite0", "ResNet-18": "resnet18"}
 SHAPES = {"7x10": (7, 10), "200x10": (200, 10)}  # classes x prototypes of each
+WINDOWS = {"size": 64, "stride": 32}
 ROWS, COLUMNS, DIM = 7, 7, 256  # of a ready-made map
 
 
@@ -35,6 +38,7 @@ class Sizes:
     few: int = 2000
     many: int = 50000
     rank_images: int = 256
+    windowed: int = 32
     repetitions: int = 5
 
 
@@ -44,19 +48,37 @@ def forward_pass(sizes: Sizes) -> Iterator[Comparison]:
     for label, name in BACKBONES.items():
         for shape, (classes, prototypes) in SHAPES.items():
             model = ProtoModel.create(name, classes, pretrained=False, num_prototypes=prototypes).eval()
-            dataset = labelled(images, classes)
-            sides = {
-                "push": timed(partial(model.push_prototypes, training_loader(dataset), "cpu")),
-                "bare forward": timed(partial(_forward, plain_loader(dataset), model.backbone)),
-                "forward and projection": timed(
-                    partial(_forward, plain_loader(dataset), lambda x, m=model: m.head.proj(m.backbone(x).patches))
-                ),
-            }
-            yield (
-                paired(f"{label}, {shape}", "s", sides, sizes.repetitions)
-                .add("push / bare forward", lambda t: t["push"] / t["bare forward"], goal=Goal(1.03))
-                .add("push / forward and projection", lambda t: t["push"] / t["forward and projection"])
-            )
+            yield _against_forward(f"{label}, {shape}", model, labelled(images, classes), sizes.repetitions, Goal(1.03))
+
+
+def windows(sizes: Sizes) -> Iterator[Comparison]:
+    """f: a push of live prototypes on windows against the bare forward pass of all windows."""
+    images, (classes, prototypes) = torch.randn(sizes.windowed, 3, sizes.pixels, sizes.pixels), SHAPES["7x10"]
+    model = ProtoModel.create(
+        BACKBONES["Lite0"], classes, pretrained=False, windows=WINDOWS, num_prototypes=prototypes, anchoring="live"
+    ).eval()
+    setting = f"Lite0, {len(model.backbone.regions_of(images.shape[2:]))} windows, 7x10, processors"
+    dataset = labelled(images, classes)
+    yield _against_forward(setting, model, dataset, sizes.repetitions, Goal(1.1), time.process_time)
+
+
+def _against_forward(
+    setting: str, model: ProtoModel, dataset: TensorDataset, repetitions: int, goal: Goal,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:  # fmt: skip
+    works = {
+        "push": partial(model.push_prototypes, training_loader(dataset), "cpu"),
+        "bare forward": partial(_forward, plain_loader(dataset), model.backbone),
+        "forward and projection": partial(
+            _forward, plain_loader(dataset), lambda x: model.head.proj(model.backbone(x).patches)
+        ),
+    }
+    sides = {side: timed(work, clock=clock) for side, work in works.items()}
+    return (
+        paired(setting, "s", sides, repetitions)
+        .add("push / bare forward", lambda t: t["push"] / t["bare forward"], goal=goal)
+        .add("push / forward and projection", lambda t: t["push"] / t["forward and projection"])
+    )
 
 
 @torch.no_grad()
@@ -183,4 +205,5 @@ CASES: dict[str, Callable[[Sizes], Iterator[Comparison]]] = {
     "c": memory,
     "d": ranks,
     "e": others,
+    "f": windows,
 }

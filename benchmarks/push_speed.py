@@ -25,6 +25,7 @@ TITLES = {
     "c": "c. peak memory against the number of images",
     "d": "d. one process against two gloo ranks, one thread each",
     "e": "e. beside other pushes, on the same ready-made maps",
+    "f": "f. live prototypes on windows: push against the bare forward pass of all windows",
 }
 HELP = """\
 cases:
@@ -38,6 +39,8 @@ cases:
   d  one process against two ranks that share the work, real images through Lite0. Goal: 1.6 times faster.
   e  push alone beside the straightforward algorithm (collect, cdist, loop) and, where it is installed, cabrnet's
      ProtoPNet.project. Goal: 5 times faster than cabrnet.
+  f  as a, with Lite0 on windows (64 pixels, stride 32) and live prototypes (7x10), which keep the features of their
+     patches, by the processors' time. Goal: a ratio of at most 1.1.
 """
 
 
@@ -48,11 +51,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="which (default: all)")
     for name, meaning in (
         ("images", "images of case a"),
-        ("pixels", "their side, also in case d"),
+        ("pixels", "their side, also in cases d and f"),
         ("maps", "maps of cases b and e"),
         ("few", "maps of case c's first process"),
         ("many", "maps of case c's second process"),
         ("rank-images", "images of case d"),
+        ("windowed", "images of case f"),
         ("repetitions", "of every measurement; fewer than 5 are no measurement"),
     ):
         number = getattr(default, name.replace("-", "_"))

