@@ -78,7 +78,7 @@ def demo(*, config: RunConfig, out: str = "runs/demo") -> int:
     started = time.perf_counter()
     folder = train_run(config, Path(out), overwrite=True).folder
     run = open_run(folder, num_workers=config.data.num_workers, device="cpu")
-    page, measured = run.report(faithfulness=24)
+    page, measured = run.report(faithfulness=6)
     samples, cases = measured.dataset.samples, select_cases(measured.probabilities, measured.labels, each=1)
     shown = {PANELS[kind]: samples[i].image for kind, some in cases.items() for i in some}
     found = run.explain(list(shown.values()), Path(out) / "explanations", names=list(shown))
