@@ -14,6 +14,8 @@ from helpers import cell_box, save_turned
 from protopush.backbones.create import Features
 from protopush.backbones.windows import Windows
 from protopush.data.dataset import ImageDataset
+from protopush.data.features import cache_features
+from protopush.data.images import sha256_of
 from protopush.data.manifest import Sample
 from protopush.data.regions import Regions
 from protopush.data.transforms import EvalTransform, Preprocessing, View
@@ -310,6 +312,30 @@ def test_neighbours_are_those_of_a_full_search(tmp_path, count):
                     assert neighbour.similarity == pytest.approx(-similarity, abs=1e-5)
                     assert (neighbour.name, neighbour.class_index) == (f"{i:02d}.png", i % 2)
                     assert neighbour.box == cell_box(TRANSFORM.view((40, 30)), cell, GRID)
+
+
+def similarities_of(found):
+    return [n.similarity for row in found for some in row if some for n in some.own + some.others]
+
+
+def test_neighbours_come_from_the_features_that_training_left(tmp_path, monkeypatch):
+    """The same images without a forward pass; changed files have no stored features."""
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
+    model = brightness_model().eval()
+    dataset = ImageDataset(some_images(tmp_path, 12), TRANSFORM)
+    with torch.no_grad():
+        model.push_prototypes([(dataset[i][0][None], torch.tensor([dataset[i][1]])) for i in range(12)], "cpu")
+    computed = find_neighbours(model, dataset)
+    cache_features(model.backbone, dataset, [sha256_of(sample.image) for sample in dataset.samples])
+    calls: list[object] = []
+    model.backbone.register_forward_hook(lambda *given: calls.append(given))
+    stored = find_neighbours(model, dataset)
+    assert not calls
+    assert [[some is None for some in row] for row in stored] == [[some is None for some in row] for row in computed]
+    assert similarities_of(stored) == pytest.approx(similarities_of(computed), abs=2e-3)
+    Image.new("RGB", (40, 30)).save(dataset.samples[3].image)
+    find_neighbours(model, dataset)
+    assert calls
 
 
 def test_maps_of_the_head_are_what_its_similarities_are_made_of():

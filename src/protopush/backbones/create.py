@@ -224,6 +224,22 @@ class Backbone(nn.Module):
         return patches, Regions.grid(grid, size, self._sees if size == self.preprocessing.size else None)
 
 
+class FeatureReader(nn.Module):
+    """Stands in for the frozen backbone: stored patches (B, L, C) to :class:`Features`."""
+
+    def __init__(self, regions: Regions) -> None:
+        super().__init__()
+        self.regions = regions
+
+    def regions_of(self, size: tuple[int, int]) -> Regions:
+        """Those of the images that the patches are of, whatever the size of a batch."""
+        return self.regions
+
+    def forward(self, patches: Tensor) -> Features:
+        patches = patches.float()
+        return Features(patches.mean(dim=1, keepdim=True), patches, self.regions)
+
+
 def create_backbone(
     name_or_module: str | nn.Module,
     pretrained: bool | str | Path = True,

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic, default_cache_dir, write_json
+from protopush.data.images import sha256_of
 from protopush.data.regions import Regions
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
@@ -82,11 +83,32 @@ def cache_features(
     device = torch.device(device)
     view = images.eval_view()
     stem = (folder or default_cache_dir()) / _key(backbone, view, hashes)
+    stored = _read(view, stem)
+    if stored is None:
+        loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
+        regions = _compute(backbone, view, loader, stem.with_suffix(".npy"), device, advance)
+        write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
+    return stored or CachedFeatures(view, stem.with_suffix(".npy"), Regions.from_dict(regions))
+
+
+def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:
+    """The features of all images as a training left them in :func:`default_cache_dir`; None where they are not there.
+
+    The files are read to see whether they are the same, which takes far less than a forward pass. As features are
+    float16, a cosine of them is right to about 0.001.
+    """
+    view = images.eval_view()
+    try:
+        hashes = [sha256_of(sample.image) for sample in view.samples]
+    except OSError:  # who reads the images says so
+        return None
+    return _read(view, default_cache_dir() / _key(backbone, view, hashes))
+
+
+def _read(view: ImageDataset, stem: Path) -> CachedFeatures | None:
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
-        regions = _compute(backbone, view, loader, array, device, advance)
-        write_json(meta, {"regions": regions, "images": len(view)})
+        return None
     return CachedFeatures(view, array, Regions.from_dict(json.loads(meta.read_text())["regions"]))
 
 

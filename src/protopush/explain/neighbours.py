@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from protopush.backbones.create import Features
+from protopush.backbones.create import FeatureReader, Features
 from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
+from protopush.data.features import inference_batch_size, stored_features
 from protopush.data.images import image_size
 from protopush.data.regions import Regions
 from protopush.data.transforms import Box
@@ -70,7 +70,8 @@ def find_neighbours(
 ) -> list[list[Neighbours | None]]:
     """The training images that each prototype likes best, in one pass; nothing but the best is kept.
 
-    Order is (similarity, place in the data set), so that it doesn't depend on batches.
+    Order is (similarity, place in the data set), so that it doesn't depend on batches. Where a training left features
+    of these images in the cache they are read instead of computed; similarities are then right to about 0.001.
 
     Args:
         model: a :class:`ProtoModel` on ``device``.
@@ -92,9 +93,11 @@ def find_neighbours(
     anchor_of, class_of = torch.tensor(anchored).view(shape), torch.arange(shape[0]).unsqueeze(1)
     best = _Best(shape, own), _Best(shape, others)
     regions = Regions.whole((1, 1))
-    loader: DataLoader[Any] = DataLoader(view, batch_size=inference_batch_size(device), num_workers=num_workers)
+    stored = stored_features(model.backbone, view)
+    backbone = model.backbone if stored is None else FeatureReader(stored.regions)
+    loader: DataLoader[Any] = DataLoader(stored or view, inference_batch_size(device), num_workers=num_workers)
     features: Features
-    with iterate_outputs(model, loader, device, advance, call=model.backbone) as outputs:
+    with iterate_outputs(model, loader, device, advance, call=backbone) as outputs:
         for features, labels, ids in outputs:
             output: HeadOutput = head(features)
             regions = head.compared(features.regions)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from protopush.backbones.create import Features
+from protopush.backbones.create import FeatureReader
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
-from protopush.data.regions import Regions
 from protopush.distributed import raise_on_all_ranks
 from protopush.evaluation.evaluate import evaluate, score_of
 from protopush.models.model import ProtoModel
@@ -85,22 +84,6 @@ class Frozen(Stage):
 
         raise_on_all_ranks(lambda: cached() if job.fabric.local_rank == 0 else None)
         return raise_on_all_ranks(cached)
-
-
-class FeatureReader(nn.Module):
-    """Stands in for the frozen backbone: stored patches (B, L, C) to :class:`Features`."""
-
-    def __init__(self, regions: Regions) -> None:
-        super().__init__()
-        self.regions = regions
-
-    def regions_of(self, size: tuple[int, int]) -> Regions:
-        """Those of the images that the patches are of, whatever the size of a batch."""
-        return self.regions
-
-    def forward(self, patches: Tensor) -> Features:
-        patches = patches.float()
-        return Features(patches.mean(dim=1, keepdim=True), patches, self.regions)
 
 
 class Phase(NamedTuple):
