@@ -98,7 +98,7 @@ class Run(stored_run.Run):
                 training images) or {class: share}; none: what the run assumes.
 
         Raises:
-            InputError: the prior is none, or the run does not say which one it assumes.
+            InputError: that is no prior, or the run does not say which one it assumes.
         """
         from protopush.evaluation.evaluate import evaluate
         from protopush.nn.priors import read_prior
