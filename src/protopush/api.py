@@ -89,11 +89,32 @@ class Run(stored_run.Run):
     device: torch.device
     num_workers: int
 
-    def evaluate(self, split: str = "test") -> dict[str, Any]:
-        """Accuracy, balanced accuracy, F1, AUROC and calibration on a split, and the numbers of each class."""
-        from protopush.evaluation.evaluate import evaluate
+    def evaluate(self, split: str = "test", *, prior: dict[str, float] | str | None = None) -> dict[str, Any]:
+        """Accuracy, balanced accuracy, F1, AUROC and calibration on a split, and the numbers of each class.
 
-        return evaluate(self.model, self._loader(self._images(split)[0]), self.device, self.class_names)
+        Args:
+            split: train, val, test or all.
+            prior: the shares of the classes that probabilities are to assume, here alone: balanced, data (those of the
+                training images) or {class: share}; none: what the run assumes.
+
+        Raises:
+            InputError: that is no prior, or the run does not say which one it assumes.
+        """
+        from protopush.evaluation.evaluate import evaluate
+        from protopush.nn.priors import read_prior
+
+        priors = None
+        if prior is not None:
+            wanted, assumed = read_prior(prior, self.class_names, self.model.train_shares, "--prior"), self.model.prior
+            if assumed is None:
+                raise InputError(
+                    f"{self.folder / 'config.json'} has no prior, so that probabilities can't be changed to another "
+                    'one; expected the shares that training assumed; where its classes counted alike, add "prior": '
+                    '"balanced" there'
+                )
+            priors = assumed, wanted
+        found = evaluate(self.model, self._loader(self._images(split)[0]), self.device, self.class_names, priors)
+        return found if priors is None else found | {"prior": dict(zip(self.class_names, priors[1], strict=True))}
 
     def explain(
         self, images: Sequence[str | Path], out: str | Path, *, rows: int = 5, top_classes: int = 3,

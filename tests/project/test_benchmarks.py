@@ -199,3 +199,28 @@ def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
     assert receptive_fields.main(["--out", str(out)]) == 0
     assert out.read_bytes() == before
     assert capsys.readouterr().out.count("| resnet18 | 2 | 128 | 28 x 28 |") == 2
+
+
+def test_priors_are_measured_on_shifted_tests(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import priors
+
+    words = [str(home / "run"), "--images", "3", "--logits", str(tmp_path / "logits.pt")]
+    printed = []
+    for _ in range(2):  # the second time from the file
+        capsys.readouterr()
+        assert priors.main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    rows = {row[1]: row[2:-1] for line in printed[0].splitlines()[3:] for row in [[*map(str.strip, line.split("|"))]]}
+    assert [*rows] == [
+        "validation", "test", "test, classes drawn alike", "some of the test", "the same, JPEG of quality 30",
+        "the same, a colour cast", "test, biases off by chance: mean of 20", "test, biases off by chance: lowest of 20",
+    ]  # fmt: skip
+    run = protopush.open_run(home / "run", device="cpu")
+    for cell, prior in zip(rows["test"][1:], ("data", "balanced"), strict=False):
+        found = run.evaluate(prior=prior)
+        assert cell == f"{found['balanced_accuracy']:.3f} / {found['accuracy']:.3f}"
+    with pytest.raises(SystemExit) as stopped:
+        priors.main([str(tmp_path / "none")])
+    assert stopped.value.code == 2

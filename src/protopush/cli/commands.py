@@ -114,11 +114,11 @@ def push(
     return _answer(json, report.to_dict(), str(report))
 
 
-def evaluate(run: str, *, data: Split = Split(), json: bool = False, device: str = "auto") -> int:
+def evaluate(run: str, *, data: Split = Split(), json: bool = False, device: str = "auto", **options: Any) -> int:
     """Accuracy, balanced accuracy, F1 and AUROC on a split."""
     from protopush.cli.tables import metrics_table
 
-    metrics = _open(run, data, device).evaluate(data.split)
+    metrics = _open(run, data, device).evaluate(data.split, **options)
     return _answer(json, metrics, metrics_table(metrics))
 
 

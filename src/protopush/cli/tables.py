@@ -48,6 +48,8 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     sums.add_row("images", str(metrics["n"]))
     for key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
         sums.add_row(metric_name(key), metric_text(metrics[key]))
+    if "prior" in metrics:
+        sums.add_row("shares assumed", listing([f"{name} {share:.3g}" for name, share in metrics["prior"].items()]))
     columns = ("sensitivity", "precision", "f1", "auroc")
     table = Table("class", "images", *(PER_CLASS[key][0] for key in columns), box=None)
     for name, row in metrics["per_class"].items():

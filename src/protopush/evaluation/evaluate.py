@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from protopush.distributed import all_gather_objects
 from protopush.metrics.classification import classification_metrics
+from protopush.nn.priors import with_prior
 from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
 
@@ -49,11 +50,16 @@ def predict(
 
 
 def evaluate(
-    model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str]
-) -> dict[str, Any]:
-    """The metrics of :func:`classification_metrics` for a model on a loader."""
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str],
+    priors: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The metrics of :func:`classification_metrics` for a model on a loader.
+
+    ``priors``: the one that its probabilities assume, and the one that they are to assume.
+    """
     found = predict(model, loader, device)
-    return classification_metrics(found.probabilities, found.labels, class_names)
+    probabilities = found.probabilities if priors is None else with_prior(found.probabilities, *priors)
+    return classification_metrics(probabilities, found.labels, class_names)
 
 
 def score_of(metrics: dict[str, Any], name: str) -> float:

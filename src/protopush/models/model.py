@@ -42,6 +42,8 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         self.backbone = cast(Backbone, backbone)
         self.head = cast(HeadOptimal, head)
         self.class_names: list[str] = []  # in label order, where they are known
+        self.prior: list[float] | None = None  # the shares of the classes that probabilities assume, where known
+        self.train_shares: list[float] | None = None  # those of the training images
 
     @classmethod
     def create(

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from protopush import __version__
 from protopush.data.files import read_rows
 from protopush.metrics.glossary import metric_name, metric_text
+from protopush.nn.priors import prior_in_words
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
@@ -27,7 +28,7 @@ def card(model: ProtoModel, metrics: Path | None = None) -> str:
     Names are escaped: a class or a file may be called anything. The licence is left to whoever shares the model.
     """
     manager = model.head.proto_manager
-    names = list(model.class_names) or [f"class {c}" for c in range(manager.num_classes)]
+    names = class_names_of(model)
     front = ModelCardData(
         library_name="protopush",
         pipeline_tag="image-classification",
@@ -46,6 +47,11 @@ def card(model: ProtoModel, metrics: Path | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def class_names_of(model: ProtoModel) -> list[str]:
+    """The names of a model's classes, or their numbers."""
+    return list(model.class_names) or [f"class {c}" for c in range(model.head.proto_manager.num_classes)]
+
+
 def escaped(text: object) -> str:
     """Text that Markdown shows as it is, on one line.
 
@@ -60,12 +66,13 @@ def _what_it_is(model: ProtoModel) -> str:
     height, width = model.backbone.preprocessing.size
     count = len(model.backbone.regions)
     parts = f"each of {count} parts of a picture" if model.head.match == "local" else "a picture as a whole"
-    prototypes = len(model.head.proto_manager.used_slots())
+    prototypes, names = len(model.head.proto_manager.used_slots()), list(map(escaped, class_names_of(model)))
+    prior = prior_in_words(model.prior, model.train_shares, names)
     return (
         f"An image classifier made with protopush {__version__}. It compares {parts} ({width} x {height} pixels) with "
         f"{prototypes} prototypes; each prototype belongs to one class, and the logit of a class is exactly "
         "the sum of what its prototypes contribute, plus a bias. A prototype that was pushed stands for a real patch "
-        "of a real training image, listed below.\n\n**A research model, not a medical device.**"
+        f"of a real training image, listed below. {prior}\n\n**A research model, not a medical device.**"
     )
 
 
@@ -81,7 +88,7 @@ def _numbers(metrics: Path | None) -> Iterator[str]:
 def _last_validation(metrics: Path) -> dict[str, Any] | None:
     """The last recorded metrics of validation images."""
     for row in reversed(read_rows(metrics, skip_damaged=True)):
-        for key in ("val_refitted", "val_after", "val"):
+        for key in ("val_prior", "val_refitted", "val_after", "val"):
             if isinstance(row.get(key), dict):
                 return dict(row[key])
     return None
@@ -128,5 +135,5 @@ LIMITS = """## Limits
 - It was measured on images like those that it was trained on, if at all; other cameras, clinics or
   populations are another matter.
 - A prototype shows what the model compares with, not that the comparison is right.
-- Probabilities are not calibrated for the share of classes where you use it.
+- Where you use it, classes may have other shares than those that the probabilities assume.
 - The licence of the training images may restrict what may be done with the model and the pictures."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from protopush.models.stored_run import Run as Run
 from protopush.models.stored_run import current_versions, recorded_versions, version_change
 from protopush.models.stored_run import picture_name as picture_name
 from protopush.nn.head import HeadOptimal
+from protopush.nn.priors import read_prior
 from protopush.push.certificate import certificate, file_within, refuse_newer, restore_anchors
 
 FORMAT = 1
+PRIORS = ("prior", "train_shares")  # of a model, by class in config.json; null where they are not known
 PICTURE_SIDE = 640  # longest side of the anchors' pictures that a run keeps
 
 
@@ -72,10 +74,15 @@ def save_run(run: Run) -> None:
                 **({} if manager.anchor_crops is None else {"crop_size": manager.anchor_crops.shape[3]}),
             },
             "classes": list(run.class_names),
+            **{name: _by_class(getattr(run.model, name), run.class_names) for name in PRIORS},
             "root": str(run.root),
             "data": run.data,
         },
     )
+
+
+def _by_class(shares: Sequence[float] | None, class_names: Sequence[str]) -> dict[str, float] | None:
+    return None if shares is None else dict(zip(class_names, shares, strict=True))
 
 
 def save_pictures(run: Run, crops_only: bool = False) -> None:
@@ -152,6 +159,9 @@ def read_run(
     _load_weights(model, folder / "model.safetensors", digest if check_weights else None, config)
     restore_anchors(model.head.proto_manager, read_json(folder / "prototypes.json"))
     model.class_names = classes
+    for name in PRIORS:
+        if (shares := config.get(name)) is not None:  # runs of before have none
+            setattr(model, name, read_prior(shares, classes, None, f"{name} in {folder / 'config.json'}"))
     model.origin = Origin(folder.absolute(), config)
     return Run(model.eval(), classes, transform, root, data, folder)
 

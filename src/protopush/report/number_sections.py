@@ -234,6 +234,9 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     refitted = row.get("val_refitted") or row.get("val_connections") or {}
     if (value := finite(refitted.get("balanced_accuracy"))) is not None:
         notes.append(f"then refitted to the prototypes: balanced accuracy {metric_text(value)}")
+    fitted = row.get("val_prior") or {}
+    if (value := finite(fitted.get("balanced_accuracy"))) is not None:
+        notes.append(f"then fitted to a prior: balanced accuracy {metric_text(value)} on images not seen by a fit")
     return notes + [str(note) for note in row.get("notes") or []]
 
 

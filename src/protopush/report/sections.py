@@ -18,6 +18,7 @@ from protopush.explain.figure_style import decimal
 from protopush.metrics.glossary import HEADLINE, named_numbers
 from protopush.models.model_folder import Run
 from protopush.models.stored_run import current_versions, recorded_versions
+from protopush.nn.priors import prior_in_words
 from protopush.nn.prototypes import Anchor
 from protopush.push.certificate import anchors_verdict
 from protopush.report.cases import make_cases
@@ -32,7 +33,7 @@ def summary(data: ReportData) -> dict[str, Any]:
     """What the model is, for a reader who knows images but not networks, and what it is worth."""
     found = named_numbers(data.measured.numbers["classification"], "classification")
     return {
-        "lead": [*_lead(data.run), *_local(data)],
+        "lead": [*_lead(data.run), *_local(data), _prior(data.run)],
         "verdict": _anchors(data)[:2],
         "classes": data.run.class_names,
         "facts": _facts(data.run),
@@ -61,6 +62,11 @@ def _lead(run: Run) -> list[str]:
         "highest score is the answer, so that every answer can be read as a sum: this part looks like that part of "
         "that training image.",
     ]
+
+
+def _prior(run: Run) -> str:
+    model = run.model
+    return prior_in_words(model.prior, model.train_shares, run.class_names)
 
 
 def _local(data: ReportData) -> list[str]:

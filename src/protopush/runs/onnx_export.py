@@ -179,6 +179,7 @@ def metadata_of(run: Run) -> dict[str, str]:
     protopush_version   that wrote the file
     weights_sha256      of the run's ``model.safetensors``
     class_names         in the order of the logits
+    prior               shares of the classes that ``softmax(logits)`` assumes, in that order; null: not known
     preprocessing       from a picture to ``images``, step by step; ``size`` is (height, width), ``mean`` and ``std``
                         are in units of 0..1 pixels, ``crop_pct`` is the share of the resized short side that is kept
     regions             ``boxes``, one for each patch (``cells`` counts them), and what each ``sees``: (x0, y0, x1, y1)
@@ -210,6 +211,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "protopush_version": __version__,
         "weights_sha256": sha256_of(run.folder / "model.safetensors"),
         "class_names": run.class_names,
+        "prior": run.model.prior,
         "preprocessing": {**steps, **preprocessing, "crop_pct": run.transform.crop_pct},
         "regions": head.compared(run.model.backbone.regions).to_dict(),
         "match": head.match,

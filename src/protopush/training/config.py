@@ -174,6 +174,8 @@ class TrainConfig:
         refit_steps: full-batch steps.
         refit_lr: their learning rate.
         refit_decay: pulls what is fitted to what it was before the final push.
+        prior: after all that, biases and a temperature are fitted on validation images for these shares of the classes:
+            balanced, data (those of the training images) or {class: share}; none: they stay as they are.
         select: the validation metric that chooses the best epoch; mean is that of balanced accuracy and AUROC.
         seed: of weights, order and augmentation.
     """
@@ -199,6 +201,7 @@ class TrainConfig:
     refit_steps: int = 100
     refit_lr: float = 0.02
     refit_decay: float = 0.1
+    prior: dict[str, float] | str | None = None
     select: Literal["mean", "balanced_accuracy", "auroc", "macro_f1", "accuracy"] = "mean"
     seed: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protopush.evaluation.evaluate import in_short, predict
+from protopush.metrics.classification import classification_metrics
 from protopush.nn.head import HeadOptimal
+from protopush.nn.priors import log_ratio
 from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
 from protopush.push.options import Allow
 from protopush.training.phases import Stage, on_validation
+from protopush.training.prior_fit import fit_prior
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job
 
@@ -99,8 +103,10 @@ def final_push(job: Job, stage: Stage, writer: RunWriter) -> None:
     if config.train.refit != "none" and moved:
         fit_to_prototypes(job, stage)
         row["val_refitted"] = on_validation(job, stage)
+    if config.train.prior is not None:
+        row |= fit_to_prior(job, stage)
     writer.write(row | {"weights": stage.weights})
-    for name in ("val_before", "val_after", "val_refitted"):
+    for name in ("val_before", "val_after", "val_refitted", "val_prior"):
         if row.get(name):
             logger.info("%-16s %s", name, in_short(row[name]))
 
@@ -115,7 +121,37 @@ def fit_to_prototypes(job: Job, stage: Stage) -> None:
     c, device = job.config.train, job.fabric.device
     train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
     similarities, labels = train.similarities.to(device), train.labels.to(device)
-    refit(job.head, similarities, labels, job.class_weights(), c.refit, c.refit_steps, c.refit_lr, c.refit_decay)
+    weights, more = job.class_weights(), job.seen_more().float().to(device)
+    if (more != 1).any():  # images are not drawn here, nor logits adjusted, and the prior is to stay the same
+        weights = more if weights is None else weights * more
+    refit(job.head, similarities, labels, weights, c.refit, c.refit_steps, c.refit_lr, c.refit_decay)
+
+
+def fit_to_prior(job: Job, stage: Stage) -> dict[str, Any]:
+    """Fit biases and temperature to the stated prior on the validation images, or move the biases where there are none.
+
+    The temperature goes into the weights of the prototypes, so that a logit stays the sum of what is shown.
+
+    Returns:
+        What is said of it in ``metrics.jsonl``; its metrics are those of images that a fit has not seen.
+    """
+    head, assumed, prior = job.head, job.trained_prior(), job.prior()
+    said: dict[str, Any] = {"prior": dict(zip(job.catalog.classes, prior, strict=True))}
+    if stage.val_loader is None or job.val is None:
+        logger.warning("no validation images: the biases are moved to the prior by Bayes' rule, nothing is fitted")
+        with torch.no_grad():
+            head.bias.add_(log_ratio(assumed, prior).to(head.bias))
+        return said
+    val = predict(stage.model, stage.val_loader, job.fabric.device, "Similarities")
+    weights, groups = head.weights().detach().cpu().double(), job.val.groups
+    evidence = (val.similarities.double() * weights).sum(-1)
+    found = fit_prior(evidence, head.bias, val.labels, groups, assumed, prior, job.config.train.seed)
+    with torch.no_grad():
+        head.log_temperature.add_(math.log(found.scale))
+        head.bias.copy_(found.biases)
+    metrics = classification_metrics(found.probabilities, val.labels, list(job.catalog.classes))
+    fit = {"spread": found.spread, "temperature": 1 / found.scale, "log_loss": found.log_loss}
+    return said | {"prior_fit": fit, "val_prior": metrics}
 
 
 def refit(

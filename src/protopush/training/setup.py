@@ -16,7 +16,7 @@ from protopush.backbones.create import Backbone, create_backbone
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
-from protopush.data.manifest import Catalog, DataConfig, require_training_images
+from protopush.data.manifest import Catalog, require_training_images
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
@@ -25,6 +25,7 @@ from protopush.errors import InputError
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
+from protopush.nn.priors import read_prior, seen_more, shares_of, trained_prior
 from protopush.runs.progress import bar
 from protopush.runs.run import check_samples, make_fabric
 from protopush.training.config import RunConfig
@@ -138,6 +139,26 @@ class Job:
             weights = balanced_class_weights(labels, classes)
         return weights.pow(config.class_balance).to(self.fabric.device)
 
+    def train_shares(self) -> list[float]:
+        """The classes' shares of the training images."""
+        return _shares(self.train.labels, self.catalog).tolist()
+
+    def seen_more(self) -> Tensor:
+        """How much more than by its share each class counts, but for :meth:`class_weights`; 1 with the defaults."""
+        balanced, shares = self.config.train.sampling == "balanced", _shares(self.train.labels, self.catalog)
+        return seen_more(shares, balanced, self.config.loss.logit_adjustment)
+
+    def trained_prior(self) -> list[float]:
+        """The prior that the probabilities assume before anything is fitted to another one."""
+        return trained_prior(_shares(self.train.labels, self.catalog), self.seen_more(), self.class_weights())
+
+    def prior(self) -> list[float]:
+        """The prior that the probabilities assume at the end."""
+        wish = self.config.train.prior
+        if wish is None:
+            return self.trained_prior()
+        return read_prior(wish, self.catalog.classes, self.train_shares(), "train.prior")
+
     def loss(self) -> PrototypeLoss:
         """The run's loss, on its device."""
         c = self.config.loss
@@ -157,7 +178,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     """
     config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
-    catalog = broadcast_from_rank_zero(lambda: _catalog(config.data))
+    catalog = broadcast_from_rank_zero(lambda: _catalog(config))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
     fabric.seed_everything(config.train.seed, verbose=False)
     model = raise_on_all_ranks(lambda: _model(config, catalog))
@@ -174,10 +195,17 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares)
 
 
-def _catalog(config: DataConfig) -> Catalog:
-    catalog = load_catalog(config.path, config.source, seed=config.split_seed)
+def _catalog(config: RunConfig) -> Catalog:
+    data, prior = config.data, config.train.prior
+    catalog = load_catalog(data.path, data.source, seed=data.split_seed)
     require_training_images(catalog)
+    if prior is not None:  # before the images are read
+        read_prior(prior, catalog.classes, [], "train.prior")
     return catalog
+
+
+def _shares(labels: Sequence[int], catalog: Catalog) -> Tensor:
+    return shares_of(torch.tensor(labels), len(catalog.classes))
 
 
 def _mask_shares(config: RunConfig, train: ImageDataset, regions: Regions) -> Tensor | None:

@@ -82,6 +82,7 @@ def _save(job: Job, out: Path) -> Run:
     path = os.path.abspath(data.path) if data.path else ""  # the run may be used from another folder
     recorded = {"path": path, "source": data.source, "split_seed": data.split_seed}
     model = job.model.cpu().eval()
+    model.prior, model.train_shares = job.prior(), job.train_shares()
     run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), recorded, out)
     broadcast_from_rank_zero(lambda: save_run(run))
     return run
