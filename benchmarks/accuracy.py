@@ -129,7 +129,7 @@ def _setup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(training: Training, seed: int, rate: float, options: argparse.Namespace) -> RunConfig:
-    """The run of a training: recipes/ham10000.yaml, but on the last map; a trained backbone has the benchmark's epochs."""
+    """The run of a training: recipes/ham10000.yaml on the last map; a trained backbone has the benchmark's epochs."""
     train = TrainConfig(seed=seed, lr=rate, epochs=options.epochs)
     model = ModelConfig(backbone=options.backbone, windows=None)  # the last map
     if training.tuned:

@@ -3,8 +3,8 @@
     python benchmarks/anchoring.py manifest.csv --seeds 0 1 2
 
 Trained as recipes/ham10000.yaml says, but on the last map (frozen backbone, features from the cache) and tested on the
-test split, before and after the biases are refitted. The arms that are to be exact are saved as runs and verified: every prototype must
-equal its anchor's embedding to 1e-5.
+test split, before and after the biases are refitted. The arms that are to be exact are saved as runs and verified:
+every prototype must equal its anchor's embedding to 1e-5.
 """
 
 from __future__ import annotations
