@@ -23,6 +23,7 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
+from protopush.errors import InputError
 from protopush.push import grow_prototypes
 from protopush.runs.run import open_run
 
@@ -304,3 +305,31 @@ def test_a_stage_sees_more_than_its_cells_and_less_than_the_image(home):
             assert anchor.sees != view.seen
     features: Features = opened.model.backbone(torch.zeros(1, 3, 64, 64))
     assert features.regions == regions
+
+
+# The default.
+
+
+def test_windows_are_the_default_and_are_left_out_by_null(home, tmp_path):
+    words = ["train", "--data.path", str(home / "data/manifest.csv"), "--out", str(tmp_path / "run"), *SMALL]
+    words = words[: words.index("--model.windows")]  # as people train, but for the size of things
+    assert main([*words, "--train.epochs", "1", "--model.image_size", "128", "--data.num_workers", "0"]) == 0
+    regions = open_run(tmp_path / "run").model.backbone.regions
+    assert (len(regions), regions.boxes[1], regions.is_local) == (9, (32.0, 0.0, 96.0, 64.0), True)
+    assert not open_run(home / "plain").model.backbone.is_local
+
+
+def test_a_window_that_is_the_whole_image_is_refused(home, tmp_path, capsys):
+    words = ["train", "--data.path", str(home / "data/manifest.csv"), "--out", str(tmp_path / "run"), *SMALL]
+    words = words[: words.index("--model.windows")]
+    message = refused(capsys, *words, "--model.image_size", "64")
+    assert "model.windows.size is 64, and images have 64x64 pixels: one window is all of an image" in message
+    assert "--model.windows null" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_takes_no_picture_of_that_size_says_what_helps():
+    with pytest.raises(InputError, match=r"does not take windows of 64x64 pixels .*window_input 224, which enlarges"):
+        protopush.create_backbone("levit_128s", pretrained=False, windows=64)
+    enlarged = protopush.create_backbone("levit_128s", pretrained=False, windows=64, window_input=224)
+    assert enlarged.is_local
