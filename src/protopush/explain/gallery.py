@@ -70,14 +70,9 @@ def draw_gallery(
 
 class _Gallery(canvas.Page):
     def __init__(
-        self,
-        narrow: bool,
-        class_names: Sequence[str],
-        source_of: canvas.SourceOf,
-        picture_of: PictureOf,
-        reach: str,
+        self, narrow: bool, class_names: Sequence[str], source_of: canvas.SourceOf, picture_of: PictureOf, reach: str,
         whole: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(style.NARROW if narrow else style.WIDE)
         self.class_names, self.source_of, self.picture_of, self.reach = class_names, source_of, picture_of, reach
         self.whole = whole
@@ -132,15 +127,8 @@ class _Gallery(canvas.Page):
             self.words(k, anchor, left, y, x + sizes.content - left)
             y = self.tiles(c, k, anchor, x, y, 200) + sizes.gap // 2
         else:
-            below = (
-                self.note(
-                    x,
-                    y + PAD,
-                    f"{'what is seen' if self.whole else 'the part'}, and its training image",
-                    2 * side + PAIR,
-                )
-                + 4
-            )
+            words = f"{'what is seen' if self.whole else 'the part'}, and its training image"
+            below = self.note(x, y + PAD, words, 2 * side + PAIR) + 4
             self.words(k, anchor, x, self.tiles(c, k, anchor, x, below, side), 2 * side + PAIR)
             x += 2 * side + PAIR + 2 * sizes.gap
         own, others = (places * (side + GAP) - GAP for places in (OWN, OTHERS))
