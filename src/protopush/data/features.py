@@ -84,11 +84,13 @@ def cache_features(
     view = images.eval_view()
     stem = (folder or default_cache_dir()) / _key(backbone, view, hashes)
     stored = _read(view, stem)
-    if stored is None:
-        loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
-        regions = _compute(backbone, view, loader, stem.with_suffix(".npy"), device, advance)
-        write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
-    return stored or CachedFeatures(view, stem.with_suffix(".npy"), Regions.from_dict(regions))
+    if stored is not None:
+        return stored
+    loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
+    array = stem.with_suffix(".npy")
+    regions = _compute(backbone, view, loader, array, device, advance)
+    write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
+    return CachedFeatures(view, array, Regions.from_dict(regions))
 
 
 def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:

@@ -94,8 +94,8 @@ def find_neighbours(
     best = _Best(shape, own), _Best(shape, others)
     regions = Regions.whole((1, 1))
     stored = stored_features(model.backbone, view)
-    backbone = model.backbone if stored is None else FeatureReader(stored.regions)
-    loader: DataLoader[Any] = DataLoader(stored or view, inference_batch_size(device), num_workers=num_workers)
+    images, backbone = (view, model.backbone) if stored is None else (stored, FeatureReader(stored.regions))
+    loader: DataLoader[Any] = DataLoader(images, inference_batch_size(device), num_workers=num_workers)
     features: Features
     with iterate_outputs(model, loader, device, advance, call=backbone) as outputs:
         for features, labels, ids in outputs:

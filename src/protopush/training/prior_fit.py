@@ -1,4 +1,4 @@
-"""Biases and a temperature fitted on validation images for a stated prior, held back where few images speak.
+"""Biases and a temperature fitted on validation images for a stated prior, held back where there are few images.
 
 The strength of that pull is chosen by cross-fitting: each image is judged by a fit that has not seen its group, and the
 strongest pull within one standard error of the best is taken (Breiman et al., 1984), so that a gain which may be luck
