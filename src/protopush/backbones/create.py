@@ -96,13 +96,14 @@ class Backbone(nn.Module):
         self.name = name
         self.preprocessing = preprocessing
         self.frozen = False
+        self.always_eval: tuple[nn.Module, ...] = ()  # first layers that are frozen where the last ones learn
         self._trainable: tuple[str, ...] = ()
         self.recipe = _as_json(recipe)
         output = dry_run(model, preprocessing.size, name, with_graph=only_used)
         self.layout, self.tokens = layout_of(model, output, preprocessing.size, name, layout, prefix_tokens)
         self._sees: tuple[Region, ...] | None = None
         self._other_sizes: dict[tuple[int, int], Regions] = {}
-        patches, self.regions = self._read(output, preprocessing.size)
+        patches, self.regions = self.read(output, preprocessing.size)
         if sees is not None:
             self._set_sees([(x0, y0, x1, y1) for x0, y0, x1, y1 in sees])
         self.channels = patches.shape[-1]
@@ -120,7 +121,7 @@ class Backbone(nn.Module):
                 f"images have shape {tuple(images.shape)}; expected (B, 3, H, W); give batches of RGB images"
             )
         images = images.contiguous(memory_format=torch.channels_last)  # convolutions: about a third faster on CPUs
-        patches, regions = self._read(self._extract(images), (images.shape[2], images.shape[3]))
+        patches, regions = self.read(self._extract(images), (images.shape[2], images.shape[3]))
         return Features(patches.mean(dim=1, keepdim=True), patches, regions)
 
     def regions_of(self, size: tuple[int, int]) -> Regions:
@@ -129,7 +130,7 @@ class Backbone(nn.Module):
         if size == self.preprocessing.size:
             return self.regions
         if size not in self._other_sizes:
-            self._other_sizes[size] = self._read(dry_run(self.model, size, self.name, with_graph=False), size)[1]
+            self._other_sizes[size] = self.read(dry_run(self.model, size, self.name, with_graph=False), size)[1]
         return self._other_sizes[size]
 
     @property
@@ -188,8 +189,10 @@ class Backbone(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Backbone:
-        """As in torch, except that a frozen backbone stays in eval mode."""
+        """As in torch, except that what is frozen stays in eval mode."""
         super().train(mode and not self.frozen)
+        for module in self.always_eval:
+            module.eval()
         return self
 
     def extra_repr(self) -> str:
@@ -210,7 +213,7 @@ class Backbone(nn.Module):
                 f"size=({height}, {width}) or, for a ViT, dynamic_img_size=True"
             ) from cause
 
-    def _read(self, output: Tensor, size: tuple[int, int]) -> tuple[Tensor, Regions]:
+    def read(self, output: Tensor, size: tuple[int, int]) -> tuple[Tensor, Regions]:
         """The model's output for images of ``size`` (height, width) as patches (B, L, C) and their regions."""
         if isinstance(self.model, WindowedModel):
             return output, self.model.regions(size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -67,10 +67,15 @@ class Windows:
 
     def largest(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the largest picture that the backbone gets of an image of ``size``."""
-        if self.input:
-            return self.input, self.input
-        boxes = self.regions(size).boxes
-        return int(max(y1 - y0 for _, y0, _, y1 in boxes)), int(max(x1 - x0 for x0, _, x1, _ in boxes))
+        heights, widths = zip(*self.sizes(size), strict=True)
+        return max(heights), max(widths)
+
+    def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) of what the backbone gets, for each run of windows of one size in an image of ``size``."""
+        found = []
+        for (x0, y0, x1, y1), *_ in _runs(self.regions(size).boxes):
+            found.append((self.input, self.input) if self.input else (int(y1 - y0), int(x1 - x0)))
+        return found
 
     def regions(self, size: tuple[int, int]) -> Regions:
         """The windows of an image of ``size`` (height, width), size by size and row by row.
@@ -107,8 +112,15 @@ class WindowedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to (B, L, C), in the order of :meth:`regions`."""
+        return torch.cat(self.over_windows(images, self._pooled), dim=1)
+
+    def over_windows(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """``function`` of the windows, for those of each size (B, windows of that size, ...).
+
+        ``function`` takes crops (N, 3, h, w), as many as memory allows, to (N, ...).
+        """
         boxes = self.windows.regions((images.shape[2], images.shape[3])).boxes
-        return torch.cat([self._pooled(images, some) for some in _runs(boxes)], dim=1)
+        return [self._run(images, some, function) for some in _runs(boxes)]
 
     def crops(self, images: Tensor, boxes: Sequence[Region]) -> Tensor:
         """The pixels of boxes of one size in each image, window by window: (len(boxes) * B, 3, h, w)."""
@@ -117,23 +129,30 @@ class WindowedModel(nn.Module):
 
     def embed(self, crops: Tensor) -> Tensor:
         """The feature of each crop (N, 3, h, w) alone: (N, C)."""
+        return self._pooled(self.resized(crops))
+
+    def resized(self, crops: Tensor) -> Tensor:
+        """Crops (N, 3, h, w) as the backbone gets them."""
         side = self.windows.input
         if side and tuple(crops.shape[2:]) != (side, side):
             crops = F.interpolate(crops, size=(side, side), mode="bilinear", align_corners=False)
+        return crops
+
+    def _pooled(self, crops: Tensor) -> Tensor:
         pooled: Tensor = self.backbone(crops).pooled
         return pooled.squeeze(1)
 
-    def _pooled(self, images: Tensor, boxes: Sequence[Region]) -> Tensor:
-        """The features (B, len(boxes), C) of windows of one size, in as many forward passes as memory asks for."""
+    def _run(self, images: Tensor, boxes: Sequence[Region], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The function of windows of one size, (B, len(boxes), ...), in as many passes as memory asks for."""
         x0, y0, x1, y1 = boxes[0]
         pixels = int((x1 - x0) * (y1 - y0)) if not self.windows.input else self.windows.input**2
         step = len(boxes)
         if not torch.compiler.is_exporting():  # an exported graph has no batch size to divide by
             limit = PIXELS_AT_ONCE.get(images.device.type, PIXELS_ELSEWHERE)
             step = max(1, limit // (pixels * max(1, len(images))))
-        found = [self.embed(self.crops(images, boxes[at : at + step])) for at in range(0, len(boxes), step)]
-        features = torch.cat(found)  # window by window, in each all images
-        return features.view(len(boxes), -1, features.shape[1]).transpose(0, 1)
+        crops = (self.crops(images, boxes[at : at + step]) for at in range(0, len(boxes), step))
+        found = torch.cat([function(self.resized(some)) for some in crops])  # window by window, in each all images
+        return found.view(len(boxes), -1, *found.shape[1:]).transpose(0, 1)
 
 
 def _mixes_batch(model: nn.Module) -> bool:

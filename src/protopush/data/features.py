@@ -1,7 +1,9 @@
-"""Features of a frozen backbone, computed once and kept on disk as float16 (patches alone: pooled is their mean)."""
+"""Outputs of frozen layers, computed once and kept on disk: features (patches alone: pooled is their mean), activations.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -19,6 +21,7 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic, default_cache_dir, write_json
 from protopush.data.images import sha256_of
 from protopush.data.regions import Regions
+from protopush.data.transforms import oriented
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
 
@@ -43,17 +46,49 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class CachedFeatures(ImageDataset):
-    """The same samples as their images, but items are (patches float16 (L, C), label, index)."""
+class Orientations(nn.Module):
+    """What an extractor makes of an image's orientations: images to patches (B, views, ...) and the upright regions.
 
-    def __init__(self, images: ImageDataset, file: Path, regions: Regions) -> None:
+    Args:
+        extract: images (B, 3, H, W) to an object with ``patches`` and ``regions``.
+        views: 2, 4 or 8 of :func:`protopush.data.transforms.oriented`.
+    """
+
+    def __init__(self, extract: nn.Module, views: int) -> None:
+        super().__init__()
+        self.extract, self.views = extract, views
+        self.name, self.recipe = f"{views} orientations of {extract.name}", extract.recipe
+        self.layout = extract.layout
+
+    def forward(self, images: Tensor) -> Any:
+        found: list[Any] = [self.extract(oriented(images, view)) for view in range(self.views)]
+        return found[0]._replace(patches=torch.stack([features.patches for features in found], dim=1))
+
+
+class CachedFeatures(ImageDataset):
+    """The same samples as their images, but items are (patches, label, index), as they are stored.
+
+    Of several ``views`` of an image each item is a random one, drawn by torch; ``eval_view()`` has the first.
+    """
+
+    def __init__(self, images: ImageDataset, file: Path, regions: Regions, views: int = 1) -> None:
         super().__init__(images.samples, images.eval_transform)
         self.file = file
         self.regions = regions
         self.array = np.load(file, mmap_mode="r")
+        self.views, self.random = views, views > 1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return torch.from_numpy(np.array(self.array[index])), self.samples[index].label, index
+        stored = self.array[index]
+        if self.views > 1:
+            stored = stored[int(torch.randint(self.views, ())) if self.random else 0]
+        return torch.from_numpy(np.array(stored)), self.samples[index].label, index
+
+    def eval_view(self) -> CachedFeatures:
+        """The same samples, each as its first view."""
+        view = copy.copy(self)
+        view.random = False
+        return view
 
 
 def inference_batch_size(device: torch.device) -> int:
@@ -64,33 +99,36 @@ def inference_batch_size(device: torch.device) -> int:
 def cache_features(
     backbone: nn.Module, images: ImageDataset, hashes: Sequence[str], folder: Path | None = None,
     device: torch.device | str = "cpu", batch_size: int | None = None, num_workers: int = 0,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None, views: int = 1, precision: str = "float16",
 ) -> CachedFeatures:  # fmt: skip
     """The features of all images, from disk where they were computed before from these weights, transform and files.
 
     Args:
-        backbone: returns an object with ``patches`` (B, L, C) and ``regions``.
+        backbone: returns an object with ``patches`` (B, ...) and ``regions``.
         images: read through its deterministic view.
         hashes: SHA-256 of each image file, from :func:`protopush.data.images.check_images`.
         folder: where the files are kept; by default :func:`default_cache_dir`.
         device: where the backbone is.
         batch_size, num_workers: of the pass over the images; by default :func:`inference_batch_size`.
         advance: called with the number of images done.
+        views: orientations of each image that are kept (:class:`Orientations`).
+        precision: float16 or float32, of what is kept.
 
     Raises:
         InputError: features aren't finite (the images are named), or the disk is too full.
     """
     device = torch.device(device)
     view = images.eval_view()
-    stem = (folder or default_cache_dir()) / _key(backbone, view, hashes)
-    stored = _read(view, stem)
+    backbone = backbone if views == 1 else Orientations(backbone, views)
+    stem = (folder or default_cache_dir()) / _key(backbone, view, hashes, precision)
+    stored = _read(view, stem, views)
     if stored is not None:
         return stored
     loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
     array = stem.with_suffix(".npy")
-    regions = _compute(backbone, view, loader, array, device, advance)
+    regions = _compute(backbone, view, loader, array, device, advance, precision)
     write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
-    return CachedFeatures(view, array, Regions.from_dict(regions))
+    return CachedFeatures(view, array, Regions.from_dict(regions), views)
 
 
 def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:
@@ -107,14 +145,14 @@ def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures
     return _read(view, default_cache_dir() / _key(backbone, view, hashes))
 
 
-def _read(view: ImageDataset, stem: Path) -> CachedFeatures | None:
+def _read(view: ImageDataset, stem: Path, views: int = 1) -> CachedFeatures | None:
     array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
         return None
-    return CachedFeatures(view, array, Regions.from_dict(json.loads(meta.read_text())["regions"]))
+    return CachedFeatures(view, array, Regions.from_dict(json.loads(meta.read_text())["regions"]), views)
 
 
-def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
+def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str], precision: str = "float16") -> str:
     transform = view.eval_transform
     recipe: dict[str, Any] = getattr(backbone, "recipe", None) or {}
     # What makes a difference although weights are equal: an activation, the normalisation of a fusion's part.
@@ -124,6 +162,7 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
         "weights": weights_fingerprint(backbone.state_dict()),
         "backbone": f"{getattr(backbone, 'name', '')} {getattr(backbone, 'layout', '')}",
         **({"options": options} if options else {}),
+        **({"precision": precision} if precision != "float16" else {}),
         "preprocessing": transform.preprocessing.to_dict(),
         "crop_pct": transform.crop_pct,
         "files": list(hashes),
@@ -133,26 +172,26 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str]) -> str:
 
 def _compute(
     backbone: nn.Module, view: ImageDataset, loader: DataLoader[Any], file: Path, device: torch.device,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None], precision: str,
 ) -> dict[str, Any]:  # fmt: skip
     regions, done, bad = dict[str, Any](), 0, list[str]()
     with preserve_state(backbone), atomic(file) as temporary:
         array: np.memmap[Any, Any] | None = None
         for images, _, ids in loader:
             features: Any = backbone(images.to(device))
-            patches = features.patches.half().cpu()
+            patches = features.patches.to(getattr(torch, precision)).cpu()
             bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
             if len(bad) >= MANY_BAD:
                 break
             if array is None:
                 regions, shape = features.regions.to_dict(), (len(view), *patches.shape[1:])
-                needed, free = math.prod(shape) * 2, shutil.disk_usage(temporary.parent).free
+                needed, free = math.prod(shape) * patches.element_size(), shutil.disk_usage(temporary.parent).free
                 if needed > free:
                     raise InputError(
                         f"the features need {needed / 2**30:.1f} GiB but {temporary.parent} has {free / 2**30:.1f} GiB "
                         "free; make room or choose --trainer.cache_dir"
                     )
-                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=precision, shape=shape)
             array[done : done + len(patches)] = patches.numpy()
             done += len(patches)
             advance(len(patches))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Literal
 
 from protopush.errors import CountOrZero, InputError, Range, Share, did_you_mean, listing
 
@@ -31,6 +31,8 @@ class DataConfig:
             takes the place of our own colour changes.
         random_erasing: the share of images of which a random rectangle is erased.
         flip_vertical: whether upside down is as good.
+        cached_views: train on outputs of the frozen layers for so many orientations of each image, computed once: 1,
+            upright; 2, also mirrored; 4, both flips; 8, with quarter turns. 0: computed in each epoch, with augment.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
     """
@@ -42,6 +44,7 @@ class DataConfig:
     auto_augment: str = ""
     random_erasing: Share = 0.0
     flip_vertical: bool = True
+    cached_views: Literal[0, 1, 2, 4, 8] = 0
     num_workers: CountOrZero = 2
     split_seed: int = 0
 

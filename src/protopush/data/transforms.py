@@ -222,6 +222,21 @@ def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (pixels.float() / 255.0 - mean) / std
 
 
+def oriented(images: Tensor, view: int) -> Tensor:
+    """Images (..., H, W) in one of their eight orientations, from 0, upright.
+
+    The bits of ``view`` say what changes places: 1, left and right; 2, top and bottom; 4, after these, rows and
+    columns. So the first two are an image and its mirror image, the first four all flips, all eight also quarter turns.
+
+    Example:
+        >>> oriented(torch.tensor([[1, 2], [3, 4]]), 1).tolist(), oriented(torch.tensor([[1, 2], [3, 4]]), 4).tolist()
+        ([[2, 1], [4, 3]], [[1, 3], [2, 4]])
+    """
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if view & bit]
+    flipped = images.flip(axes) if axes else images
+    return flipped.transpose(-1, -2) if view & 4 else flipped
+
+
 def as_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The inverse of :func:`normalised`, rounded to uint8: exact for what was made of 8-bit pixels.
 

@@ -153,6 +153,8 @@ class TrainConfig:
         freeze_backbone: train the head alone, on features computed once.
         head_epochs: where the backbone is trained: so many of the epochs first train the head alone, on features
             computed once (LP-FT, Kumar et al. 2022), so that a random head doesn't spoil the backbone.
+        trainable_stages: of a trained backbone only the last so many stages learn, or all behind a layer (blocks.4);
+            none: all of it. With data.cached_views what the first ones make of an image is computed once.
         freeze_norms: batch norms of a trained backbone keep their pretrained statistics. Those of a batch may be so
             different that everything learned before is lost at the first step, above all what the head has learned.
         batch_size: images a step, on each device.
@@ -183,6 +185,7 @@ class TrainConfig:
     epochs: Count = 15
     freeze_backbone: bool = True
     head_epochs: CountOrZero = 0
+    trainable_stages: int | str | None = None
     freeze_norms: bool = True
     batch_size: Count = 64
     accumulate: Count = 1
@@ -218,6 +221,7 @@ class TrainerConfig:
         channels_last: weights of the backbone in the order that convolutions like best.
         compile: torch.compile for the backbone.
         cache_dir: where computed features are kept; by default the user's cache folder.
+        cache_precision: of what is kept: float16, or float32 (exact, twice the room).
         track: where metrics.jsonl is mirrored: tensorboard, wandb, or both.
     """
 
@@ -228,6 +232,7 @@ class TrainerConfig:
     channels_last: bool = True
     compile: bool = False
     cache_dir: str = ""
+    cache_precision: Literal["float16", "float32"] = "float16"
     track: list[str] = field(default_factory=list)
 
 
@@ -249,7 +254,27 @@ class RunConfig:
         from protopush.push import check_settings  # here: it needs torch
 
         check_settings(self.push, self.push.anchoring == "live", "push.")
-        train = self.train
+        train, views = self.train, self.data.cached_views
+        if train.trainable_stages is not None and train.freeze_backbone:
+            raise InputError(
+                "train.trainable_stages is for a backbone that is trained, but train.freeze_backbone is true; leave it "
+                "out, or give --train.freeze_backbone false"
+            )
+        if views and not train.freeze_backbone and train.trainable_stages is None:
+            raise InputError(
+                f"data.cached_views is {views}, but all of the backbone is trained; expected first layers that are "
+                "frozen; give --train.trainable_stages 1, or leave it out"
+            )
+        if views > 2 and not self.data.flip_vertical:
+            raise InputError(
+                f"data.cached_views is {views}, which has images upside down, but data.flip_vertical is false; give "
+                "--data.cached_views 2"
+            )
+        if views > 1 and self.loss.off_mask:
+            raise InputError(
+                "loss.off_mask compares patches with masks, which are upright, but data.cached_views has images in "
+                f"{views} orientations; leave one of them out"
+            )
         if self.loss.off_mask and not (train.freeze_backbone or train.head_epochs):
             raise InputError(
                 "loss.off_mask compares patches with masks, which augmented images have none of; expected a frozen "

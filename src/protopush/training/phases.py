@@ -1,4 +1,4 @@
-"""Phases of a run: the whole model on images, or the head alone on stored features; and the best state of each."""
+"""Phases of a run: the whole model on images, its head or last layers on stored outputs; and the best state of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from protopush.backbones.create import FeatureReader
+from protopush.backbones.division import Tail, Trunk
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
 from protopush.distributed import raise_on_all_ranks
@@ -33,11 +34,17 @@ class Stage:
         self.val_loader = job.loader(val) if val else None
 
     def train(self) -> None:
-        """Dropout and the like on."""
+        """Dropout and the like on; batch norms of the backbone keep their statistics unless they are to learn."""
         self.model.train()
+        if self.job.config.train.freeze_norms:
+            for module in self.job.model.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def refresh(self) -> None:
-        """Embed live anchors again where the backbone has moved; features of a frozen one don't grow old."""
+        """Embed live anchors again, from their images, where the backbone has moved."""
+        if self.job.head.anchoring == "live":
+            refresh_anchors(self.job.model, self.job.loader(self.job.train.eval_view()), self.job.fabric.device)
 
 
 class Joint(Stage):
@@ -48,29 +55,25 @@ class Joint(Stage):
         if job.head.proto_manager.anchor_crops is not None:
             self.refresh()  # anchors of epochs of the head alone
 
-    def refresh(self) -> None:
-        if self.job.head.anchoring == "live":
-            refresh_anchors(self.model, self.plain_train_loader, self.job.fabric.device)
 
-    def train(self) -> None:
-        super().train()
-        if self.job.config.train.freeze_norms:
-            for module in self.job.model.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+class Stored(Stage):
+    """What is trained on outputs of frozen layers that were computed once.
 
+    Args:
+        job: the run.
+        extract: these layers, images to an object with ``patches`` and ``regions``.
+        rest: what learns behind them: stored patches to :class:`protopush.backbones.Features`.
+        views: orientations of each training image.
+    """
 
-class Frozen(Stage):
-    """What is trained when the backbone is frozen: the head, on features that were computed once."""
-
-    def __init__(self, job: Job) -> None:
-        train = self.features(job, job.train, "training")
+    def __init__(self, job: Job, extract: nn.Module, rest: nn.Module, views: int) -> None:
+        self.extract = extract
+        train = self.features(job, job.train, "training", views)
         val = self.features(job, job.val, "validation") if job.val else None
-        model = ProtoModel(FeatureReader(train.regions), job.head).to(job.fabric.device)
-        super().__init__(job, model, train, val)
+        super().__init__(job, ProtoModel(rest, job.head).to(job.fabric.device), train, val)
 
-    def features(self, job: Job, images: ImageDataset, what: str) -> CachedFeatures:
-        """The features of a data set, from the cache where they are there; else the first process computes them."""
+    def features(self, job: Job, images: ImageDataset, what: str, views: int = 1) -> CachedFeatures:
+        """The outputs for a data set, from the cache where they are there; else the first process computes them."""
         config = job.config
 
         def cached() -> CachedFeatures:
@@ -78,27 +81,50 @@ class Frozen(Stage):
             place, workers = config.trainer.cache_dir, config.data.num_workers
             with bar(f"Features of the {what} images", len(images)) as advance:
                 return cache_features(
-                    job.model.backbone, images, hashes, Path(place) if place else None, job.fabric.device,
-                    num_workers=workers, advance=advance,
+                    self.extract, images, hashes, Path(place) if place else None, job.fabric.device,
+                    num_workers=workers, advance=advance, views=views, precision=config.trainer.cache_precision,
                 )  # fmt: skip
 
         raise_on_all_ranks(lambda: cached() if job.fabric.local_rank == 0 else None)
         return raise_on_all_ranks(cached)
 
 
+class Frozen(Stored):
+    """What is trained when the backbone is frozen: the head, on features."""
+
+    def __init__(self, job: Job) -> None:
+        views = job.config.data.cached_views if job.config.train.freeze_backbone else 1
+        super().__init__(job, job.model.backbone, FeatureReader(job.model.backbone.regions), max(1, views))
+
+    def refresh(self) -> None:
+        """Nothing: features of a frozen backbone don't grow old."""
+
+
+class LastLayers(Stored):
+    """What is trained when the last layers of the backbone learn, on what the first ones made of the images."""
+
+    def __init__(self, job: Job) -> None:
+        assert job.division is not None  # the configuration was checked
+        backbone = job.model.backbone
+        trunk, tail = Trunk(backbone, job.division), Tail(backbone, job.division)
+        super().__init__(job, trunk, tail, job.config.data.cached_views)
+        if job.head.proto_manager.anchor_crops is not None:
+            self.refresh()
+
+
 class Phase(NamedTuple):
     """Epochs (from ``start``, before ``end``) of one kind of stage."""
 
-    stage: type[Joint | Frozen]
+    stage: type[Joint | Frozen | LastLayers]
     start: int
     end: int
 
 
 def phases(config: RunConfig) -> list[Phase]:
-    """The head alone, then the whole model, as the run asks for them."""
+    """The head alone, then the whole model or its last layers, as the run asks for them."""
     train = config.train
     frozen = train.epochs if train.freeze_backbone else train.head_epochs
-    both = [Phase(Frozen, 0, frozen), Phase(Joint, frozen, train.epochs)]
+    both = [Phase(Frozen, 0, frozen), Phase(LastLayers if config.data.cached_views else Joint, frozen, train.epochs)]
     return [phase for phase in both if phase.start < phase.end]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from protopush.backbones.create import Backbone, create_backbone
+from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
@@ -100,6 +101,7 @@ class Job:
     hashes: dict[str, str]  # image name -> SHA-256
     fabric: Fabric
     mask_shares: Tensor | None = None  # (N, L) of the training images' patches, where the run uses masks
+    division: Division | None = None  # of the backbone, where only its last layers learn
 
     @property
     def head(self) -> HeadOptimal:
@@ -181,7 +183,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     catalog = broadcast_from_rank_zero(lambda: _catalog(config))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
     fabric.seed_everything(config.train.seed, verbose=False)
-    model = raise_on_all_ranks(lambda: _model(config, catalog))
+    model, division = raise_on_all_ranks(lambda: _model(config, catalog))
     preprocessing, data, augment = model.backbone.preprocessing, config.data, None
     transform = EvalTransform(preprocessing, data.crop_pct)
     if data.augment and not config.train.freeze_backbone:
@@ -192,7 +194,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
         logger.warning("no validation images: the last epoch is taken as the best one")
     val = ImageDataset(held, transform) if held else None
     shares = _mask_shares(config, train, model.backbone.regions)
-    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares)
+    return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares, division)
 
 
 def _catalog(config: RunConfig) -> Catalog:
@@ -236,7 +238,7 @@ def _crop_size(config: RunConfig, backbone: Backbone) -> int | None:
     return int(max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in backbone.regions.boxes))
 
 
-def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
+def _model(config: RunConfig, catalog: Catalog) -> tuple[ProtoModel, Division | None]:
     c = config.model
     given: dict[str, Any] = {
         "size": c.image_size and (c.image_size, c.image_size), "stage": c.stage,
@@ -260,10 +262,13 @@ def _model(config: RunConfig, catalog: Catalog) -> ProtoModel:
     )  # fmt: skip
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)
+    trainable, division = config.train.trainable_stages, None
     if config.train.freeze_backbone:
         backbone.freeze()
+    elif trainable is not None:
+        division = divide(backbone, trainable)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.trainer.compile:
         backbone.compile()
-    return model
+    return model, division
