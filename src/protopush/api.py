@@ -89,13 +89,17 @@ class Run(stored_run.Run):
     device: torch.device
     num_workers: int
 
-    def evaluate(self, split: str = "test", *, prior: dict[str, float] | str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, split: str = "test", *, prior: dict[str, float] | str | None = None, views: Literal[1, 2, 4, 8] = 1
+    ) -> dict[str, Any]:
         """Accuracy, balanced accuracy, F1, AUROC and calibration on a split, and the numbers of each class.
 
         Args:
             split: train, val, test or all.
             prior: the shares of the classes that probabilities are to assume, here alone: balanced, data (those of the
                 training images) or {class: share}; none: what the run assumes.
+            views: orientations of each image whose logits are averaged: 2, with its mirror image; 4, both flips; 8,
+                with quarter turns.
 
         Raises:
             InputError: that is no prior, or the run does not say which one it assumes.
@@ -113,7 +117,8 @@ class Run(stored_run.Run):
                     '"balanced" there'
                 )
             priors = assumed, wanted
-        found = evaluate(self.model, self._loader(self._images(split)[0]), self.device, self.class_names, priors)
+        loader = self._loader(self._images(split)[0])
+        found = evaluate(self.model, loader, self.device, self.class_names, priors, views)
         return found if priors is None else found | {"prior": dict(zip(self.class_names, priors[1], strict=True))}
 
     def explain(

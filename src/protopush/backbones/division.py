@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from protopush.backbones.create import Backbone, Features
 from protopush.backbones.layouts import features_of
+from protopush.backbones.timm_models import LayerModel, StageModel, levels_of
 from protopush.backbones.windows import WindowedModel
 from protopush.data.regions import Regions
 from protopush.errors import InputError, first_line, listing
@@ -80,20 +81,16 @@ class Trunk(nn.Module):
         super().__init__()
         inner = _inner(backbone)
         self.model = _without(inner.model, division.tail)
-        self.windows = backbone.model if isinstance(backbone.model, WindowedModel) else None
+        # Not as a submodule: what comes behind the trunk decides nothing of what it gives.
+        self._windows = [backbone.model] if isinstance(backbone.model, WindowedModel) else []
         self.regions = backbone.regions
         self.name, self.layout, self.recipe = f"{backbone.name} up to {division.layer}", inner.layout, backbone.recipe
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The trunk's own: what comes behind it, in ``windows``, decides nothing."""
-        found: dict[str, Any] = self.model.state_dict(*args, **kwargs)
-        return found
-
     def forward(self, images: Tensor) -> Activations:
         images = images.contiguous(memory_format=torch.channels_last)
-        if self.windows is None:
+        if not self._windows:
             return Activations(features_of(self.model, images).flatten(1), self.regions)
-        maps = self.windows.over_windows(images, lambda crops: features_of(self.model, crops))
+        maps = self._windows[0].over_windows(images, lambda crops: features_of(self.model, crops))
         return Activations(torch.cat([some.flatten(1) for some in maps], dim=1), self.regions)
 
 
@@ -119,10 +116,10 @@ class Tail(nn.Module):
 
     def forward(self, stored: Tensor) -> Features:
         found, stored = [], stored.float()
-        for run, maps in zip(self.runs, stored.split([run.numbers for run in self.runs], dim=1), strict=True):
+        for run, maps in zip(self.runs, torch.split(stored, [run.numbers for run in self.runs], dim=1), strict=True):
             patches = self._patches(maps.reshape(-1, *run.shape), run.size)
-            if run.count:  # windows: the patch of each is the mean over its map
-                patches = patches.mean(dim=1).view(len(stored), run.count, -1)
+            if run.windows:  # windows: the patch of each is the mean over its map
+                patches = patches.mean(dim=1).view(len(stored), run.windows, -1)
             found.append(patches)
         patches = torch.cat(found, dim=1)
         return Features(patches.mean(dim=1, keepdim=True), patches, self.regions)
@@ -146,19 +143,19 @@ class Tail(nn.Module):
         if maps.ndim == 4:
             maps = maps.contiguous(memory_format=torch.channels_last)
         step = WINDOWS_AT_ONCE if maps.device.type == "cpu" else len(maps)
-        return torch.cat([inner.read(features_of(model, some), size)[0] for some in maps.split(max(1, step))])
+        return torch.cat([inner.read(features_of(model, some), size)[0] for some in torch.split(maps, max(1, step))])
 
 
 class _Run(NamedTuple):
-    """Stored maps of one size: windows of one size (``count``), or the map of the whole image (0)."""
+    """Stored maps of one size: windows of one size (``windows``), or the map of the whole image (0)."""
 
-    count: int
+    windows: int
     shape: tuple[int, ...]
     size: tuple[int, int]
 
     @property
     def numbers(self) -> int:
-        return max(1, self.count) * math.prod(self.shape)
+        return max(1, self.windows) * math.prod(self.shape)
 
 
 def _runs(backbone: Backbone, division: Division) -> list[_Run]:
@@ -181,23 +178,23 @@ def _inner(backbone: Backbone) -> Backbone:
 
 def _layer(inner: Backbone, trainable: int | str) -> str:
     """The name, in the inner model, of the last layer of the trunk."""
-    known = {name for name, _ in inner.model.named_modules() if name}
-    info = getattr(inner.model, "feature_info", None) or getattr(getattr(inner.model, "model", None), "feature_info", [])
-    prefixes = ("", "model.")  # of a model that was cut off at a stage
+    known, model = {name for name, _ in inner.model.named_modules() if name}, inner.model
+    prefix = "model." if isinstance(model, (StageModel, LayerModel)) else ""
     if isinstance(trainable, str):
-        found = next((prefix + trainable for prefix in prefixes if prefix + trainable in known), None)
-        if found is None:
+        if prefix + trainable not in known:
+            near = sorted(known, key=_depth)[:5]
             raise InputError(
                 f"{inner.name} has no layer {trainable!r} behind which it is to learn; expected a layer such as "
-                f"{listing(sorted(known, key=lambda name: (name.count('.'), name)), 5)}, or a number of last stages"
+                f"{listing(near)}, or a number of stages"
             )
-        return found
-    levels = [str(level["module"]) for level in info if isinstance(level, dict)]
-    stages = [prefix + level for level in levels for prefix in prefixes if prefix + level in known]
+        return prefix + trainable
+    stages = [prefix + level for level in levels_of(getattr(model, "model", model))]
+    if isinstance(model, StageModel):
+        stages = stages[: stages.index(stages[model.stage]) + 1]
     if not 0 < trainable < len(stages):
+        expected = f"of its stages ({listing(stages)}) 1 to {len(stages) - 1}, or " if len(stages) > 1 else ""
         raise InputError(
-            f"train.trainable_stages is {trainable}; {inner.name} has {len(stages)} stages ({listing(stages)}); "
-            f"expected 1 to {max(1, len(stages) - 1)}, or a layer behind which all learn"
+            f"train.trainable_stages is {trainable} for {inner.name}; expected {expected}a layer behind which all learn"
         )
     return stages[-1 - trainable]
 
@@ -233,13 +230,19 @@ def _division(inner: Backbone, layer: str) -> Division:
         try:
             parts = features_of(_without(inner.model, trunk), features_of(_without(inner.model, tail), image))
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as cause:
-            raise InputError(f"{inner.name} cannot be divided behind {layer} ({first_line(cause)}); {advice}") from cause
+            raise InputError(
+                f"{inner.name} cannot be divided behind {layer} ({first_line(cause)}); {advice}"
+            ) from cause
     if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-4, atol=1e-4):
         raise InputError(f"{inner.name} cannot be divided behind {layer}: its parts give another output; {advice}")
     return division
 
 
-def _outermost(names: Iterator[str] | Any) -> list[str]:
+def _depth(name: str) -> tuple[int, str]:
+    return name.count("."), name
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
     """The names that lie within no other one."""
     known = {name for name in names if name}
     return [name for name in known if not any(name.startswith(f"{other}.") for other in known)]

@@ -104,12 +104,18 @@ def up_to_stage(model: nn.Module, stage: int | str, name: str) -> nn.Module:
     """
     if isinstance(stage, str):
         return _up_to_layer(model, stage, name)
-    levels = [str(level["module"]) for level in getattr(model, "feature_info", [])]
+    levels = levels_of(model)
     if not hasattr(model, "prune_intermediate_layers") or not -len(levels) <= stage < len(levels):
         raise InputError(
             f"{name} has no stage {stage}; expected 0 to {len(levels) - 1} ({listing(levels)}), or the name of a layer"
         )
     return StageModel(model, stage)
+
+
+def levels_of(model: nn.Module) -> list[str]:
+    """The layers behind which the levels of a timm model's feature extraction lie; none for any other model."""
+    info = getattr(model, "feature_info", None)
+    return [str(level["module"]) for level in info] if isinstance(info, list) else []
 
 
 def _up_to_layer(model: nn.Module, layer: str, name: str) -> nn.Module:

@@ -1,5 +1,4 @@
-"""Outputs of frozen layers, computed once and kept on disk: features (patches alone: pooled is their mean), activations.
-"""
+"""Outputs of frozen layers, computed once and kept on disk (of features patches alone: pooled is their mean)."""
 
 from __future__ import annotations
 

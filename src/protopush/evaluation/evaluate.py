@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from protopush.data.transforms import oriented
 from protopush.distributed import all_gather_objects
+from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
+from protopush.nn.head import HeadOutput
 from protopush.nn.priors import with_prior
 from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
@@ -27,13 +30,14 @@ class Predictions(NamedTuple):
 
 
 def predict(
-    model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating"
+    model: nn.Module, loader: Iterable[Any], device: torch.device | str, what: str = "Evaluating", views: int = 1
 ) -> Predictions:
-    """Run a model over a loader of (images, labels, ids), in eval mode."""
+    """Run a model over a loader of (images, labels, ids), in eval mode; ``views`` as of :func:`mean_over_views`."""
+    call = model if views == 1 else lambda images: mean_over_views(model, images, views)
     source = getattr(loader, "sampler", loader)
     total = len(source) if isinstance(source, Sized) else 0  # images that the loader yields here, if it says so
     probabilities, similarities, labels, numbers = [], [], [], []
-    with bar(what, total) as advance, iterate_outputs(model, loader, device, advance) as outputs:
+    with bar(what, total) as advance, iterate_outputs(model, loader, device, advance, call) as outputs:
         for out, target, ids in outputs:
             probabilities.append(out.logits.float().softmax(dim=1).cpu())
             similarities.append(out.similarities.float().cpu())
@@ -49,15 +53,44 @@ def predict(
     return Predictions(*columns[:-1])
 
 
+def mean_over_views(model: nn.Module, images: Tensor, views: int) -> HeadOutput:
+    """The output for images (B, 3, H, W), its logits, contributions and similarities the means over orientations.
+
+    A logit stays the exact sum of what is shown: a prototype contributes its weight times the mean of its best
+    similarities, each at a patch of one orientation. ``cells`` and ``embeddings`` are the upright image's.
+
+    Args:
+        model: images to :class:`protopush.nn.head.HeadOutput`.
+        views: 1, 2, 4 or 8, as of :func:`protopush.data.transforms.oriented`; of 8, images must be square.
+
+    Example:
+        >>> from protopush.models.model import ProtoModel
+        >>> model = ProtoModel.create("resnet18", num_classes=2, pretrained=False).eval()
+        >>> out = mean_over_views(model, torch.randn(1, 3, 64, 64), 8)
+        >>> torch.allclose(out.logits, out.contributions.sum(-1) + model.head.bias, atol=1e-5)
+        True
+    """
+    height, width = images.shape[-2:]
+    if views == 8 and height != width:
+        raise InputError(f"quarter turns of {width}x{height} pixels have another size; expected square; give 4 views")
+    outputs: list[HeadOutput] = [model(oriented(images, view)) for view in range(views)]
+    names = ("logits", "contributions", "similarities")
+    return outputs[0]._replace(
+        **{name: torch.stack([getattr(out, name) for out in outputs]).mean(dim=0) for name in names}
+    )
+
+
 def evaluate(
     model: nn.Module, loader: Iterable[Any], device: torch.device | str, class_names: list[str],
-    priors: tuple[Sequence[float], Sequence[float]] | None = None,
+    priors: tuple[Sequence[float], Sequence[float]] | None = None, views: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """The metrics of :func:`classification_metrics` for a model on a loader.
 
-    ``priors``: the one that its probabilities assume, and the one that they are to assume.
+    Args:
+        priors: the one that its probabilities assume, and the one that they are to assume.
+        views: orientations that logits are averaged over (:func:`mean_over_views`).
     """
-    found = predict(model, loader, device)
+    found = predict(model, loader, device, views=views)
     probabilities = found.probabilities if priors is None else with_prior(found.probabilities, *priors)
     return classification_metrics(probabilities, found.labels, class_names)
 
