@@ -20,6 +20,8 @@ DIVIDED = [
     ("tf_efficientnet_lite0", {"windows": 64}, 1, "blocks.4"),
     ("convnext_atto", {}, 1, "stages.2"),
     ("swin_tiny_patch4_window7_224", {}, 1, "layers.2"),
+    ("vit_tiny_patch16_224", {}, 2, "blocks.9"),
+    ("vit_tiny_patch16_224", {"windows": {"size": 64, "stride": 80}}, "blocks.3", "blocks.3"),
     ("mobilenetv3_small_100", {}, 2, "blocks.1"),
 ]
 
@@ -93,7 +95,11 @@ def test_crops_of_anchors_are_embedded_as_windows_are():
         ("resnet18", 5, "expected of its stages (act1, layer1, layer2, layer3, layer4) 1 to 4, or a layer behind"),
         ("resnet18", 0, "1 to 4"),
         ("resnet18", "layer9", "has no layer 'layer9'"),
-        ("vit_tiny_patch16_224", 2, "cannot be divided behind blocks.9"),
+        (
+            "densenet121",
+            "features.denseblock3.denselayer1",
+            "cannot be divided behind features.denseblock3.denselayer1",
+        ),
         ("fusion:resnet18+convnext_atto", 1, "expected a layer behind which"),
         ("resnet18", "layer2.0.conv1", "cannot be divided behind layer2.0.conv1"),
     ],

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,9 @@ def _division(inner: Backbone, layer: str) -> Division:
     for name, module in inner.model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: note(started, name, True)))
         hooks.append(module.register_forward_hook(lambda *_, name=name: note(ended, name, False)))
-    advice = f"expected a model that runs layer after layer, such as a convolutional one; {inner.name} does not"
+    advice = (
+        f"expected a model that runs layer after layer, such as a convolutional one or a ViT; {inner.name} does not"
+    )
     try:
         with preserve_state(inner):
             whole = features_of(inner.model, image)
@@ -250,8 +252,10 @@ def _outermost(names: Iterable[str]) -> list[str]:
 
 def _without(model: nn.Module, names: frozenset[str], prefix: str = "") -> nn.Module:
     """The model with some modules replaced by nothing; all that is left is shared with it."""
-    view = copy.copy(model)
+    view: Any = copy.copy(model)
     view._modules = {}
+    if f"{prefix}patch_embed" in names and hasattr(model, "_pos_embed"):
+        view._pos_embed = lambda tokens: tokens  # of timm's ViTs, between two modules: positions are in the tokens
     for key, child in model._modules.items():
         name = prefix + key
         if child is not None and name in names:
@@ -259,4 +263,4 @@ def _without(model: nn.Module, names: frozenset[str], prefix: str = "") -> nn.Mo
         elif child is not None and any(other.startswith(f"{name}.") for other in names):
             child = _without(child, names, f"{name}.")
         view._modules[key] = child
-    return view
+    return cast(nn.Module, view)
