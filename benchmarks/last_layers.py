@@ -3,9 +3,9 @@
     python benchmarks/last_layers.py manifest.csv
     python benchmarks/last_layers.py manifest.csv --windows null --set train.trainable_stages=2
 
-The same images, live prototypes, batches of 32; an epoch of each side in turn, in processes of their own (for the peak of
-their memory). "all" trains the whole backbone, "last, images" its last layers alone, "last, stored" the same on outputs
-of the first layers, which were computed before (the seconds that this took are those of all the images, once).
+The same images, live prototypes, batches of 32; an epoch of each side in turn, in processes of their own (for the peak
+of their memory). "all" trains the whole backbone, "last, images" its last layers alone, "last, stored" the same on
+outputs of the first layers, which were computed before: "before" has the seconds of that.
 """
 
 from __future__ import annotations
