@@ -1,7 +1,7 @@
 """Fine-tuning of the last layers on stored outputs of the first ones, against the ordinary way: seconds and memory.
 
     python benchmarks/last_layers.py manifest.csv
-    python benchmarks/last_layers.py manifest.csv --windows null --set train.trainable_stages=2
+    python benchmarks/last_layers.py manifest.csv --windows null --layers 2
 
 The same images, live prototypes, batches of 32; an epoch of each side in turn, in processes of their own (for the peak
 of their memory). "all" trains the whole backbone, "last, images" its last layers alone, "last, stored" the same on
@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import yaml
@@ -31,11 +30,7 @@ from protopush.training.phases import Joint, LastLayers
 from protopush.training.setup import prepare
 from protopush.training.trainer import Trainer
 
-SIDES: dict[str, dict[str, Any]] = {
-    "all": {},
-    "last, images": {"train.trainable_stages": 1},
-    "last, stored": {"train.trainable_stages": 1, "data.cached_views": 1},
-}
+SIDES = {"all": (False, 0), "last, images": (True, 0), "last, stored": (True, 1)}  # the last layers alone; cached views
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -46,7 +41,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", default="64", help="pixels of a side; null: images as a whole (default: 64)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--set", nargs="+", default=[], metavar="GROUP.NAME=VALUE", help="options of the last layers")
+    parser.add_argument("--layers", default="1", help="train.trainable_stages (default: 1)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="GROUP.NAME=VALUE", help="other options of all sides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/last_layers.json"))
     options = parser.parse_args(words)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
@@ -60,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
         took = f"{row['seconds']:7.1f} s an epoch ({ratio:.1f} times faster)"
         print(f"{name:13} {took}, before {row['before']:6.1f} s, {row['megabytes']:6.0f} MB", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    setup = {"images": options.images, "windows": options.windows, "threads": options.threads, "set": options.set}
+    names = ("images", "windows", "threads", "layers", "set")
+    setup = {name: getattr(options, name) for name in names}
     save({"setup": setup, "median": middle, "values": found}, options.out)
     return 0
 
@@ -74,8 +71,7 @@ def _in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, float
 def _epochs(name: str, options: argparse.Namespace) -> str:
     """The second epoch's seconds, those of what was computed before the first, and the process's peak of memory."""
     torch.set_num_threads(options.threads)
-    given = dict(words.split("=") for words in options.set) if SIDES[name] else {}
-    job = prepare(_config(SIDES[name] | given, options))
+    job = prepare(_config(*SIDES[name], options))
     job.train.samples = job.train.samples[: options.images]
     start = time.perf_counter()
     stage = (LastLayers if job.config.data.cached_views else Joint)(job)
@@ -89,17 +85,17 @@ def _epochs(name: str, options: argparse.Namespace) -> str:
     return json.dumps(row)
 
 
-def _config(given: dict[str, Any], options: argparse.Namespace) -> RunConfig:
-    side = yaml.safe_load(options.windows)
+def _config(last: bool, views: int, options: argparse.Namespace) -> RunConfig:
+    side, layers = yaml.safe_load(options.windows), yaml.safe_load(options.layers)
     config = RunConfig(
-        data=DataConfig(path=options.manifest, source="manifest", num_workers=0, augment=False),
+        data=DataConfig(path=options.manifest, source="manifest", num_workers=0, augment=False, cached_views=views),
         model=ModelConfig(windows=side and WindowsConfig(size=side)),
         push=PushConfig(anchoring="live", unique="image", start_epoch=10**6),
-        train=TrainConfig(freeze_backbone=False, batch_size=32, epochs=2),
+        train=TrainConfig(freeze_backbone=False, trainable_stages=layers if last else None, batch_size=32, epochs=2),
     )
-    for key, value in given.items():
-        group, name = key.split(".", 1)
-        setattr(getattr(config, group), name, yaml.safe_load(str(value)))
+    for key, value in (words.split("=", 1) for words in options.set):
+        group, name = key.split(".")
+        setattr(getattr(config, group), name, yaml.safe_load(value))
     return config
 
 

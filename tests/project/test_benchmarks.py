@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import protopush
-from helpers import make_images
+from helpers import make_images, make_masked_images
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = {"images": 2, "pixels": 64, "maps": 40, "few": 4, "many": 8, "rank-images": 4, "windowed": 4, "repetitions": 1}
@@ -224,3 +224,20 @@ def test_priors_are_measured_on_shifted_tests(home, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         priors.main([str(tmp_path / "none")])
     assert stopped.value.code == 2
+
+
+def test_last_layers_on_stored_outputs_are_measured_beside_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
+    import last_layers
+
+    out = tmp_path / "last_layers.json"
+    words = [str(make_masked_images(tmp_path)), "--images", "8", "--repetitions", "1", "--windows", "48",
+             "--out", str(out), "--set", "model.backbone=resnet18", "model.pretrained=false", "model.image_size=96"]  # fmt: skip
+    assert last_layers.main(words) == 0
+    found = json.loads(out.read_text())
+    assert [*found["median"]] == ["all", "last, images", "last, stored"]
+    for row in found["median"].values():
+        assert row["seconds"] > 0
+        assert row["megabytes"] > 100
+    assert capsys.readouterr().out.count("s an epoch") == 3

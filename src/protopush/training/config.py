@@ -275,10 +275,10 @@ class RunConfig:
                 "loss.off_mask compares patches with masks, which are upright, but data.cached_views has images in "
                 f"{views} orientations; leave one of them out"
             )
-        if self.loss.off_mask and not (train.freeze_backbone or train.head_epochs):
+        if self.loss.off_mask and not (train.freeze_backbone or train.head_epochs or views == 1):
             raise InputError(
                 "loss.off_mask compares patches with masks, which augmented images have none of; expected a frozen "
-                "backbone; leave it out, or give --train.freeze_backbone true"
+                "backbone; leave it out, or give --train.freeze_backbone true (or data.cached_views 1)"
             )
         if train.head_epochs and train.freeze_backbone:
             raise InputError(

@@ -185,6 +185,12 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     fabric.seed_everything(config.train.seed, verbose=False)
     model, division = raise_on_all_ranks(lambda: _model(config, catalog))
     preprocessing, data, augment = model.backbone.preprocessing, config.data, None
+    if data.cached_views == 8 and preprocessing.size[0] != preprocessing.size[1]:
+        height, width = preprocessing.size
+        raise InputError(
+            f"data.cached_views is 8, which has quarter turns, but images have {height}x{width} pixels; expected "
+            "square ones; give --data.cached_views 4"
+        )
     transform = EvalTransform(preprocessing, data.crop_pct)
     if data.augment and not config.train.freeze_backbone:
         augment = TrainTransform(preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)

@@ -27,7 +27,7 @@ from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
 from protopush.training.final_push import final_push, push_now, push_row, resize
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
-from protopush.training.phases import Best, Frozen, Phase, Stage, on_validation, phases
+from protopush.training.phases import Best, Phase, Stage, Stored, on_validation, phases
 from protopush.training.run_writer import RunWriter, fresh_folder, load_checkpoint, refuse_other_options
 from protopush.training.setup import Job, prepare, seed_of
 from protopush.training.tracking import check_trackers
@@ -209,7 +209,7 @@ class Trainer:
     def _off_mask(self, out: HeadOutput, labels: Tensor, ids: Tensor) -> Tensor | None:
         """Of this process's images; None where masks are not used, or images are augmented and masks are not."""
         shares = self.job.mask_shares
-        if shares is None or not self.job.config.loss.off_mask or not isinstance(self.stage, Frozen):
+        if shares is None or not self.job.config.loss.off_mask or not isinstance(self.stage, Stored):
             return None
         outside = 1.0 - shares[ids].to(out.embeddings)
         return off_mask_loss(out, labels, self.job.head.proto_manager.mask(), outside)
