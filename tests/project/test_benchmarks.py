@@ -233,7 +233,8 @@ def test_last_layers_on_stored_outputs_are_measured_beside_all(tmp_path, monkeyp
 
     out = tmp_path / "last_layers.json"
     words = [str(make_masked_images(tmp_path)), "--images", "8", "--repetitions", "1", "--windows", "48",
-             "--out", str(out), "--set", "model.backbone=resnet18", "model.pretrained=false", "model.image_size=96"]  # fmt: skip
+             "--out", str(out), "--set", "model.backbone=resnet18", "model.pretrained=false",
+             "model.image_size=96"]  # fmt: skip
     assert last_layers.main(words) == 0
     found = json.loads(out.read_text())
     assert [*found["median"]] == ["all", "last, images", "last, stored"]
