@@ -145,6 +145,8 @@ def _pairs_table(pairs: Sequence[Pair]) -> str:
 
 
 def _text(table: Table) -> str:
-    console = Console(file=StringIO(), width=160, color_system=None, soft_wrap=False)
+    # Names are never markup, nor cut off: two classes could become one.
+    plain = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(file=StringIO(), width=10_000, color_system=None, **plain)  # type: ignore[arg-type]
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protopush.data.images import check_images, image_size, read_image, sha256_of
+from protopush.data.images import check_images, image_size, read_image, read_mask_file, sha256_of
 from protopush.data.manifest import Sample
 from protopush.data.regions import Region
 from protopush.data.transforms import EvalTransform, View
@@ -107,15 +107,17 @@ def check_masks(samples: Sequence[Sample]) -> int:
 
 
 def read_mask(sample: Sample) -> NDArray[np.bool_]:
-    """A sample's mask, bool (height, width) of the upright picture: where the file is not 0.
+    """A sample's mask, bool (height, width) of the upright picture.
+
+    It is where the file is not 0; of a JPEG, whose zeros are not exact, where it is above 127. Where a file has an
+    alpha channel and one colour alone, the mask is what is not transparent.
 
     Raises:
         InputError: the sample has none, it can't be read, or has another size than its image.
     """
     if sample.mask is None or _other_size(sample):
         raise InputError(f"the mask does not fit: {_other_size(sample) or sample.name}; expected the image's own size")
-    mask: NDArray[np.bool_] = np.asarray(read_image(sample.mask)).max(axis=2) > 0
-    return mask
+    return read_mask_file(sample.mask)
 
 
 def mask_shares(sample: Sample, transform: EvalTransform, regions: Sequence[Region]) -> Tensor:

@@ -9,20 +9,54 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from protopush.errors import InputError, listing
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 
 # What Pillow raises for files that are no image, truncated, damaged, or bombs.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+SIXTEEN_BITS = {("I", "PNG"), ("I", "PPM")}  # besides I;16 and its kin: formats whose mode "I" holds 16 bits
+
+
 def read_image(path: str | Path) -> Image.Image:
     """The picture in a file, upright (EXIF), in RGB with 8 bits a channel.
 
-    16-bit grey files are scaled to 8 bits (Pillow alone would clip them to white).
+    What becomes of pixels depends on the file's mode, never on their values: transparent ones are laid on white
+    (whatever colour is hidden below), and 16-bit grey is divided by 257.
+
+    Raises:
+        InputError: the file is missing, truncated or no image, or it is not known which of its values is white.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            refuse_unknown_scale(image)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                values = np.asarray(upright, dtype=np.float64) / 257.0
+                upright = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except _UNREADABLE as error:
+        raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
+
+
+def refuse_unknown_scale(image: Image.Image) -> None:
+    """Refuse, in a ValueError, numbers whose largest could be anything: floats, and integers of 32 bits."""
+    known = not image.mode.startswith(("I", "F")) or image.mode.startswith("I;16")
+    if not known and (image.mode, image.format) not in SIXTEEN_BITS:
+        kind = "floating point numbers" if image.mode.startswith("F") else "integers of 32 bits"
+        raise ValueError(f"{kind}, of which it is not known what is white; save it with 8 or 16 bits")
+
+
+def read_mask_file(path: str | Path) -> NDArray[np.bool_]:
+    """A mask, bool (height, width): upright, as :func:`protopush.data.dataset.read_mask` says.
 
     Raises:
         InputError: the file is missing, truncated or no image.
@@ -30,14 +64,18 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                values = np.asarray(upright, dtype=np.float64)
-                eight_bit = values / 257.0 if values.max(initial=0) > 255 else values
-                upright = Image.fromarray(np.rint(eight_bit.clip(0, 255)).astype(np.uint8))
-            return upright.convert("RGB")
+            upright, lossy = ImageOps.exif_transpose(image), image.format in ("JPEG", "MPO")
     except _UNREADABLE as error:
-        raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
+        raise InputError(f"unreadable mask: {path} ({error}); expected a whole image file") from error
+    if upright.has_transparency_data:
+        *colours, alpha = upright.convert("RGBA").split()
+        if all(low == high for low, high in (colour.getextrema() for colour in colours)):
+            return np.asarray(alpha) > 0
+    values = np.asarray(
+        upright.convert("RGB") if upright.mode not in ("L", "1", "F") and upright.mode[0] != "I" else upright
+    )
+    on: NDArray[np.bool_] = values.reshape(*values.shape[:2], -1).max(axis=2) > (127 if lossy else 0)
+    return on
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -80,6 +118,7 @@ def _check(path: Path) -> tuple[str, str]:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
             image.load()
+            refuse_unknown_scale(image)
     except _UNREADABLE as error:
         return "", why_unreadable(path, error)
     return hashlib.sha256(data).hexdigest(), ""

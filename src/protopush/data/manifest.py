@@ -123,13 +123,14 @@ SPLIT_ALIASES = {
 
 
 def split_name(word: str) -> str:
-    """``train``, ``val`` or ``test`` for any of the usual words; another word as it is.
+    """``train``, ``val`` or ``test`` for any of the usual words, in any case; another word as it is.
 
     Example:
-        >>> split_name("validation"), split_name("fold3")
-        ('val', 'fold3')
+        >>> split_name("Validation"), split_name("Fold3")
+        ('val', 'Fold3')
     """
-    return SPLIT_ALIASES.get(word, word)
+    known = SPLIT_ALIASES.get(word.lower(), word.lower())
+    return known if known in SPLITS else word
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
         root = Path(os.path.commonpath([os.path.abspath(place) for place in (root, *images)]))
     samples = []
     for image, row in zip(images, rows, strict=True):
-        name, mask = Path(os.path.relpath(image, root)).as_posix(), row.get("mask")
+        name, mask = Path(os.path.relpath(image, root)).as_posix(), row.get("mask", "").replace("\\", "/")
         split, group = split_name(row.get("split", "")), row.get("group") or None
         samples.append(Sample(image, name, number[row["label"]], split, group, path.parent / mask if mask else None))
     return Catalog(tuple(samples), tuple(number), root)

@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from protopush.data.images import EXTENSIONS, read_image, why_unreadable
+from protopush.data.images import read_image, why_unreadable
 from protopush.data.manifest import rows_of
 from protopush.data.transforms import EvalTransform
+from protopush.data.walk import LeftOut, walk_images
 from protopush.distributed import rank_and_size
 from protopush.errors import InputError, first_line, listing
 from protopush.models.model import ProtoModel
@@ -104,7 +105,7 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
     """The images of folders (with all folders in them, sorted), manifests (in their order) and files, path by path.
 
     Hidden files and folders are left out. Links to folders inside a folder are not followed, so that a loop of links
-    does no harm; the log names them.
+    does no harm; the log names them, and counts files that are no images by their ending.
 
     Args:
         paths: folders, manifests (.csv, .tsv or .tab, with a column ``image``, relative to the manifest, and
@@ -119,18 +120,18 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
         for name, label in _images_of(path):
             found.add(name, label)
         if len(found.names) == before:
-            raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(EXTENSIONS))}")
+            raise InputError(f"no images in {path}; expected files that Pillow reads, such as .jpg, .png or .tif")
     return found
 
 
 def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
     """Names and labels of the images of one path."""
     if Path(path).is_dir():
-        links: list[str] = []
-        for name in _walk(path, links):
+        left_out = LeftOut()
+        for name in walk_images(path, left_out):
             yield name, None
-        if links:
-            logger.warning("links to folders are not followed: %s; name them to have them", listing(links, 3))
+        for words in left_out.in_words():
+            logger.warning("%s: %s", path, words)
     elif not os.path.lexists(path):
         raise InputError(f"no such file: {path}; expected a folder, a manifest (CSV) or an image")
     elif Path(path).suffix.lower() in TABLES:
@@ -143,31 +144,6 @@ def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
             raise InputError(f"{path}: no image in lines {listing(empty)}; fill them in or remove them")
     else:
         yield path, None
-
-
-def _walk(folder: str, links: list[str]) -> Iterator[str]:
-    """Image files below a folder, as ``sorted`` has their paths; memory for one folder's names at a time."""
-    try:
-        with os.scandir(folder) as entries:
-            here = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder} ({error.strerror}); make it readable or move it") from error
-    for entry in here:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, links)
-        elif _leads_to_folder(entry):
-            links.append(entry.path)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS:
-            yield entry.path
-
-
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_symlink() and entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 class Pictures(Dataset[tuple[Tensor, str]]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from protopush.data.images import EXTENSIONS
 from protopush.data.manifest import (
     SPLIT_ALIASES,
     SPLITS,
@@ -20,22 +21,30 @@ from protopush.data.manifest import (
     require_columns,
     split_name,
 )
+from protopush.data.walk import LeftOut, is_dropping, walk_images
 from protopush.errors import InputError, listing
+
+logger = logging.getLogger("protopush.data")
 
 SPLIT_WORDS = (*SPLITS, *SPLIT_ALIASES)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NEEDED = ("file_name", "label")
+# Names of masks beside their image (BUSI, ISIC and many more): x_mask.png, x_mask_1.png, x-segmentation.png of x.jpg.
+MASK = re.compile(r"(.+?)[ _-](?:mask|segmentation|seg)s?(?:[ _-]?\d+)?", re.IGNORECASE)
 DEPTH = 2  # archives that are unpacked each into a folder of its own name, and that once more
 
 
 def folder(path: str, classes: Sequence[str] | None = None) -> Catalog:
-    """A folder of class folders, with or without train / val / test folders above them.
+    """A folder of class folders, with or without folders of splits above them, named as splits are, in any case.
+
+    Masks beside their image become its mask. What is left out - folders beside those of splits, files that are no
+    images, masks of an image that has several - is counted in the log.
 
     Raises:
         InputError: no such folder, no images, or a class that the model doesn't know.
     """
     root = existing_folder(path, "a folder with one folder of images per class")
-    return _class_folders(root, root, (*SPLITS, "valid", "validation"), classes)
+    return _class_folders(root, root, classes)
 
 
 def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
@@ -53,7 +62,7 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
     tables = sorted(Path(top, name) for top, _, names in os.walk(root) for name in names if name in METADATA)
     if not tables:
         top = root / "data" if (root / "data").is_dir() else root
-        return _class_folders(root, top, SPLIT_WORDS, classes)
+        return _class_folders(root, top, classes)
     kinds = sorted({table.name for table in tables})
     if len(kinds) > 1 or kinds == ["metadata.parquet"]:
         raise InputError(f"{listing(kinds)} under {root}; expected metadata.csv or metadata.jsonl, of one kind")
@@ -68,7 +77,7 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
     samples = []
     for image, (_, row) in zip(images, rows, strict=True):
         place = Path(os.path.relpath(image, root))
-        folder_split = next((word for word in place.parts[:-1] if word in SPLIT_WORDS), "")
+        folder_split = next((word for word in place.parts[:-1] if word.lower() in SPLIT_WORDS), "")
         split = split_name(row.get("split") or folder_split)
         samples.append(Sample(image, place.as_posix(), number[row["label"]], split, row.get("group") or None))
     return Catalog(tuple(samples), tuple(number), root)
@@ -77,7 +86,7 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
 def is_imagefolder(root: Path) -> bool:
     """Whether there is metadata with ``file_name`` and ``label`` at the top or in a folder of a split."""
     tops = (root, root / "data")
-    places = (*tops, *(top / word for top in tops for word in SPLIT_WORDS))
+    places = (*tops, *(place for top in tops if top.is_dir() for place in _folders_of(top) if _is_split(place)))
     return any(_has_needed_columns(place / name) for place in places for name in METADATA[:2])
 
 
@@ -91,8 +100,7 @@ def existing_folder(path: str, expected: str) -> Path:
 
 def images_of(root: Path) -> list[Path]:
     """The image files anywhere under a folder, hidden ones apart, in order."""
-    found = (Path(top, name) for top, _, names in os.walk(root) for name in names if not name.startswith("."))
-    return sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+    return sorted(map(Path, walk_images(root)))
 
 
 def find_file(root: Path, *names: str, depth: int = DEPTH) -> Path | None:
@@ -116,23 +124,54 @@ def refuse_twice(ids: Iterable[str], table: Path) -> None:
         raise InputError(f"{table} lists {len(twice)} images more than once: {listing(twice)}; keep one row for each")
 
 
-def _class_folders(root: Path, top: Path, split_words: Sequence[str], classes: Sequence[str] | None) -> Catalog:
-    """The images of class folders in ``top``, or in its folders of ``split_words``; names are relative to ``root``."""
-    splits = [(split_name(entry.name), entry) for entry in _folders_of(top) if entry.name in split_words]
+def _class_folders(root: Path, top: Path, classes: Sequence[str] | None) -> Catalog:
+    """The images of class folders in ``top``, or in its folders of splits; names are relative to ``root``."""
+    here, left_out = _folders_of(top), LeftOut()
+    splits = [(split_name(entry.name), entry) for entry in here if _is_split(entry)]
+    if splits and len(splits) < len(here):
+        rest = [entry.name for entry in here if not _is_split(entry)]
+        logger.warning("%s has folders of splits; left out beside them: %s", top, listing(rest))
     kinds = [(split, kind) for split, place in splits or [("", top)] for kind in _folders_of(place)]
-    labelled = [(split, kind.name, image) for split, kind in kinds for image in images_of(kind)]
-    if not labelled:
+    found = [(split, kind.name, sorted(map(Path, walk_images(kind, left_out)))) for split, kind in kinds]
+    if not any(images for *_, images in found):
         raise InputError(f"no images under {top}; expected one folder of images per class")
+    for line in left_out.in_words():
+        logger.warning("%s: %s", top, line)
+    masks = _masks_beside([image for *_, images in found for image in images])
+    taken = {image: files[0] for image, files in masks.items() if len(files) == 1}
+    if masks:
+        several = f"; {len(masks) - len(taken)} images have several and get none" if len(taken) < len(masks) else ""
+        logger.warning("%s: %d masks beside their images%s", top, sum(map(len, masks.values())), several)
+    no_images = {file for files in masks.values() for file in files}
     # A class folder without a single image is still a class: the check of the training images names it.
     number = numbering((kind.name for _, kind in kinds), classes, top)
     samples = tuple(
-        Sample(image, image.relative_to(root).as_posix(), number[kind], split) for split, kind, image in labelled
+        Sample(image, image.relative_to(root).as_posix(), number[kind], split, mask=taken.get(image))
+        for split, kind, images in found
+        for image in images
+        if image not in no_images
     )
     return Catalog(samples, tuple(number), root)
 
 
+def _masks_beside(files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The masks of images: files that are named as masks of another file in their folder."""
+    stems = {(file.parent, file.stem.casefold()): file for file in files}
+    masks: dict[Path, list[Path]] = {}
+    for file in files:
+        named = MASK.fullmatch(file.stem)
+        image = stems.get((file.parent, named[1].casefold())) if named else None
+        if image is not None:
+            masks.setdefault(image, []).append(file)
+    return masks
+
+
+def _is_split(place: Path) -> bool:
+    return place.name.lower() in SPLIT_WORDS
+
+
 def _folders_of(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_dropping(entry.name))
 
 
 def _metadata(table: Path) -> list[dict[str, str]]:
