@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import CLASSES, make_images, save_turned
+from helpers import CLASSES, make_images, refused, save_turned
 from protopush import InputError
+from protopush.cli import main
 from protopush.cli.tables import metrics_table
 from protopush.data.dataset import read_mask
 from protopush.data.images import check_images, read_image
@@ -198,3 +199,23 @@ def test_names_are_never_markup_nor_cut_off():
     text = metrics_table(metrics | {"per_class": dict.fromkeys(names, numbers)})
     for name in names:
         assert name.strip() in text
+
+
+@pytest.mark.parametrize(("kind", "same"), [("split", "test/cat/000.png"), ("label", "train/dog/000.png")])
+def test_the_same_file_in_two_splits_or_with_two_labels_is_refused(tmp_path, capsys, kind, same):
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(3):
+                pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index:03d}.png")
+    original = tmp_path / "data" / "train" / "cat" / "001.png"
+    (tmp_path / "data" / same).write_bytes(original.read_bytes())
+    words = ["train", "--data.path", tmp_path / "data", "--model.backbone", "test_resnet",
+             "--model.pretrained", "false", "--model.windows", "null", "--train.epochs", "1", "--out", tmp_path / "run"]  # fmt: skip
+    text = refused(capsys, *words)
+    assert "1 files are the same as one in another split or with another label" in text
+    assert same in text
+    assert "train/cat/001.png" in text
+    assert main([*map(str, words), "--data.allow_duplicates", "true"]) == 0

@@ -35,6 +35,7 @@ class DataConfig:
             upright; 2, also mirrored; 4, both flips; 8, with quarter turns. 0: computed in each epoch, with augment.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
+        allow_duplicates: the same file may lie in two splits or have two labels.
     """
 
     path: str = ""
@@ -47,6 +48,7 @@ class DataConfig:
     cached_views: Literal[0, 1, 2, 4, 8] = 0
     num_workers: CountOrZero = 2
     split_seed: int = 0
+    allow_duplicates: bool = False
 
 
 def read_table(path: Path, required: Sequence[str], expected: str) -> list[dict[str, str]]:
@@ -238,6 +240,29 @@ def groups_in_several_splits(samples: Iterable[Sample]) -> dict[str, dict[str, i
         if sample.group is not None:
             groups[sample.group][sample.split] += 1
     return {group: dict(splits) for group, splits in sorted(groups.items()) if len(splits) > 1}
+
+
+def refuse_duplicates(samples: Sequence[Sample], hashes: Mapping[str, str]) -> None:
+    """Refuse the same file in two splits or with two labels: it would be learned and tested, or right and wrong.
+
+    Args:
+        samples: of all splits.
+        hashes: SHA-256 of each file by the sample's name.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    first: dict[str, Sample] = {}
+    pairs = []
+    for sample in samples:
+        twin = first.setdefault(hashes[sample.name], sample)
+        if (sample.split, sample.label) != (twin.split, twin.label):
+            pairs.append(f"{twin.name} and {sample.name}")
+    if pairs:
+        raise InputError(
+            f"{len(pairs)} files are the same as one in another split or with another label: {listing(pairs, 5)}; keep "
+            "one of each, or give --data.allow_duplicates true"
+        )
 
 
 def require_training_images(catalog: Catalog) -> None:

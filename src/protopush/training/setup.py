@@ -17,7 +17,7 @@ from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
-from protopush.data.manifest import Catalog, require_training_images
+from protopush.data.manifest import Catalog, refuse_duplicates, require_training_images
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
@@ -182,6 +182,8 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
+    if not config.data.allow_duplicates:
+        refuse_duplicates(catalog.samples, hashes)
     fabric.seed_everything(config.train.seed, verbose=False)
     model, division = raise_on_all_ranks(lambda: _model(config, catalog))
     preprocessing, data, augment = model.backbone.preprocessing, config.data, None
