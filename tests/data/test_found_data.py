@@ -213,7 +213,8 @@ def test_the_same_file_in_two_splits_or_with_two_labels_is_refused(tmp_path, cap
     original = tmp_path / "data" / "train" / "cat" / "001.png"
     (tmp_path / "data" / same).write_bytes(original.read_bytes())
     words = ["train", "--data.path", tmp_path / "data", "--model.backbone", "test_resnet",
-             "--model.pretrained", "false", "--model.windows", "null", "--train.epochs", "1", "--out", tmp_path / "run"]  # fmt: skip
+             "--model.pretrained", "false", "--model.windows", "null", "--train.epochs", "1",
+             "--out", tmp_path / "run"]  # fmt: skip
     text = refused(capsys, *words)
     assert "1 files are the same as one in another split or with another label" in text
     assert same in text
