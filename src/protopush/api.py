@@ -399,11 +399,12 @@ class Run(stored_run.Run):
     def _save_as(self, run: stored_run.Run, *folders: str) -> None:
         """Write a new run made of this one; ``folders`` of this one go along."""
         from protopush.models.model_folder import save_run
+        from protopush.runs import split_record
         from protopush.runs.decisions import FILE
         from protopush.training.run_writer import clear_folder
 
         clear_folder(run.folder)
-        for name in ("config.yaml", FILE):
+        for name in ("config.yaml", split_record.FILE, FILE):
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, run.folder / name)
         for name in folders:
@@ -413,7 +414,7 @@ class Run(stored_run.Run):
     def _images(self, split: str) -> tuple[ImageDataset, Catalog]:
         from protopush.runs.run import open_split
 
-        return open_split(DataConfig(**self.data), split, self.class_names, self.transform)
+        return open_split(DataConfig(**self.data), split, self.class_names, self.transform, self.folder)
 
     def _loader(self, dataset: ImageDataset) -> DataLoader[Any]:
         from torch.utils.data import DataLoader

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
-from protopush.data.manifest import Catalog
-from protopush.data.sources import load_catalog
+from protopush.data.manifest import Catalog, DataConfig
 from protopush.errors import InputError, listing
 from protopush.explain.neighbours import Neighbours, find_neighbours
 from protopush.models.model_folder import Run
@@ -25,6 +24,7 @@ from protopush.preserve_state import iterate_outputs
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
+from protopush.runs.split_record import open_catalog
 from protopush.runs.undo import undo
 
 logger = logging.getLogger("protopush.training")
@@ -88,7 +88,7 @@ class RunStore:
         """
         data = run.data | self.data
         try:
-            found = load_catalog(data["path"], data["source"], run.class_names, data.get("split_seed", 0))
+            found = open_catalog(DataConfig(**data), run.class_names, run.folder)
             needed = [sample for sample in found.samples if sample.split in ("train", "val")]
             if missing := [sample.name for sample in needed if not sample.image.is_file()]:
                 raise InputError(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")

@@ -149,11 +149,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a source holds: its samples, the class names in label order, and the root that names are relative to."""
+    """What a source holds: its samples, the class names in label order, and the root that names are relative to.
+
+    ``drawn`` are the splits that were drawn, since the source names none.
+    """
 
     samples: tuple[Sample, ...]
     classes: tuple[str, ...]
     root: Path
+    drawn: tuple[str, ...] = ()
 
     def split(self, name: str) -> list[Sample]:
         """The samples of one split, in file order; ``all`` is every sample. None at all is an InputError."""
@@ -201,16 +205,17 @@ def with_splits(
     splits = {sample.split for sample in catalog.samples}
     if unsplit and len(unsplit) < len(catalog.samples):
         raise InputError(f"{len(unsplit)} images have no split ({listing(unsplit, 3)}); give all a split or none")
+    drawn: tuple[str, ...] = ()
     if unsplit:
-        samples = _hold_out(catalog.samples, {"test": test, "val": val}, seed)
+        samples, drawn = _hold_out(catalog.samples, {"test": test, "val": val}, seed), SPLITS
     elif "train" in splits and "val" not in splits:
         held = _hold_out([s for s in catalog.samples if s.split == "train"], {"val": val}, seed)
-        samples = (*held, *(s for s in catalog.samples if s.split != "train"))
+        samples, drawn = (*held, *(s for s in catalog.samples if s.split != "train")), ("train", "val")
     else:
         samples = catalog.samples
     if refuse_leaks and (leaks := list(groups_in_several_splits(samples))):
         raise InputError(f"{len(leaks)} groups lie in several splits: {listing(leaks, 5)}; keep each in one split")
-    return replace(catalog, samples=tuple(samples))
+    return replace(catalog, samples=tuple(samples), drawn=drawn)
 
 
 def _hold_out(samples: Iterable[Sample], shares: dict[str, float], seed: int) -> tuple[Sample, ...]:

@@ -58,7 +58,7 @@ def measure_beside(
         raise InputError(f"{wrong[0]} has other classes than {run.folder}; expected the same ones")
     found = []
     for one in runs:
-        dataset, catalog = open_split(DataConfig(**run.data), split, run.class_names, one.transform)
+        dataset, catalog = open_split(DataConfig(**run.data), split, run.class_names, one.transform, run.folder)
         known = {sample.name: sample for sample in catalog.samples}
         one.model.to(device)
         measured = measure(one, dataset, split, known, device, num_workers, resamples, faithfulness)

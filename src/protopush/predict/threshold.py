@@ -18,12 +18,12 @@ from protopush.data.features import inference_batch_size
 from protopush.data.files import default_cache_dir, read_json, write_json
 from protopush.data.images import sha256_of
 from protopush.data.manifest import DataConfig, Sample
-from protopush.data.sources import load_catalog
 from protopush.distributed import all_gather_objects, broadcast_from_rank_zero, raise_on_all_ranks
 from protopush.errors import InputError, first_line
 from protopush.models.model_folder import Run
 from protopush.predict.inputs import DIGITS, Outputs, Strings, own_share, run_over
 from protopush.runs.progress import bar
+from protopush.runs.split_record import open_catalog
 
 logger = logging.getLogger("protopush.predict")
 
@@ -123,7 +123,7 @@ def calibrate(
 def _drawn(run: Run, data: DataConfig) -> list[tuple[str, list[str]]] | str:
     """The images that a threshold is set on and measured on, in words and as files; or why there are none."""
     try:
-        catalog = load_catalog(data.path, data.source, classes=run.class_names, seed=data.split_seed)
+        catalog = open_catalog(data, run.class_names, run.folder)
         val = catalog.split("val")
     except (InputError, OSError) as error:
         return first_line(error)

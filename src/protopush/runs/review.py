@@ -145,7 +145,7 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
     kind, state, past = wish.kind(), state_of(run.folder), load_decisions(run.folder)
     holding = in_force(past)
     named = named_prototype(run, wish.prototype) if wish.prototype is not None else {}
-    train, catalog = open_split(DataConfig(**data), "train", run.class_names, run.transform)
+    train, catalog = open_split(DataConfig(**data), "train", run.class_names, run.transform, run.folder)
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)
     if wish.masks or any(made.kind == "mask" for made in holding):

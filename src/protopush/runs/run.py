@@ -20,7 +20,6 @@ from protopush.data.features import inference_batch_size
 from protopush.data.files import read_json
 from protopush.data.images import check_images, sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample
-from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
 from protopush.metrics.classification import classification_metrics
@@ -29,6 +28,7 @@ from protopush.models.model_folder import Run, read_run
 from protopush.nn.head import HeadOptimal
 from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
+from protopush.runs.split_record import never_trained, open_catalog
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -93,17 +93,19 @@ def quiet() -> Iterator[None]:
 
 
 def open_split(
-    data: DataConfig, split: str, class_names: list[str], transform: EvalTransform
+    data: DataConfig, split: str, class_names: list[str], transform: EvalTransform, folder: Path
 ) -> tuple[ImageDataset, Catalog]:
-    """One split of a source for a trained model, each of its images checked.
+    """One split of a source for the model of the run in ``folder``, each of its images checked.
+
+    An image has the split that it had in training; none that was trained on is validated or tested on.
 
     Raises:
         InputError: unknown labels, unreadable images, an empty split.
     """
-    catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
+    catalog = open_catalog(data, class_names, folder)
     samples = catalog.split(split)
-    check_samples(samples)
-    return ImageDataset(samples, transform), catalog
+    hashes = check_samples(samples)
+    return ImageDataset(never_trained(samples, hashes, folder, split), transform), catalog
 
 
 def check_samples(samples: Sequence[Sample]) -> dict[str, str]:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from protopush.data.images import read_image
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.data.sources import load_catalog
 from protopush.errors import InputError, listing
 from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
@@ -21,6 +20,7 @@ from protopush.push.certificate import file_within
 from protopush.runs.decisions import FORBIDDING, Decision, Replacement, in_force, load_decisions, new_decision, state_of
 from protopush.runs.reanchor import Allowed, Slot, level_of, put_back, standing, taken, text_of
 from protopush.runs.review import carry_out, holds, refuse_other_images
+from protopush.runs.split_record import open_catalog
 
 Move = tuple[int, Replacement]  # away from a place, with its decision's place in the log
 Moves = dict[Slot, list[Move]]
@@ -48,8 +48,7 @@ def undo(
     undone = _to_undo(past, decision_id)
     named = {name: getattr(undone, name) for name in ("class_name", "prototype", "file", "sha256")}
     decision = new_decision(past, "undo", reason, who, undoes=undone.id, **named)
-    config = DataConfig(**data)
-    catalog = load_catalog(config.path, config.source, classes=run.class_names, seed=config.split_seed)
+    catalog = open_catalog(DataConfig(**data), run.class_names, run.folder)
     refuse_other_images(run, catalog.root, [])
     new_run = replace(run, root=catalog.root.resolve(), data=data)
     change = partial(_go_back, run, [*past, decision], undone, catalog, device)

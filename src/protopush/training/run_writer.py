@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 import yaml
 
 from protopush.data.files import atomic
+from protopush.data.manifest import Sample
 from protopush.distributed import broadcast_from_rank_zero, rank_and_size
 from protopush.errors import InputError, first_line, listing
 from protopush.models.stored_run import current_versions, version_change
 from protopush.push.certificate import refuse_newer
+from protopush.runs.split_record import write_split
 from protopush.training.config import RunConfig
 from protopush.training.tracking import Trackers
 
@@ -86,18 +88,23 @@ class RunWriter:
     Nothing is written before :meth:`start` or :meth:`resume`.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, samples: Sequence[Sample] = (), hashes: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.samples, self.hashes = samples, hashes or {}
         self.trackers = Trackers()
 
     def start(self) -> None:
-        """An empty folder with ``config.yaml``: every option as it was resolved."""
+        """An empty folder with ``config.yaml``, every option as it was resolved, and ``split.csv`` of the samples."""
 
         def write() -> None:
             clear_folder(self.folder)
             with atomic(self.folder / "config.yaml") as file:
                 file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+            if self.samples:
+                write_split(self.folder, self.samples, self.hashes)
 
         broadcast_from_rank_zero(write)
         self._track(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective
 from protopush.nn.priors import read_prior, seen_more, shares_of, trained_prior
 from protopush.runs.progress import bar
 from protopush.runs.run import check_samples, make_fabric
+from protopush.runs.split_record import open_catalog
 from protopush.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -172,15 +174,20 @@ class Job:
         ).to(self.fabric.device)  # fmt: skip
 
 
-def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
-    """Read the data's table, check every image, build the model; ``fabric``, launched already, is else one device's.
+def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None = None) -> Job:
+    """Read the data's table, check every image, build the model.
+
+    Args:
+        config: of the run.
+        fabric: launched already; else one device's.
+        folder: of a run that goes on, whose images keep their splits.
 
     Raises:
         InputError: anything that would make the run fail or mean nothing.
     """
     config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
-    catalog = broadcast_from_rank_zero(lambda: _catalog(config))
+    catalog = broadcast_from_rank_zero(lambda: _catalog(config, folder))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
     if not config.data.allow_duplicates:
         refuse_duplicates(catalog.samples, hashes)
@@ -205,9 +212,12 @@ def prepare(config: RunConfig, fabric: Fabric | None = None) -> Job:
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares, division)
 
 
-def _catalog(config: RunConfig) -> Catalog:
+def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     data, prior = config.data, config.train.prior
-    catalog = load_catalog(data.path, data.source, seed=data.split_seed)
+    if folder is None:
+        catalog = load_catalog(data.path, data.source, seed=data.split_seed)
+    else:
+        catalog = open_catalog(data, None, folder)
     require_training_images(catalog)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")

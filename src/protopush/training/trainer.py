@@ -56,8 +56,8 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
     if whole:
         logger.info("%s is whole: nothing is left to do", out)
         return open_run(out)
-    job = prepare(config, fabric)
-    with RunWriter(out, config) as writer:
+    job = prepare(config, fabric, out if saved else None)
+    with RunWriter(out, config, job.catalog.samples, job.hashes) as writer:
         stage = fit(job, writer, saved)
         final_push(job, stage, writer)
         run = _save(job, out)

@@ -1,0 +1,105 @@
+"""Splits of a run, as its training had them: ``split.csv`` in its folder, which later commands keep to."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from protopush.data.files import atomic
+from protopush.data.images import sha256_of
+from protopush.data.manifest import Catalog, DataConfig, Sample, rows_of
+from protopush.data.sources import load_catalog
+from protopush.errors import InputError, listing
+
+logger = logging.getLogger("protopush.runs")
+
+FILE = "split.csv"
+COLUMNS = ("name", "sha256", "split", "group")
+LOOKED_AT = 20  # files that say whether images are those of the training
+NEW = "new"  # the split of images that came after the training, where no source says another
+
+
+def write_split(folder: Path, samples: Sequence[Sample], hashes: Mapping[str, str]) -> None:
+    """Write ``split.csv``: each image's name, the SHA-256 of its file, its split and its group."""
+    with atomic(folder / FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((s.name, hashes[s.name], s.split, s.group or "") for s in samples)
+
+
+def read_split(folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of ``split.csv`` by name; none where the run is older than that file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not (folder / FILE).is_file():
+        return {}
+    return {row["name"]: row for row in rows_of(folder / FILE, COLUMNS, "the splits of a run")}
+
+
+def open_catalog(data: DataConfig, class_names: Sequence[str] | None, folder: Path) -> Catalog:
+    """The samples of a source for the run in a folder; of the training's own images, each with the split it had then.
+
+    Where training has drawn splits, images that came later have the split ``new``, and are in none of the three. What
+    is new or missing is named in the log.
+
+    Raises:
+        InputError: what the source raises.
+    """
+    catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
+    recorded = read_split(folder)
+    return with_recorded(catalog, recorded) if _is_own(catalog, recorded) else catalog
+
+
+def with_recorded(catalog: Catalog, recorded: Mapping[str, Mapping[str, str]]) -> Catalog:
+    """The catalog with the splits of a training's record."""
+    samples, new = [], []
+    for sample in catalog.samples:
+        row = recorded.get(sample.name)
+        if row is None:
+            new.append(sample.name)
+        split = row["split"] if row else NEW if sample.split in catalog.drawn else sample.split
+        samples.append(replace(sample, split=split))
+    missing = recorded.keys() - {sample.name for sample in samples}
+    if new:
+        logger.warning("%d images came after the training: %s", len(new), listing(new, 3))
+    if missing:
+        logger.warning("%d images of the training are missing: %s", len(missing), listing(sorted(missing), 3))
+    return replace(catalog, samples=tuple(samples))
+
+
+def never_trained(samples: Sequence[Sample], hashes: Mapping[str, str], folder: Path, split: str) -> list[Sample]:
+    """The samples of a split to test on, less those whose file was trained on, under whatever name.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    if split not in ("val", "test"):
+        return list(samples)
+    trained = {row["sha256"] for row in read_split(folder).values() if row["split"] == "train"}
+    left = [sample for sample in samples if hashes[sample.name] not in trained]
+    if len(left) < len(samples):
+        gone = [sample.name for sample in samples if hashes[sample.name] in trained]
+        logger.warning("left out of %r, since the run was trained on these files: %s", split, listing(gone, 3))
+    if not left:
+        raise InputError(f"the run was trained on every image of {split!r}; expected others; give --data.path")
+    return left
+
+
+def _is_own(catalog: Catalog, recorded: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether these are the images of the training, wherever they lie now: by most names, and the files of some."""
+    known = [sample for sample in catalog.samples if sample.name in recorded]
+    some = known[:: max(1, len(known) // LOOKED_AT)]
+    same = [_digest(sample.image) == recorded[sample.name]["sha256"] for sample in some]
+    return 2 * len(known) > len(recorded) and 2 * sum(same) > len(same)
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sha256_of(file)
+    except OSError:
+        return ""
