@@ -135,36 +135,91 @@ def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert anchoring.markdown(anchoring.summary(rows)) in docs
 
 
-def test_accuracy_runs_every_arm_once(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
-    import accuracy
-
     make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
     lines = [
         f"images/{name}/{i:03d}.png,{name},{split}"
         for name in ("bird", "cat", "dog")
         for i, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 2)
     ]
-    manifest, out = tmp_path / "manifest.csv", tmp_path / "accuracy.json"
-    manifest.write_text("\n".join(["image,label,split", *lines]))
+    path = tmp_path / "manifest.csv"
+    path.write_text("\n".join(["image,label,split", *lines]))
+    return path
+
+
+def test_accuracy_runs_every_arm_once(manifest, tmp_path, capsys):
+    import accuracy
+
+    out, arms = tmp_path / "accuracy.json", [*accuracy.ARMS, *accuracy.MORE]
     words = [str(manifest), "--seeds", "0", "--positive", "cat", "--backbone", "test_resnet", "--epochs", "5",
              "--head-epochs", "5", "--tuned-epochs", "1", "--image-size", "96", "--workers", "0", "--batch-size", "8",
-             "--runs", str(tmp_path / "runs"), "--out", str(out),
+             "--rates", "1e-3", "3e-2", "--runs", str(tmp_path / "runs"), "--out", str(out),
              "--set", "model.pretrained=false", "model.num_prototypes=2", "trainer.device=cpu"]  # fmt: skip
-    assert accuracy.main([*words, "--throughput", "1"]) == 0
+    assert accuracy.main([*words, "--arms", accuracy.MORE[0]]) == 2
+    assert "run that arm first" in capsys.readouterr().err
+    assert accuracy.main([*words, "--throughput", "1", "--arms", *arms]) == 0
     found = json.loads(out.read_text())
-    assert [row["arm"] for row in found["rows"]] == accuracy.ARMS
+    assert [row["arm"] for row in found["rows"]] == arms
     for row in found["rows"]:
-        assert row["epochs"] == (6 if "tuned" in row["arm"] else 5)
+        assert (row["epochs"] >= 5) if row["arm"] in accuracy.MORE else row["epochs"] == 5 + ("tuned" in row["arm"])
         assert all(0 <= row["test"][name] <= 1 for name in accuracy.METRICS)
+        assert row["val_score"] == row["val_scores"][f"{row['rate']:g}"] == max(row["val_scores"].values())
+        assert row["val_scores"].keys() == {"0.001", "0.03"}
+        assert 0 < row["seconds"] < row["seconds_of_all"]
     assert found["throughput"]["median"] > 0
     assert found["setup"]["image_size"] == 96
     table = capsys.readouterr().out
-    assert table.count("| fine-tuned, live |") == 2  # as it grew, and at the end
+    assert table.count("| fine-tuned, real patches |") == 4  # as it grew, and at the end
     before = out.read_bytes()
-    assert accuracy.main(words) == 0  # all is there: nothing is run again
+    assert accuracy.main([*words, "--arms", *arms]) == 0  # all is there: nothing is run again
     assert out.read_bytes() == before
+
+
+def test_the_black_box_on_windows_sees_the_mean_of_its_windows(manifest):
+    import accuracy
+    import torch
+    from black_box import without_prototypes
+
+    from protopush.training.setup import prepare
+
+    options = accuracy._options([str(manifest), "--workers", "0", "--backbone", "test_resnet", "--set",
+                                 "model.pretrained=false", "model.image_size=96", "trainer.device=cpu"])  # fmt: skip
+    found = {}
+    for arm in ("frozen, black box on windows", "frozen, real patches"):
+        job = prepare(accuracy.config_of(arm, 0, 1e-3, options))
+        found[arm] = (without_prototypes(job) if "black box" in arm else job).model.eval()
+    black, ours = found.values()
+    images = torch.randn(2, 3, 96, 96)
+    assert black.backbone.regions == ours.backbone.regions
+    crops = [images[..., y : y + 64, x : x + 64] for y in (0, 32) for x in (0, 32)]
+    inner = ours.backbone.model.backbone
+    mean = sum(inner(crop).pooled[:, 0] for crop in crops) / 4
+    expected = mean @ black.head.linear.weight.T + black.head.linear.bias
+    assert torch.allclose(black(images).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 10**6])
+@pytest.mark.parametrize("specificity", [0.0, 0.29, 0.9, 1.0])
+def test_sensitivity_at_a_specificity_is_that_of_the_best_threshold(monkeypatch, levels, specificity):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+    import torch
+
+    generator = torch.Generator().manual_seed(levels)
+    for count in (2, 11, 100):
+        scores = torch.randint(0, levels, (count,), generator=generator) / levels  # with few levels: many ties
+        positive = torch.rand(count, generator=generator) < 0.3
+        positive[:2] = torch.tensor([True, False])
+        thresholds = [*scores.tolist(), 2.0]
+        best = max(
+            float((scores[positive] >= threshold).float().mean())
+            for threshold in thresholds
+            if float((scores[~positive] < threshold).double().mean()) >= specificity - 1e-9
+        )
+        assert accuracy.sensitivity_at(specificity, scores, positive) == best
 
 
 def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +227,7 @@ def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     import accuracy
 
     rows = json.loads((BENCHMARKS / "results" / "accuracy.json").read_text())["rows"]
-    assert {row["arm"] for row in rows} == set(accuracy.ARMS)
+    assert {row["arm"] for row in rows} >= {arm for arm in accuracy.ARMS if arm.startswith("frozen")}
     docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.markdown(accuracy.summary(rows)) in docs
 
