@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,6 +231,102 @@ def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["arm"] for row in rows} >= {arm for arm in accuracy.ARMS if arm.startswith("frozen")}
     docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.markdown(accuracy.summary(rows)) in docs
+
+
+def test_starts_are_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import numpy as np
+    import starts
+    import torch
+
+    random = np.random.default_rng(0)
+    centres = np.eye(6)[:4]
+    patches = np.concatenate([centre + 0.05 * random.normal(size=(30 * 2**i, 6)) for i, centre in enumerate(centres)])
+    patches /= np.linalg.norm(patches, axis=1, keepdims=True)
+    owner = np.repeat(range(4), [30, 60, 120, 240])
+    expected = np.stack([patches[owner == i].mean(axis=0) for i in range(4)])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = starts.k_means(patches, 4, np.random.default_rng(2))  # a seed that begins with one patch of each cluster
+    assert np.allclose(found[np.argmax(found @ centres.T, axis=0)], expected, atol=1e-9)
+    assert np.array_equal(found, starts.k_means(patches, 4, np.random.default_rng(2)))
+    assert np.allclose(np.linalg.norm(starts.k_means(np.repeat(patches[:1], 9, axis=0), 4, random), axis=1), 1)
+    for few in (patches[:3], patches[:0]):
+        assert starts.k_means(few, 4, random) is few
+    around = starts.class_means(patches, 500, np.random.default_rng(2))
+    mean = patches.mean(axis=0) / np.linalg.norm(patches.mean(axis=0))
+    assert np.allclose(np.linalg.norm(around, axis=1), 1)
+    assert around.mean(axis=0) / np.linalg.norm(around.mean(axis=0)) @ mean > 0.999
+    assert 0.9 < (around @ mean).min() < (around @ mean).max() <= 1
+    assert len(starts.class_means(patches[:0], 4, random)) == 0
+    assert torch.allclose(
+        starts.frequency_bias(torch.tensor([1, 5, 0])), -torch.tensor([1 / 2, 5 / 2, 1 / 2]).log(), atol=1e-6
+    )
+    array = np.arange(5 * 3 * 2, dtype=np.float16).reshape(5, 3, 2)
+    chosen = np.array([False, True, False, True, True])
+    rows = {tuple(row) for row in array[chosen].reshape(-1, 2)}
+    drawn = [tuple(row) for row in starts.some_patches(array, chosen, 7, random)]
+    assert len(set(drawn)) == 7
+    assert set(drawn) < rows
+    assert {tuple(row) for row in starts.some_patches(array, chosen, 100, random)} == rows
+    assert starts.some_patches(array, ~(chosen | True), 7, random).shape == (0, 2)
+
+
+def test_starts_and_diversity_are_measured(manifest, tmp_path, monkeypatch, capsys):
+    import diversity
+    import starts
+
+    from protopush.training.config import ModelConfig
+
+    tiny = partial(ModelConfig, pretrained=False, num_prototypes=2, image_size=96)
+    monkeypatch.setattr(starts, "ModelConfig", tiny)
+    monkeypatch.setattr(diversity, "ModelConfig", tiny)
+    words = [str(manifest), "--backbone", "test_resnet", "--seeds", "0", "1"]
+    out = tmp_path / "starts.json"
+    arguments = [*words, "--rare", "cat", "--epochs", "5", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    assert starts.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (0, 1) for arm in starts.ARMS]
+    between = {row["arm"]: row["nearest_classes"] for row in rows if row["seed"] == 0}
+    assert between["class mean"] == between["class mean, frequency bias"] < between["random"]
+    before = out.read_bytes()
+    assert starts.main(arguments) == 0
+    assert out.read_bytes() == before
+    out = tmp_path / "diversity.json"
+    assert diversity.main([*words, "--epochs", "6", "--start", "3", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3
+    found = {(row["patches"], row["arm"]): row for row in rows if row["seed"] == 1}
+    for patches in diversity.PATCHES:
+        first, second = (found[patches, arm]["before the first push"] for arm in ("local", "global push"))
+        assert first == second  # until then the same model
+        assert found[patches, "local"]["after it"] != found[patches, "global push"]["after it"]
+    for row in rows:
+        assert row["before the first push"]["images"] is None
+        assert 1 <= row["hard push at the end"]["images"] <= 2
+        assert all(0 <= row[when]["distance"] <= 2 and 1 <= row[when]["rank"] <= 2 for when in diversity.WHEN)
+    assert capsys.readouterr().out.count("| last map | global | hard push at the end |") == 1
+
+
+def test_diversity_measures_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import diversity
+    import torch
+
+    from protopush.nn.prototypes import PrototypeManager
+
+    vectors = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    energy = torch.linalg.eigvalsh((vectors @ vectors.T).double()).clamp(min=0).sqrt()
+    shares = energy / energy.sum()
+    assert diversity.effective_rank(vectors) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+    assert diversity.effective_rank(torch.eye(8)[:5]) == pytest.approx(5)
+    assert diversity.effective_rank(vectors[:1].expand(5, 8)) == pytest.approx(1, abs=1e-5)
+    manager = PrototypeManager(2, [3, 1], 8, 4)
+    found = diversity.measured(manager)
+    own = manager.unit()[0, :3].detach()
+    pairs = [float((own[i] - own[j]).norm()) for i in range(3) for j in range(i)]
+    assert found["distance"] == pytest.approx(sum(pairs) / 3, rel=1e-6)
+    assert found["rank"] == pytest.approx((diversity.effective_rank(own) + 1) / 2)
+    assert (found["alike"], found["images"]) == (0, None)
 
 
 def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
