@@ -65,7 +65,7 @@ KINDS = {
     "floating prototypes": Kind(True, NEVER),
     "real patches": Kind(True, LIVE),
 }
-AS_LONG = {"black box on images, as many seconds": Kind(False, None, as_long=True)}
+AS_LONG = {f"{name}, as many seconds": replace(kind, as_long=True) for name, kind in KINDS.items() if not kind.push}
 ARMS = [f"{backbone}, {kind}" for backbone in ("frozen", "fine-tuned") for kind in KINDS]
 MORE = [f"{backbone}, {kind}" for backbone in ("frozen", "fine-tuned") for kind in AS_LONG]
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "sensitivity_at_90")
@@ -170,10 +170,11 @@ def run_arm(arm: str, seed: int, rows: list[dict[str, Any]], options: argparse.N
 
 
 def _more_epochs(arm: str, seed: int, rows: list[dict[str, Any]]) -> float:
-    """How many times the epochs of the black box on images fit in the seconds of real patches with the same seed."""
-    backbone, seconds = arm.split(", ")[0], {row["arm"]: row["seconds"] for row in rows if row["seed"] == seed}
+    """How many times the epochs of a black box fit in the seconds of real patches with the same seed."""
+    backbone, kind, _ = arm.split(", ")
+    seconds = {row["arm"]: row["seconds"] for row in rows if row["seed"] == seed}
     try:
-        return max(1.0, seconds[f"{backbone}, real patches"] / seconds[f"{backbone}, black box on images"])
+        return max(1.0, seconds[f"{backbone}, real patches"] / seconds[f"{backbone}, {kind}"])
     except KeyError as missing:
         raise InputError(f"{arm} needs the seconds of {missing} with seed {seed}; run that arm first") from None
 

@@ -30,22 +30,24 @@ from torch.nn import functional as F
 from protopush.data.features import CachedFeatures
 from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
+from protopush.push import PushSchedule
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
-from protopush.training.final_push import final_push
+from protopush.training.final_push import embed_anchors, fit_to_prototypes
 from protopush.training.phases import Frozen, on_validation
-from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job, prepare
-from protopush.training.trainer import fit
+from protopush.training.trainer import Trainer
 
 MOST = 5000  # patches of a class that a start is made of
 SPREAD = 0.3  # length of what is added to a unit class mean, so that prototypes of a class are not the same
-ARMS = {  # the start, and the first epoch with a push
-    "random": ("random", 5),
-    "k-means": ("k-means", 5),
-    "class mean": ("class mean", 5),
-    "class mean, frequency bias": ("class mean, frequency bias", 5),
-    "random, pushed before the first epoch": ("random", 0),
-    "k-means, pushed before the first epoch": ("k-means", 0),
+ARMS = {  # the start, how many epochs come before it, and the first epoch with a push
+    "random": ("random", 0, 5),
+    "k-means": ("k-means", 0, 5),
+    "class mean": ("class mean", 0, 5),
+    "class mean, frequency bias": ("class mean, frequency bias", 0, 5),
+    "random, pushed at once": ("random", 0, 0),
+    "k-means, pushed at once": ("k-means", 0, 0),
+    "k-means at the first push": ("k-means", 5, 5),
+    "class mean at the first push": ("class mean", 5, 5),
 }
 
 
@@ -59,7 +61,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the head")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--runs", type=Path, default=Path("runs/starts"), help="where runs are written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/starts.json"))
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING)
@@ -82,8 +83,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train from a start; the numbers of the validation split, and how far apart prototypes and classes were."""
-    start, first = ARMS[arm]
+    """Train from a start; the numbers of the validation split, and how near two classes were at the start."""
+    start, before, first = ARMS[arm]
     config = RunConfig(
         data=DataConfig(path=options.manifest, source="manifest", num_workers=0),
         model=ModelConfig(backbone=options.backbone),
@@ -91,19 +92,27 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         train=TrainConfig(seed=seed, lr=options.rate, epochs=options.epochs),
     )
     job = prepare(config)
-    features = Frozen(job).plain_train_loader.dataset
+    stage, schedule = Frozen(job), PushSchedule(first, 5)
+    features = stage.plain_train_loader.dataset
     assert isinstance(features, CachedFeatures)
-    begin(job, features, start, seed)
-    prototypes = job.head.proto_manager.unit().detach()
-    centres = F.normalize(prototypes.mean(dim=1), dim=1)
-    with RunWriter(options.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}", config) as writer:
-        stage = fit(job, writer)
-        final_push(job, stage, writer)
+    job.fabric.seed_everything(seed, verbose=False)
+    trainer = Trainer(job, stage, 0, options.epochs)
+    for epoch in range(options.epochs + 1):  # as a run does, but for the start
+        if epoch == before:
+            begin(job, features, start, seed)
+            nearest = torch.pdist(F.normalize(job.head.proto_manager.unit().detach().mean(dim=1), dim=1)).min()
+        if epoch == first == 0 or (epoch and schedule.due(epoch - 1, lr=trainer.rate_after(epoch - 1), peak_lr=1.0)):
+            trainer.push(epoch, None)
+        if epoch < options.epochs:
+            trainer.epoch(epoch)
+            trainer.validate(f"epoch {epoch + 1}")
+    trainer.best.restore()
+    embed_anchors(job)
+    fit_to_prototypes(job, stage)
     metrics = on_validation(job, stage)
     assert metrics is not None
     recall = {name: metrics["per_class"][name]["sensitivity"] for name in options.rare}
-    between = torch.pdist(centres).min()
-    row = {"arm": arm, "seed": seed, "nearest_classes": float(between), "weights": stage.weights}
+    row = {"arm": arm, "seed": seed, "nearest_classes": float(nearest), "best": trainer.best.where}
     return row | {name: metrics[name] for name in ("balanced_accuracy", "auroc", "ece")} | {"recall": recall}
 
 
@@ -112,7 +121,7 @@ def begin(job: Job, features: CachedFeatures, start: str, seed: int) -> None:
     """Put the prototypes, and with a frequency bias the biases, where a run is to start; the same for a seed."""
     manager, labels = job.head.proto_manager, np.array(features.labels)
     random = np.random.default_rng(seed)
-    job.head.eval()  # without dropout
+    job.head.eval()  # without dropout; an epoch begins with train()
     for c, (first, end) in enumerate(manager.get_prototype_indices()) if start != "random" else ():
         patches = some_patches(features.array, labels == c, MOST, random)
         embedded = job.head.embed(torch.from_numpy(patches).float().to(job.fabric.device)).cpu().double().numpy()

@@ -282,7 +282,7 @@ def test_starts_and_diversity_are_measured(manifest, tmp_path, monkeypatch, caps
     monkeypatch.setattr(diversity, "ModelConfig", tiny)
     words = [str(manifest), "--backbone", "test_resnet", "--seeds", "0", "1"]
     out = tmp_path / "starts.json"
-    arguments = [*words, "--rare", "cat", "--epochs", "5", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    arguments = [*words, "--rare", "cat", "--epochs", "6", "--out", str(out)]
     assert starts.main(arguments) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (0, 1) for arm in starts.ARMS]
