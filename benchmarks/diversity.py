@@ -116,17 +116,22 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: mean (deviation) over seeds, a row for each arm and moment."""
-    titles = ["when", "mean distance", "effective rank", "alike", "images named", "seeds"]
-    lines = ["| patches | prototypes | " + " | ".join(titles) + " |", "| --- | --- |" + " --- |" * len(titles)]
-    for patches, arm, when in product(PATCHES, ARMS, WHEN):
-        own = [row[when] for row in rows if (row["patches"], row["arm"]) == (patches, arm)]
+    """The table: mean distance (deviation over seeds) / effective rank at each moment."""
+    titles = ["patches", "prototypes", *WHEN, "of them all but equal", "images named by a class", "seeds"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for patches, arm in product(PATCHES, ARMS):
+        own = [row for row in rows if (row["patches"], row["arm"]) == (patches, arm)]
         if own:
-            cells = ["{:.3f} ({:.3f})".format(*spread([one[name] for one in own])) for name in ("distance", "rank")]
-            cells.append("{:.1f} ({:.1f})".format(*spread([one["alike"] for one in own])))
-            named = [one["images"] for one in own if one["images"] is not None]
-            cells += ["{:.1f} ({:.1f})".format(*spread(named)) if named else "-", str(len(own))]
-            lines.append(f"| {patches} | {arm} | {when} | " + " | ".join(cells) + " |")
+            found = {
+                (when, name): spread([row[when][name] for row in own]) for when in WHEN for name in ("distance", "rank")
+            }
+            cells = [
+                "{:.3f} ({:.3f}) / {:.1f}".format(*found[when, "distance"], found[when, "rank"][0]) for when in WHEN
+            ]
+            cells += [
+                "{:.1f} ({:.1f})".format(*spread([row[WHEN[-1]][name] for row in own])) for name in ("alike", "images")
+            ]
+            lines.append(f"| {patches} | {arm} | " + " | ".join([*cells, str(len(own))]) + " |")
     return "\n".join(lines)
 
 
