@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -327,6 +328,14 @@ def test_diversity_measures_what_it_says(monkeypatch):
     assert found["distance"] == pytest.approx(sum(pairs) / 3, rel=1e-6)
     assert found["rank"] == pytest.approx((diversity.effective_rank(own) + 1) / 2)
     assert (found["alike"], found["images"]) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["diversity", "starts"])
+def test_the_push_page_shows_what_was_measured(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["rows"]
+    docs = (BENCHMARKS.parent / "docs" / "push.md").read_text(encoding="utf-8")
+    assert importlib.import_module(name).markdown(rows) in docs
 
 
 def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
