@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("manifest", help="CSV image,label,split[,group]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--rare", nargs="+", default=["df", "vasc", "akiec"], help="classes whose recall is reported")
+    parser.add_argument("--rare", nargs="+", default=["df", "vasc", "akiec"], help="classes of which more is reported")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the head")
     parser.add_argument("--epochs", type=int, default=15)
@@ -111,9 +111,9 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     fit_to_prototypes(job, stage)
     metrics = on_validation(job, stage)
     assert metrics is not None
-    recall = {name: metrics["per_class"][name]["sensitivity"] for name in options.rare}
+    rare = {name: {key: metrics["per_class"][name][key] for key in ("sensitivity", "auroc")} for name in options.rare}
     row = {"arm": arm, "seed": seed, "nearest_classes": float(nearest), "best": trainer.best.where}
-    return row | {name: metrics[name] for name in ("balanced_accuracy", "auroc", "ece")} | {"recall": recall}
+    return row | {name: metrics[name] for name in ("balanced_accuracy", "auroc", "ece")} | {"rare": rare}
 
 
 @torch.no_grad()
@@ -171,20 +171,21 @@ def frequency_bias(counts: Tensor) -> Tensor:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: mean (deviation) over seeds."""
-    rare = list(rows[0]["recall"])
+    rare = list(rows[0]["rare"])
     titles = [
         "bal. accuracy",
         "AUROC",
         "ECE",
-        *(f"recall {name}" for name in rare),
-        "nearest classes at the start",
-        "seeds",
+        *(f"{name}: recall" for name in rare),
+        *(f"{name}: AUROC" for name in rare),
     ]
+    titles += ["nearest classes at the start", "seeds"]
     lines = ["| start | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm]
         columns = [[row[name] for row in own] for name in ("balanced_accuracy", "auroc", "ece")]
-        columns += [[row["recall"][name] for row in own] for name in rare] + [[row["nearest_classes"] for row in own]]
+        columns += [[row["rare"][name][key] for row in own] for key in ("sensitivity", "auroc") for name in rare]
+        columns.append([row["nearest_classes"] for row in own])
         if own:
             cells = ["{:.3f} ({:.3f})".format(*spread(values)) for values in columns]
             lines.append(f"| {arm} | " + " | ".join([*cells, str(len(own))]) + " |")
