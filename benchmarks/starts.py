@@ -172,21 +172,14 @@ def frequency_bias(counts: Tensor) -> Tensor:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: mean (deviation) over seeds."""
     rare = list(rows[0]["rare"])
-    titles = [
-        "bal. accuracy",
-        "AUROC",
-        "ECE",
-        *(f"{name}: recall" for name in rare),
-        *(f"{name}: AUROC" for name in rare),
-    ]
-    titles += ["nearest classes at the start", "seeds"]
+    titles = ["bal. accuracy", "AUROC", "ECE", *(f"recall {name}" for name in rare), "nearest classes", "seeds"]
     lines = ["| start | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for arm in ARMS:
         own = [row for row in rows if row["arm"] == arm]
-        columns = [[row[name] for row in own] for name in ("balanced_accuracy", "auroc", "ece")]
-        columns += [[row["rare"][name][key] for row in own] for key in ("sensitivity", "auroc") for name in rare]
-        columns.append([row["nearest_classes"] for row in own])
         if own:
+            columns = [[row[name] for row in own] for name in ("balanced_accuracy", "auroc", "ece")]
+            columns += [[row["rare"][name]["sensitivity"] for row in own] for name in rare]
+            columns.append([row["nearest_classes"] for row in own])
             cells = ["{:.3f} ({:.3f})".format(*spread(values)) for values in columns]
             lines.append(f"| {arm} | " + " | ".join([*cells, str(len(own))]) + " |")
     return "\n".join(lines)
