@@ -330,7 +330,7 @@ def test_diversity_measures_what_it_says(monkeypatch):
     assert (found["alike"], found["images"]) == (0, None)
 
 
-@pytest.mark.parametrize("name", ["diversity"])
+@pytest.mark.parametrize("name", ["diversity", "starts"])
 def test_the_push_page_shows_what_was_measured(monkeypatch, name):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     rows = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["rows"]
