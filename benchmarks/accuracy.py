@@ -1,11 +1,11 @@
-"""Prototypes against the black box: one backbone, one loop, one budget, frozen and fine-tuned, over seeds.
+"""Real patches against the black box: the same backbone, images, windows, loop and budget, frozen and fine-tuned.
 
     python benchmarks/accuracy.py manifest.csv --seeds 0 1 2
-    python benchmarks/accuracy.py manifest.csv --seeds 0 --arms "fine-tuned, black box" "fine-tuned, live"
+    python benchmarks/accuracy.py manifest.csv --seeds 0 --arms "fine-tuned, black box on windows"
 
-Frozen: a linear probe and prototypes, on the same features. Fine-tuned: both get the same epochs of the head alone,
-then of the whole model. The best epoch is chosen on the validation split, the numbers are those of the test split.
-Results grow training by training in the JSON file; what is there isn't run again.
+A black box is a linear layer on the pooled feature: of the image, or of its windows (the mean of their features). Each
+arm takes its learning rate of the head from the same list, by the validation split; the numbers are those of the test
+split. Results grow arm by arm in the JSON file; what is there isn't run again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,51 +26,49 @@ import torch
 import yaml
 from black_box import without_prototypes
 from measuring import save, spread
+from torch import Tensor
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import DataConfig
 from protopush.errors import InputError
-from protopush.evaluation.evaluate import evaluate, score_of
-from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig
+from protopush.evaluation.evaluate import predict, score_of
+from protopush.metrics.classification import classification_metrics
+from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig, WindowsConfig
 from protopush.training.final_push import final_push
-from protopush.training.phases import Frozen, Joint, Stage
+from protopush.training.phases import Frozen, Joint, Stage, on_validation
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job, prepare
 from protopush.training.trainer import Trainer, fit
 
 NEVER = PushConfig(start_epoch=10**6)
-HARD = replace(NEVER, unique="image")
 LIVE = PushConfig(start_epoch=5, interval=5, unique="image", anchoring="live")
-PROBE_RATES = (1e-3, 3e-3, 1e-2)  # a linear layer likes larger steps: it may choose, on the validation split
 
 
 @dataclass(frozen=True)
-class Training:
-    """One way to train.
+class Kind:
+    """What is trained on a frozen or on a trained backbone.
 
     Args:
-        tuned: whether the backbone is trained, too.
+        windows: whether the backbone sees windows instead of the image.
         push: the pushes of prototypes; None for a black box.
-        arms: what is tested: a name, and how the run is ended before (None: as it was trained).
-        rates: learning rates of the head to choose from.
+        as_long: as many epochs as real patches have seconds.
     """
 
-    tuned: bool
+    windows: bool
     push: PushConfig | None
-    arms: dict[str, PushConfig | None]
-    rates: tuple[float, ...] = (1e-3,)
+    as_long: bool = False
 
 
-TRAININGS = (
-    Training(False, None, {"frozen, linear probe": None}, PROBE_RATES),
-    Training(False, NEVER, {"frozen, never pushed": None, "frozen, hard": HARD}),
-    Training(False, LIVE, {"frozen, live": LIVE}),
-    Training(True, None, {"fine-tuned, black box": None}),
-    Training(True, NEVER, {"fine-tuned, never pushed": None, "fine-tuned, hard": HARD}),
-    Training(True, LIVE, {"fine-tuned, live": LIVE}),
-)
-ARMS = [arm for training in TRAININGS for arm in training.arms]
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "sensitivity")
+KINDS = {
+    "black box on images": Kind(False, None),
+    "black box on windows": Kind(True, None),
+    "floating prototypes": Kind(True, NEVER),
+    "real patches": Kind(True, LIVE),
+}
+AS_LONG = {f"{name}, as many seconds": replace(kind, as_long=True) for name, kind in KINDS.items() if not kind.push}
+ARMS = [f"{backbone}, {kind}" for backbone in ("frozen", "fine-tuned") for kind in KINDS]
+MORE = [f"{backbone}, {kind}" for backbone in ("frozen", "fine-tuned") for kind in AS_LONG]
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "sensitivity_at_90")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -79,14 +78,11 @@ def main(words: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": []}
     found["setup"] = _setup(options)
-    done = {(row["arm"], row["seed"]) for row in found["rows"]}
     try:
-        for seed, training in product(options.seeds, TRAININGS):
-            again = {(arm, seed) for arm in training.arms}
-            if any(arm in options.arms and (arm, seed) not in done for arm in training.arms):
-                found["rows"] = [row for row in found["rows"] if (row["arm"], row["seed"]) not in again]
-                found["rows"] += run_training(training, seed, options)
-                print(markdown(summary(found["rows"])), flush=True)
+        for seed, arm in product(options.seeds, options.arms):
+            if all((row["arm"], row["seed"]) != (arm, seed) for row in found["rows"]):
+                found["rows"].append(run_arm(arm, seed, found["rows"], options))
+                print(markdown(summary(found["rows"]), options.positive), flush=True)
                 save(found | {"summary": summary(found["rows"])}, options.out)
         if options.throughput:
             found["throughput"] = throughput(options)
@@ -102,8 +98,11 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="CSV image,label,split[,group]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
-    parser.add_argument("--positive", default="mel", help="the class whose sensitivity is told")
+    parser.add_argument("--arms", nargs="*", choices=ARMS + MORE, default=ARMS)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the head, to choose from"
+    )
+    parser.add_argument("--positive", default="mel", help="the class whose sensitivity is reported")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--epochs", type=int, default=15, help="of the head alone, where the backbone is frozen")
     parser.add_argument("--head-epochs", type=int, default=10, help="of the head alone, before fine-tuning")
@@ -124,15 +123,22 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _setup(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("backbone", "epochs", "head_epochs", "tuned_epochs", "image_size", "batch_size", "set")
+    names = ("backbone", "epochs", "head_epochs", "tuned_epochs", "image_size", "batch_size", "rates", "threads", "set")
     return {"manifest": Path(options.manifest).name, **{name: getattr(options, name) for name in names}}
 
 
-def config_of(training: Training, seed: int, rate: float, options: argparse.Namespace) -> RunConfig:
-    """The run of a training: recipes/ham10000.yaml on the last map; a trained backbone has the benchmark's epochs."""
+def kind_of(arm: str) -> tuple[bool, Kind]:
+    """Whether an arm trains the backbone, and what is on it."""
+    backbone, kind = arm.split(", ", 1)
+    return backbone == "fine-tuned", (KINDS | AS_LONG)[kind]
+
+
+def config_of(arm: str, seed: int, rate: float, options: argparse.Namespace) -> RunConfig:
+    """The run of an arm: recipes/ham10000-windows.yaml without masks, or the image as a whole."""
+    tuned, kind = kind_of(arm)
     train = TrainConfig(seed=seed, lr=rate, epochs=options.epochs)
-    model = ModelConfig(backbone=options.backbone, windows=None)  # the last map
-    if training.tuned:
+    model = ModelConfig(backbone=options.backbone, windows=WindowsConfig(64, 32) if kind.windows else None)
+    if tuned:
         train = replace(
             train,
             freeze_backbone=False,
@@ -144,65 +150,95 @@ def config_of(training: Training, seed: int, rate: float, options: argparse.Name
     config = RunConfig(
         data=DataConfig(path=options.manifest, source="manifest", num_workers=options.workers),
         model=model,
-        push=replace(training.push or NEVER),
+        push=replace(kind.push or NEVER),
         train=train,
     )
-    for key, value in (words.split("=") for words in options.set):
+    for key, value in (words.split("=", 1) for words in options.set):
         group, name = key.split(".")
         setattr(getattr(config, group), name, yaml.safe_load(value))
     return config
 
 
-def run_training(training: Training, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train, and test each arm; where there are several rates, that which is best on the validation split."""
-    tried = [_run(training, seed, rate, options) for rate in training.rates]
-    return max(tried, key=lambda rows: rows[0]["val_score"])
+def run_arm(arm: str, seed: int, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Train with each rate; the row of that which is best on the validation split, tested."""
+    more = _more_epochs(arm, seed, rows) if kind_of(arm)[1].as_long else 1.0
+    tried = [_run(arm, seed, rate, more, options) for rate in options.rates]
+    job, stage, row = max(tried, key=lambda one: one[2]["val_score"])
+    scores = {f"{row['rate']:g}": row["val_score"] for *_, row in tried}
+    row |= {"val_scores": scores, "seconds_of_all": sum(row["seconds"] for *_, row in tried)}
+    return row | {"test": _test(job, stage, options.positive)}
 
 
-def _run(training: Training, seed: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    job = prepare(config_of(training, seed, rate, options))
-    job = job if training.push else without_prototypes(job)
-    name = list(training.arms)[-1].replace(", ", "-").replace(" ", "-")
-    folder, rows = options.runs / name / f"{seed}-{rate:g}", []
+def _more_epochs(arm: str, seed: int, rows: list[dict[str, Any]]) -> float:
+    """How many times the epochs of a black box fit in the seconds of real patches with the same seed."""
+    backbone, kind, _ = arm.split(", ")
+    seconds = {row["arm"]: row["seconds"] for row in rows if row["seed"] == seed}
+    try:
+        return max(1.0, seconds[f"{backbone}, real patches"] / seconds[f"{backbone}, {kind}"])
+    except KeyError as missing:
+        raise InputError(f"{arm} needs the seconds of {missing} with seed {seed}; run that arm first") from None
+
+
+def _run(
+    arm: str, seed: int, rate: float, more: float, options: argparse.Namespace
+) -> tuple[Job, Stage, dict[str, Any]]:
+    config = config_of(arm, seed, rate, options)
+    head = config.train.head_epochs
+    tuned = math.ceil((config.train.epochs - head) * more)
+    config.train.head_epochs = math.ceil(head * more)
+    config.train.epochs = config.train.head_epochs + tuned
+    job = prepare(config)
+    _, kind = kind_of(arm)
+    job = job if kind.push else without_prototypes(job)
+    folder = options.runs / arm.replace(", ", "-").replace(" ", "-") / f"{seed}-{rate:g}"
     with RunWriter(folder, job.config) as writer:
         stage = fit(job, writer)
-        for arm, end in training.arms.items():
-            if end is not None:
-                job.config.push = end
-                final_push(job, stage, writer)
-            told = {"arm": arm, "seed": seed, "rate": rate, **_history(folder)}
-            rows.append(told | {"test": _test(job, stage, options)})
-    return rows
+        if kind.push == LIVE:
+            final_push(job, stage, writer)
+    metrics = on_validation(job, stage)
+    if metrics is None:
+        raise InputError("no validation images, by which learning rates are chosen; give some the split val")
+    row = {"arm": arm, "seed": seed, "rate": rate, "val_score": score_of(metrics, "mean"), "weights": stage.weights}
+    return job, stage, row | _history(folder, len(job.train))
 
 
-def _history(folder: Path) -> dict[str, Any]:
-    """The best validation score, the epochs it was reached among, and the speed of the last epoch."""
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    epochs = [row for row in epochs if "epoch" in row]
-    best = max(epochs, key=lambda row: score_of(row["val"], "mean"))
-    return {
-        "val_score": score_of(best["val"], "mean"),
-        "best_epoch": best["epoch"],
-        "epochs": len(epochs),
-        "images_per_second": epochs[-1]["images_per_second"],
-    }
+def _history(folder: Path, images: int) -> dict[str, Any]:
+    """How many epochs there were, the seconds of all epochs and pushes, and the speed of the middle epoch."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["images_per_second"] for row in rows if "epoch" in row]
+    seconds = sum(images / speed for speed in speeds) + sum(row.get("seconds", 0.0) for row in rows)
+    return {"epochs": len(speeds), "seconds": seconds, "images_per_second": median(speeds)}
 
 
-def _test(job: Job, stage: Stage, options: argparse.Namespace) -> dict[str, float]:
-    images = ImageDataset(job.catalog.split("test"), job.transform)
+def _test(job: Job, stage: Stage, positive: str) -> dict[str, float]:
+    images, classes = ImageDataset(job.catalog.split("test"), job.transform), list(job.catalog.classes)
     loader = job.loader(stage.features(job, images, "test") if isinstance(stage, Frozen) else images)
-    metrics = evaluate(stage.model, loader, job.fabric.device, list(job.catalog.classes))
-    metrics["sensitivity"] = metrics["per_class"][options.positive]["sensitivity"]
+    found = predict(stage.model, loader, job.fabric.device)
+    metrics = classification_metrics(found.probabilities, found.labels, classes)
+    scores, is_positive = found.probabilities[:, classes.index(positive)], found.labels == classes.index(positive)
+    metrics["sensitivity_at_90"] = sensitivity_at(0.9, scores, is_positive)
     return {name: metrics[name] for name in METRICS}
 
 
+def sensitivity_at(specificity: float, scores: Tensor, positive: Tensor) -> float:
+    """The largest share of positives that a threshold finds while it leaves so many of the others alone.
+
+    Example:
+        >>> scores = torch.tensor([0.9, 0.6, 0.3, 0.7, 0.5, 0.4, 0.2])
+        >>> sensitivity_at(0.75, scores, torch.tensor([True, True, True, False, False, False, False]))
+        0.6666666865348816
+    """
+    others = scores[~positive].sort(descending=True).values
+    allowed = math.floor((1 - specificity) * len(others) + 1e-9)  # of the others may be called positive
+    return float((scores[positive] > others[allowed]).float().mean()) if allowed < len(others) else 1.0
+
+
 def throughput(options: argparse.Namespace) -> dict[str, Any]:
-    """Training images a second of prototypes (live) and of the black box: epochs over the same 2,048 images, in turn.
+    """Training images a second of real patches and of the black box: epochs over the same 2,048 images, in turn.
 
     So many that embedding the live anchors anew, once an epoch, weighs as much as in a run over 4,189 images.
     """
-    tuned = {arm: training for training in TRAININGS for arm in training.arms if training.tuned}
-    trainers = {name: _trainer(tuned[name], options) for name in ("fine-tuned, black box", "fine-tuned, live")}
+    trainers = {arm: _trainer(arm, options) for arm in ("fine-tuned, black box on windows", "fine-tuned, real patches")}
     for trainer in trainers.values():  # warm
         trainer.epoch(0)
     speeds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -214,10 +250,10 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     return {"images_per_second": speeds, "ratios": ratios, "median": median(ratios), "goal": ">= 0.95"}
 
 
-def _trainer(training: Training, options: argparse.Namespace) -> Trainer:
-    job = prepare(config_of(training, 0, 1e-3, options))
+def _trainer(arm: str, options: argparse.Namespace) -> Trainer:
+    job = prepare(config_of(arm, 0, options.rates[0], options))
     job.train.samples = job.train.samples[:2048]
-    job = job if training.push else without_prototypes(job)
+    job = job if kind_of(arm)[1].push else without_prototypes(job)
     trainer = Trainer(job, Joint(job), 0, options.throughput + 1)
     if job.head.anchoring == "live":
         trainer.push(0, None)
@@ -227,27 +263,28 @@ def _trainer(training: Training, options: argparse.Namespace) -> Trainer:
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, an entry for each arm."""
     entries = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in sorted({row["arm"] for row in rows}, key=(ARMS + MORE).index):
         own = [row for row in rows if row["arm"] == arm]
-        entry: dict[str, Any] = {"arm": arm, "seeds": len(own)}
-        for name in METRICS:
-            entry[name] = spread([row["test"][name] for row in own])
-        entry["images_per_second"] = spread([row["images_per_second"] for row in own])
-        entries.append(entry)
+        entry: dict[str, Any] = {"arm": arm, "seeds": len(own), "rates": [row["rate"] for row in own]}
+        entry |= {name: spread([row["test"][name] for row in own]) for name in METRICS}
+        names = ("seconds", "seconds_of_all", "images_per_second", "epochs")
+        entries.append(entry | {name: spread([row[name] for row in own]) for name in names})
     return entries
 
 
 def markdown(entries: list[dict[str, Any]], positive: str = "mel") -> str:
     """The table: mean (deviation) over seeds; a single seed has no deviation."""
-    titles = ["accuracy", "bal. accuracy", "macro F1", "AUROC", "ECE", f"sensitivity {positive}", "images/s", "seeds"]
+    titles = ["accuracy", "bal. accuracy", "macro F1", "AUROC", "ECE", f"{positive}: sensitivity at 90 % specificity",
+              "epochs", "seconds (all rates)", "images/s", "rates", "seeds"]  # fmt: skip
     lines = ["| arm | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for entry in entries:
         cells = [
             f"{mean:.3f}" + (f" ({spread:.3f})" if entry["seeds"] > 1 else "")
             for mean, spread in map(entry.get, METRICS)
         ]
-        cells += [f"{entry['images_per_second'][0]:.0f}", str(entry["seeds"])]
-        lines.append(f"| {entry['arm']} | " + " | ".join(cells) + " |")
+        cells += [f"{entry['epochs'][0]:.0f}", f"{entry['seconds'][0]:.0f} ({entry['seconds_of_all'][0]:.0f})"]
+        cells += [f"{entry['images_per_second'][0]:.0f}", ", ".join(f"{rate:g}" for rate in entry["rates"])]
+        lines.append(f"| {entry['arm']} | " + " | ".join([*cells, str(entry["seeds"])]) + " |")
     return "\n".join(lines)
 
 

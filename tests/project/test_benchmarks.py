@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,36 +137,91 @@ def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert anchoring.markdown(anchoring.summary(rows)) in docs
 
 
-def test_accuracy_runs_every_arm_once(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
-    import accuracy
-
     make_images(tmp_path / "images", ["bird", "cat", "dog"], 10)
     lines = [
         f"images/{name}/{i:03d}.png,{name},{split}"
         for name in ("bird", "cat", "dog")
         for i, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 2)
     ]
-    manifest, out = tmp_path / "manifest.csv", tmp_path / "accuracy.json"
-    manifest.write_text("\n".join(["image,label,split", *lines]))
+    path = tmp_path / "manifest.csv"
+    path.write_text("\n".join(["image,label,split", *lines]))
+    return path
+
+
+def test_accuracy_runs_every_arm_once(manifest, tmp_path, capsys):
+    import accuracy
+
+    out, arms = tmp_path / "accuracy.json", [*accuracy.ARMS, *accuracy.MORE]
     words = [str(manifest), "--seeds", "0", "--positive", "cat", "--backbone", "test_resnet", "--epochs", "5",
              "--head-epochs", "5", "--tuned-epochs", "1", "--image-size", "96", "--workers", "0", "--batch-size", "8",
-             "--runs", str(tmp_path / "runs"), "--out", str(out),
+             "--rates", "1e-3", "3e-2", "--runs", str(tmp_path / "runs"), "--out", str(out),
              "--set", "model.pretrained=false", "model.num_prototypes=2", "trainer.device=cpu"]  # fmt: skip
-    assert accuracy.main([*words, "--throughput", "1"]) == 0
+    assert accuracy.main([*words, "--arms", accuracy.MORE[0]]) == 2
+    assert "run that arm first" in capsys.readouterr().err
+    assert accuracy.main([*words, "--throughput", "1", "--arms", *arms]) == 0
     found = json.loads(out.read_text())
-    assert [row["arm"] for row in found["rows"]] == accuracy.ARMS
+    assert [row["arm"] for row in found["rows"]] == arms
     for row in found["rows"]:
-        assert row["epochs"] == (6 if "tuned" in row["arm"] else 5)
+        assert (row["epochs"] >= 5) if row["arm"] in accuracy.MORE else row["epochs"] == 5 + ("tuned" in row["arm"])
         assert all(0 <= row["test"][name] <= 1 for name in accuracy.METRICS)
+        assert row["val_score"] == row["val_scores"][f"{row['rate']:g}"] == max(row["val_scores"].values())
+        assert row["val_scores"].keys() == {"0.001", "0.03"}
+        assert 0 < row["seconds"] < row["seconds_of_all"]
     assert found["throughput"]["median"] > 0
     assert found["setup"]["image_size"] == 96
     table = capsys.readouterr().out
-    assert table.count("| fine-tuned, live |") == 2  # as it grew, and at the end
+    assert table.count("| fine-tuned, real patches |") == 4  # as it grew, and at the end
     before = out.read_bytes()
-    assert accuracy.main(words) == 0  # all is there: nothing is run again
+    assert accuracy.main([*words, "--arms", *arms]) == 0  # all is there: nothing is run again
     assert out.read_bytes() == before
+
+
+def test_the_black_box_on_windows_sees_the_mean_of_its_windows(manifest):
+    import accuracy
+    import torch
+    from black_box import without_prototypes
+
+    from protopush.training.setup import prepare
+
+    options = accuracy._options([str(manifest), "--workers", "0", "--backbone", "test_resnet", "--set",
+                                 "model.pretrained=false", "model.image_size=96", "trainer.device=cpu"])  # fmt: skip
+    found = {}
+    for arm in ("frozen, black box on windows", "frozen, real patches"):
+        job = prepare(accuracy.config_of(arm, 0, 1e-3, options))
+        found[arm] = (without_prototypes(job) if "black box" in arm else job).model.eval()
+    black, ours = found.values()
+    images = torch.randn(2, 3, 96, 96)
+    assert black.backbone.regions == ours.backbone.regions
+    crops = [images[..., y : y + 64, x : x + 64] for y in (0, 32) for x in (0, 32)]
+    inner = ours.backbone.model.backbone
+    mean = sum(inner(crop).pooled[:, 0] for crop in crops) / 4
+    expected = mean @ black.head.linear.weight.T + black.head.linear.bias
+    assert torch.allclose(black(images).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 10**6])
+@pytest.mark.parametrize("specificity", [0.0, 0.29, 0.9, 1.0])
+def test_sensitivity_at_a_specificity_is_that_of_the_best_threshold(monkeypatch, levels, specificity):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+    import torch
+
+    generator = torch.Generator().manual_seed(levels)
+    for count in (2, 11, 100):
+        scores = torch.randint(0, levels, (count,), generator=generator) / levels  # with few levels: many ties
+        positive = torch.rand(count, generator=generator) < 0.3
+        positive[:2] = torch.tensor([True, False])
+        thresholds = [*scores.tolist(), 2.0]
+        best = max(
+            float((scores[positive] >= threshold).float().mean())
+            for threshold in thresholds
+            if float((scores[~positive] < threshold).double().mean()) >= specificity - 1e-9
+        )
+        assert accuracy.sensitivity_at(specificity, scores, positive) == best
 
 
 def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +229,113 @@ def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     import accuracy
 
     rows = json.loads((BENCHMARKS / "results" / "accuracy.json").read_text())["rows"]
-    assert {row["arm"] for row in rows} == set(accuracy.ARMS)
+    assert {row["arm"] for row in rows} >= {arm for arm in accuracy.ARMS if arm.startswith("frozen")}
     docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.markdown(accuracy.summary(rows)) in docs
+
+
+def test_starts_are_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import numpy as np
+    import starts
+    import torch
+
+    random = np.random.default_rng(0)
+    centres = np.eye(6)[:4]
+    patches = np.concatenate([centre + 0.05 * random.normal(size=(30 * 2**i, 6)) for i, centre in enumerate(centres)])
+    patches /= np.linalg.norm(patches, axis=1, keepdims=True)
+    owner = np.repeat(range(4), [30, 60, 120, 240])
+    expected = np.stack([patches[owner == i].mean(axis=0) for i in range(4)])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = starts.k_means(patches, 4, np.random.default_rng(2))  # a seed that begins with one patch of each cluster
+    assert np.allclose(found[np.argmax(found @ centres.T, axis=0)], expected, atol=1e-9)
+    assert np.array_equal(found, starts.k_means(patches, 4, np.random.default_rng(2)))
+    assert np.allclose(np.linalg.norm(starts.k_means(np.repeat(patches[:1], 9, axis=0), 4, random), axis=1), 1)
+    for few in (patches[:3], patches[:0]):
+        assert starts.k_means(few, 4, random) is few
+    around = starts.class_means(patches, 500, np.random.default_rng(2))
+    mean = patches.mean(axis=0) / np.linalg.norm(patches.mean(axis=0))
+    assert np.allclose(np.linalg.norm(around, axis=1), 1)
+    assert around.mean(axis=0) / np.linalg.norm(around.mean(axis=0)) @ mean > 0.999
+    assert 0.9 < (around @ mean).min() < (around @ mean).max() <= 1
+    assert len(starts.class_means(patches[:0], 4, random)) == 0
+    assert torch.allclose(
+        starts.frequency_bias(torch.tensor([1, 5, 0])), -torch.tensor([1 / 2, 5 / 2, 1 / 2]).log(), atol=1e-6
+    )
+    array = np.arange(5 * 3 * 2, dtype=np.float16).reshape(5, 3, 2)
+    chosen = np.array([False, True, False, True, True])
+    rows = {tuple(row) for row in array[chosen].reshape(-1, 2)}
+    drawn = [tuple(row) for row in starts.some_patches(array, chosen, 7, random)]
+    assert len(set(drawn)) == 7
+    assert set(drawn) < rows
+    assert {tuple(row) for row in starts.some_patches(array, chosen, 100, random)} == rows
+    assert starts.some_patches(array, ~(chosen | True), 7, random).shape == (0, 2)
+
+
+def test_starts_and_diversity_are_measured(manifest, tmp_path, monkeypatch, capsys):
+    import diversity
+    import starts
+
+    from protopush.training.config import ModelConfig
+
+    tiny = partial(ModelConfig, pretrained=False, num_prototypes=2, image_size=96)
+    monkeypatch.setattr(starts, "ModelConfig", tiny)
+    monkeypatch.setattr(diversity, "ModelConfig", tiny)
+    words = [str(manifest), "--backbone", "test_resnet", "--seeds", "0", "1"]
+    out = tmp_path / "starts.json"
+    arguments = [*words, "--rare", "cat", "--epochs", "6", "--out", str(out)]
+    assert starts.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in (0, 1) for arm in starts.ARMS]
+    between = {row["arm"]: row["nearest_classes"] for row in rows if row["seed"] == 0}
+    assert between["class mean"] == between["class mean, frequency bias"] < between["random"]
+    before = out.read_bytes()
+    assert starts.main(arguments) == 0
+    assert out.read_bytes() == before
+    out = tmp_path / "diversity.json"
+    assert diversity.main([*words, "--epochs", "6", "--start", "3", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3
+    found = {(row["patches"], row["arm"]): row for row in rows if row["seed"] == 1}
+    for patches in diversity.PATCHES:
+        first, second = (found[patches, arm]["before the first push"] for arm in ("local", "global push"))
+        assert first == second  # until then the same model
+        assert found[patches, "local"]["after it"] != found[patches, "global push"]["after it"]
+    for row in rows:
+        assert row["before the first push"]["images"] is None
+        assert 1 <= row["hard push at the end"]["images"] <= 2
+        assert all(0 <= row[when]["distance"] <= 2 and 1 <= row[when]["rank"] <= 2 for when in diversity.WHEN)
+    assert capsys.readouterr().out.count("| last map | global |") == 1
+
+
+def test_diversity_measures_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import diversity
+    import torch
+
+    from protopush.nn.prototypes import PrototypeManager
+
+    vectors = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    energy = torch.linalg.eigvalsh((vectors @ vectors.T).double()).clamp(min=0).sqrt()
+    shares = energy / energy.sum()
+    assert diversity.effective_rank(vectors) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+    assert diversity.effective_rank(torch.eye(8)[:5]) == pytest.approx(5)
+    assert diversity.effective_rank(vectors[:1].expand(5, 8)) == pytest.approx(1, abs=1e-5)
+    manager = PrototypeManager(2, [3, 1], 8, 4)
+    found = diversity.measured(manager)
+    own = manager.unit()[0, :3].detach()
+    pairs = [float((own[i] - own[j]).norm()) for i in range(3) for j in range(i)]
+    assert found["distance"] == pytest.approx(sum(pairs) / 3, rel=1e-6)
+    assert found["rank"] == pytest.approx((diversity.effective_rank(own) + 1) / 2)
+    assert (found["alike"], found["images"]) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["diversity", "starts"])
+def test_the_push_page_shows_what_was_measured(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["rows"]
+    docs = (BENCHMARKS.parent / "docs" / "push.md").read_text(encoding="utf-8")
+    assert importlib.import_module(name).markdown(rows) in docs
 
 
 def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
