@@ -43,7 +43,9 @@ def logits_of(cosines, weights, bias, kept):
 
 
 def loss_of(logits, labels, share):
-    return sum(s * (math.log(sum(math.exp(v) for v in row)) - row[y]) for row, y, s in zip(logits, labels, share, strict=True))
+    return sum(
+        s * (math.log(sum(math.exp(v) for v in row)) - row[y]) for row, y, s in zip(logits, labels, share, strict=True)
+    )
 
 
 def shares_of(labels, class_weights):
@@ -149,14 +151,13 @@ def test_of_two_that_say_the_same_one_goes_first():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_half_of_the_answers_have_few(seed):
+def test_the_commonest_classes_have_few(seed):
     random = np.random.default_rng(seed)
     classes, rows = int(random.integers(1, 8)), int(random.integers(1, 4))
-    answers = random.choice(classes, size=int(random.integers(1, 60)), p=random.dirichlet(np.full(classes, 0.5)))
-    most = most_per_class(torch.tensor(answers), classes, rows)
+    labels = random.choice(classes, size=int(random.integers(1, 60)), p=random.dirichlet(np.full(classes, 0.5)))
+    most = most_per_class(torch.tensor(labels), classes, rows)
     assert set(most.tolist()) <= {rows, 2 * rows}
-    counts, few = np.bincount(answers, minlength=classes), most.numpy() == rows
-    assert 2 * counts[few].sum() >= len(answers)
-    for size in range(int(few.sum())):  # with fewer classes it can't be had
-        assert all(2 * counts[list(some)].sum() < len(answers) for some in combinations(range(classes), size))
-    assert counts[few].min() >= counts[~few].max(initial=0)
+    counts, few = np.bincount(labels, minlength=classes), most.numpy() == rows
+    assert counts[few].sum() >= 0.75 * len(labels)
+    assert counts[counts > counts[few].min()].sum() < 0.75 * len(labels)  # without the least of them it's not enough
+    assert counts[few].min() > counts[~few].max(initial=0)

@@ -25,24 +25,26 @@ class Choice(NamedTuple):
     loss_after: float
 
 
-def most_per_class(answers: Tensor, num_classes: int, rows: int) -> Tensor:
-    """The most prototypes of each class (C,) with which half of the answers have at most ``rows``, and none over twice.
+def most_per_class(labels: Tensor, num_classes: int, rows: int) -> Tensor:
+    """The most prototypes of each class (C,), so that half of the explanations have few rows and none more than twice.
+
+    ``rows`` for the commonest classes, until they make up three quarters of the images: half would not do, as a model
+    that is trained for a balanced prior answers common classes less often than they occur.
 
     Args:
-        answers: (N,), the class that each image is given.
-        num_classes: C; the classes that are answered most often, until they make up half of the answers, have ``rows``.
-        rows: prototypes of an answer.
+        labels: (N,).
+        num_classes: C.
+        rows: of an explanation, one for each prototype of the class.
 
     Example:
-        >>> most_per_class(torch.tensor([1, 1, 1, 0, 2]), num_classes=4, rows=2)
-        tensor([4, 2, 4, 4])
+        >>> most_per_class(torch.tensor([1, 1, 1, 1, 2, 2, 0]), num_classes=4, rows=2)
+        tensor([4, 2, 2, 4])
     """
-    counts = torch.bincount(answers, minlength=num_classes)
-    order = counts.argsort(descending=True, stable=True)
-    sooner = counts[order].cumsum(0) - counts[order]  # answers of the classes before it
-    most = torch.empty_like(counts)
-    most[order] = torch.where(2 * sooner < len(answers), rows, 2 * rows)
-    return most
+    counts = torch.bincount(labels, minlength=num_classes)
+    ordered = counts.sort(descending=True).values
+    sooner = ordered.cumsum(0) - ordered  # images of the classes before it
+    least = ordered[4 * sooner < 3 * len(labels)].min()  # classes of as many images are alike
+    return torch.where(counts >= least, rows, 2 * rows)
 
 
 def choose_prototypes(
@@ -67,10 +69,11 @@ def choose_prototypes(
     Source: backward elimination (Marill and Green, 1963), on the parts of a sum.
 
     Example:
-        >>> contributions = torch.tensor([[[2.0, 0.0, 1.0]], [[0.0, 2.0, 1.0]]]).expand(2, 2, 3) * torch.eye(2)[..., None]
+        >>> contributions = torch.zeros(2, 2, 3)
+        >>> contributions[0, 0, 1] = contributions[1, 1, 2] = 1.0  # each class has one that knows its image
         >>> bias, used = torch.zeros(2), torch.ones(2, 3, dtype=torch.bool)
-        >>> choose_prototypes(contributions, bias, torch.tensor([0, 1]), used, torch.tensor([3, 1])).kept.tolist()
-        [[True, True, True], [False, True, False]]
+        >>> choose_prototypes(contributions, bias, torch.tensor([0, 1]), used, torch.tensor([1, 1])).kept.int().tolist()
+        [[0, 1, 0], [0, 0, 1]]
     """
     kept, count, rows = used.clone(), used.sum(dim=1), torch.arange(len(labels))
     share = torch.ones(len(labels)) if class_weights is None else class_weights[labels]

@@ -81,20 +81,20 @@ def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def choose(job: Job, stage: Stage) -> dict[str, Any]:
-    """The choice of prototypes that stay, where a class has more than ``push.rows`` allows; what is said of it.
+    """The choice of the prototypes that stay, where a class has more than ``push.rows`` allows; what is said of it.
 
     As none has more afterwards, that happens once in a run, after its first push.
     """
-    rows, head, manager = job.config.push.rows, job.head, job.head.proto_manager
-    used = manager.mask().cpu()
-    if rows is None or not bool((used.sum(dim=1) > 2 * rows).any()):
+    rows, head, manager, classes = job.config.push.rows, job.head, job.head.proto_manager, job.catalog.classes
+    if rows is None:
+        return {}
+    used, most = manager.mask().cpu(), most_per_class(torch.tensor(job.train.labels), len(classes), rows)
+    if not bool((used.sum(dim=1) > most).any()):
         return {}
     found = predict(stage.model, stage.plain_train_loader, job.fabric.device, "Choosing prototypes")
-    weights, bias, classes = head.weights().detach().cpu(), head.bias.detach().cpu(), job.catalog.classes
-    most = most_per_class(found.probabilities.argmax(dim=1), len(classes), rows)
+    contributions, bias = found.similarities * head.weights().detach().cpu(), head.bias.detach().cpu()
     loss_weights = cross_entropy_weights(job)
     loss_weights = None if loss_weights is None else loss_weights.cpu()
-    contributions = found.similarities * weights
     chosen = broadcast_from_rank_zero(
         lambda: choose_prototypes(contributions, bias, found.labels, used, most, loss_weights)
     )
