@@ -340,13 +340,16 @@ def test_a_run_grows_and_prunes_and_opens_again(tmp_path):
         train(config, tmp_path / "other")
 
 
-@pytest.mark.parametrize("options", [
-    {"anchoring": "live", "unique": "image"},
-    {"anchoring": "off"},
-    {"anchoring": "live", "start_epoch": 9},  # no push before the end
-    {"anchoring": "off", "start_epoch": 0},  # one before there is anything to choose by
+TUNED = {"freeze_backbone": False, "head_epochs": 1, "ema": 0.9}
+
+
+@pytest.mark.parametrize(("options", "training"), [
+    ({"anchoring": "live", "unique": "image"}, {}),
+    ({"anchoring": "live"}, TUNED),
+    ({"anchoring": "live", "start_epoch": 9}, {}),  # no push before the end
+    ({"start_epoch": 0}, {}),  # one before there is anything to choose by
+    ({}, TUNED),
 ])  # fmt: skip
-@pytest.mark.parametrize("training", [{}, {"freeze_backbone": False, "head_epochs": 1, "ema": 0.9}])
 def test_a_run_chooses_few_prototypes_once(tmp_path, options, training):
     images = make_images(tmp_path / "images", ["bird", "cat"], 10)
     make_images(images, ["dog"], 60)
