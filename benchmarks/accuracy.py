@@ -35,7 +35,7 @@ from protopush.evaluation.evaluate import predict, score_of
 from protopush.metrics.classification import classification_metrics
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig, WindowsConfig
 from protopush.training.final_push import final_push
-from protopush.training.phases import Frozen, Joint, Stage, on_validation
+from protopush.training.phases import Joint, Stage, Stored, on_validation
 from protopush.training.run_writer import RunWriter
 from protopush.training.setup import Job, prepare
 from protopush.training.trainer import Trainer, fit
@@ -155,7 +155,7 @@ def config_of(arm: str, seed: int, rate: float, options: argparse.Namespace) -> 
     )
     for key, value in (words.split("=", 1) for words in options.set):
         group, name = key.split(".")
-        setattr(getattr(config, group), name, yaml.safe_load(value))
+        setattr(config, group, replace(getattr(config, group), **{name: yaml.safe_load(value)}))
     return config
 
 
@@ -212,7 +212,7 @@ def _history(folder: Path, images: int) -> dict[str, Any]:
 
 def _test(job: Job, stage: Stage, positive: str) -> dict[str, float]:
     images, classes = ImageDataset(job.catalog.split("test"), job.transform), list(job.catalog.classes)
-    loader = job.loader(stage.features(job, images, "test") if isinstance(stage, Frozen) else images)
+    loader = job.loader(stage.features(job, images, "test") if isinstance(stage, Stored) else images)
     found = predict(stage.model, loader, job.fabric.device)
     metrics = classification_metrics(found.probabilities, found.labels, classes)
     scores, is_positive = found.probabilities[:, classes.index(positive)], found.labels == classes.index(positive)

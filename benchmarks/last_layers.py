@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -95,7 +96,7 @@ def _config(last: bool, views: int, options: argparse.Namespace) -> RunConfig:
     )
     for key, value in (words.split("=", 1) for words in options.set):
         group, name = key.split(".")
-        setattr(getattr(config, group), name, yaml.safe_load(value))
+        setattr(config, group, replace(getattr(config, group), **{name: yaml.safe_load(value)}))
     return config
 
 

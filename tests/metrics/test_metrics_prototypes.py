@@ -115,10 +115,17 @@ def by_hand(prototypes, mask, patches, anchor_similarities, similarities, contri
         "sparsity": {
             "global_size": sum(slope > 1e-3 for slope in slopes),
             "local_size": mean(local),
+            "local_size_median": enough(local, 50),
+            "local_size_p95": enough(local, 95),
             "relevant_predicted": mean(relevant_predicted),
             "relevant_overall": mean(relevant_overall),
         },
     }
+
+
+def enough(sizes, percent):
+    """The smallest size that so many of a hundred do not exceed."""
+    return min(size for size in sizes if 100 * sum(s <= size for s in sizes) >= percent * len(sizes))
 
 
 def mean(values):

@@ -498,7 +498,7 @@ def test_pushes_as_the_file_tells_them(tmp_path):
         {"push": 5, "use_local": True, "momentum": 0.9, "min_dist": 0.5, "mean_dist": 0.8, "mean_dist_after": 0.7,
          "val_before": {"accuracy": 0.5, "auroc": None}, "val_after": {"accuracy": 0.25},
          "guard": {"guard": "budget", "action": "momentum raised", "cost": 0.02, "budget": 0.01},
-         "duplicates_avoided": 2, "notes": ["hm"], "growth": {"added": [1, 2]}},
+         "duplicates_avoided": 2, "notes": ["hm"], "growth": {"added": [1, 2]}, "choice": {"removed": [[0, 3]]}},
         {"final": "live", "val_before": None, "val_after": None, "weights": "epoch 4"},
         {"push": 0, "use_local": False, "momentum": 0.0, "min_dist": float("nan"), "mean_dist": None},
     ]  # fmt: skip
@@ -507,7 +507,8 @@ def test_pushes_as_the_file_tells_them(tmp_path):
     assert (first["when"], first["how"], first["min_dist"]) == ("epoch 5", "patches, momentum 0.9", 0.5)
     assert ("accuracy", 0.5, 0.25) in first["scores"]
     assert ("AUROC", None, None) in first["scores"]
-    assert len(first["notes"]) == 4
+    assert len(first["notes"]) == 5
+    assert "choice: 1 prototypes removed" in first["notes"]
     assert live["when"] == "after training"
     assert live["min_dist"] is None
     assert live["notes"] == ["from the weights of epoch 4, the best on validation images"]

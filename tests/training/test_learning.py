@@ -271,6 +271,14 @@ def test_an_average_takes_counts_as_they_are_and_a_push_at_once():
     ema.take(model[1])
     with ema.applied():
         assert torch.equal(model[1].weight, torch.full((2, 3), 7.0))
+    with torch.no_grad():
+        model[1].weight.fill_(8.0)
+        model[1].bias.fill_(8.0)
+    ema.take(model[1].bias)
+    with ema.applied():
+        assert torch.equal(model[1].weight, torch.full((2, 3), 7.0))
+        assert torch.equal(model[1].bias, torch.full((2,), 8.0))
+    assert torch.equal(model[1].weight, torch.full((2, 3), 8.0))
 
 
 def test_training_stops_early(images, tmp_path):

@@ -26,6 +26,7 @@ FULL = ["--train.freeze_backbone", "false", "--train.epochs", "4", "--train.head
         "--train.accumulate", "2", "--train.clip_norm", "1", "--data.auto_augment", "rand-m9-mstd0.5-inc1",
         "--data.random_erasing", "0.3", "--push.start_epoch", "1", "--push.interval", "1", "--push.final_decay", "0",
         "--push.guard", "rollback", "--push.guard_budget", "0.05"]  # fmt: skip
+CHOSEN = [*FULL, "--model.num_prototypes", "4", "--push.rows", "1", "--push.anchoring", "live"]
 FROZEN = ["--train.epochs", "3", "--push.start_epoch", "2", "--push.interval", "1"]
 
 
@@ -106,6 +107,8 @@ def cut_off(monkeypatch, at: int, of: str) -> None:
 @pytest.mark.parametrize(("options", "of", "at"), [
     *((FULL, "file", at) for at in (1, 2, 3, 4, 5, 6, 8, 14)),
     *((FULL, "line", at) for at in (1, 2, 4, 5, 8, 9)),
+    *((CHOSEN, "file", at) for at in (2, 3)),
+    *((CHOSEN, "line", at) for at in (2, 3, 6)),
     *((FROZEN, "file", at) for at in (1, 3, 5, 12)),
     *((FROZEN, "line", at) for at in (2, 3, 4)),
 ])  # fmt: skip

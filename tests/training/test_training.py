@@ -338,3 +338,48 @@ def test_a_run_grows_and_prunes_and_opens_again(tmp_path):
     config.model.max_prototypes = 1
     with pytest.raises(InputError, match="no more than max_prototypes"):
         train(config, tmp_path / "other")
+
+
+TUNED = {"freeze_backbone": False, "head_epochs": 1, "ema": 0.9}
+
+
+@pytest.mark.parametrize(("options", "training"), [
+    ({"anchoring": "live", "unique": "image"}, {}),
+    ({"anchoring": "live"}, TUNED),
+    ({"anchoring": "live", "start_epoch": 9}, {}),  # no push before the end
+    ({"start_epoch": 0}, {}),  # one before there is anything to choose by
+    ({}, TUNED),
+])  # fmt: skip
+def test_a_run_chooses_few_prototypes_once(tmp_path, options, training):
+    images = make_images(tmp_path / "images", ["bird", "cat"], 10)
+    make_images(images, ["dog"], 60)
+    config = small(images, **training)
+    config.model.num_prototypes = 6
+    config.push = replace(config.push, rows=1, final_decay=0.0, **options)
+    run = train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "choice" in row]
+    assert row.get("final") if options.get("start_epoch") == 9 else row["push"] == 2
+    counts = run.head.proto_manager.mask().sum(dim=1).tolist()
+    assert row["choice"]["prototypes"] == dict(zip(run.class_names, counts, strict=True))
+    assert min(counts) == 1
+    assert max(counts) == 2
+    assert len(row["choice"]["removed"]) == 18 - sum(counts)
+    places = [tuple(place) for place in row["choice"]["removed"]]
+    assert sorted(places + run.head.proto_manager.used_slots()) == [(c, k) for c in range(3) for k in range(6)]
+    again = open_run(tmp_path / "run")
+    checks = verify_anchors(again.model, again.head.proto_manager, again.transform, again.root, again.class_names)
+    assert len(checks) == sum(counts)  # the best state is one of after the choice
+    assert all(check.holds for check in checks)
+    inputs = torch.randn(3, 3, 160, 160)
+    out = again.model(inputs)
+    assert torch.allclose(out.contributions.sum(-1) + again.head.bias, out.logits)
+    assert torch.equal(out.logits, run.model(inputs).logits)
+
+
+@pytest.mark.parametrize("options", [{"prune": True}, {"grow": True}])
+def test_a_choice_has_nothing_beside_it(tmp_path, options):
+    config = small(tmp_path)
+    config.push = replace(config.push, rows=2, **options)
+    with pytest.raises(InputError, match="expected one way to remove them"):
+        config.check()

@@ -80,6 +80,22 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(home, alone, h
     assert main(["verify", str(two), "--device", "cpu"]) == 0
 
 
+def test_two_processes_choose_the_same_prototypes(home, monkeypatch):
+    words = shlex.split("--push.grow false --model.num_prototypes 6 --model.max_prototypes 6 --push.rows 2")
+    monkeypatch.setenv("PROTOPUSH_CACHE", str(home / "cache-chosen"))
+    images = ["--data.path", str(home / "images"), "--train.batch_size", "16", "--out", str(home / "chosen-alone")]
+    assert main(["train", *WORDS, *words, *images]) == 0
+    two = run(home, "chosen", *words, "--train.batch_size", "8")
+    choices = [row["choice"] for folder in (home / "chosen-alone", two) for row in rows(folder) if "choice" in row]
+    assert len(choices) == 2
+    losses = [[choice.pop(name) for name in ("loss_before", "loss_after")] for choice in choices]
+    assert choices[0] == choices[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert choices[0]["prototypes"] == {"bird": 2, "cat": 2, "dog": 2}
+    weights, others = (load_file(folder / "model.safetensors") for folder in (home / "chosen-alone", two))
+    assert max(float((weights[name].double() - others[name].double()).abs().max()) for name in weights) < 1e-4
+
+
 def test_one_process_tells_what_is_wrong_and_all_end(home, tmp_path):
     words = ["train", "--data.path", home / "nothing", *WORDS, "--out", tmp_path / "run"]
     found = protopush(*words, "--trainer.devices", 2)

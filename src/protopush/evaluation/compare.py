@@ -30,6 +30,8 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("prototypes", "share never the strongest", "lower", ("prototypes", "never_used")),
     ("prototypes", "images covered", "higher", ("prototypes", "coverage", "share")),
     ("prototypes", "prototypes for 90 % of the evidence", "lower", ("prototypes", "sparsity", "local_size")),
+    ("prototypes", "  in half of the images", "lower", ("prototypes", "sparsity", "local_size_median")),
+    ("prototypes", "  in 95 % of the images", "lower", ("prototypes", "sparsity", "local_size_p95")),
     ("localisation", "anchors on the mask", "higher", ("localization", "anchors_on_mask")),
     ("localisation", "  by chance", "", ("localization", "anchors_mask_area")),
     ("localisation", "activation on the mask", "higher", ("localization", "activation_on_mask")),

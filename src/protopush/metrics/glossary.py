@@ -92,6 +92,12 @@ TERMS: dict[str, dict[str, Term]] = {
             "lower",
             share=False,
         ),
+        "sparsity.local_size_median": Term(
+            "the same, in half of the images", "So many or fewer suffice in half of the images.", "lower", share=False
+        ),
+        "sparsity.local_size_p95": Term(
+            "the same, in 95 % of the images", "So many or fewer suffice in 95 of 100 images.", "lower", share=False
+        ),
         "sparsity.relevant_predicted": Term(
             "prototypes that add to the answer",
             "How many add anything at all to the answer; mean over images.",

@@ -217,13 +217,15 @@ def sparsity(
     As weights of a softplus and cosines of a patch are never 0, these are close to all there are. So:
 
     - ``local_size``: the smallest number of prototypes that make up ``share`` (to a millionth) of the predicted class's
-      positive contributions, mean over samples; 0 for a sample that has none.
+      positive contributions, mean over samples; 0 for a sample that has none;
+    - ``local_size_median``, ``local_size_p95``: the number that suffices in half and in 95 % of the samples.
 
     Example:
         >>> contributions = torch.tensor([[[8.0, 1.5, 0.5], [-1.0, 0.0, 0.0]]])
         >>> mask = torch.tensor([[True, True, True], [True, True, False]])
         >>> sparsity(contributions / 10, contributions, torch.tensor([0]), mask)
-        {'global_size': 4, 'local_size': 2.0, 'relevant_predicted': 3.0, 'relevant_overall': 3.0}
+        {'global_size': 4, 'local_size': 2.0, 'local_size_median': 2, 'local_size_p95': 2, 'relevant_predicted': 3.0,
+         'relevant_overall': 3.0}
     """
     _check(similarities, predicted, mask)
     own = _of_class(contributions, predicted, mask, unused=0.0).clamp(min=0)
@@ -235,6 +237,8 @@ def sparsity(
     return {
         "global_size": int((weights > relevant).sum()) if len(predicted) else None,  # 0 / 0 isn't above anything
         "local_size": _mean(needed),
+        "local_size_median": _suffices(needed, 50),
+        "local_size_p95": _suffices(needed, 95),
         "relevant_predicted": _mean((own > relevant).sum(dim=1)),
         "relevant_overall": _mean((every > relevant).sum(dim=(1, 2))),
     }
@@ -276,6 +280,11 @@ def _units_and_pairs(prototypes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             "a prototype has NaN or infinite numbers; expected unit vectors: search for NaN in the weights"
         )
     return prototypes.double(), (mask.unsqueeze(2) & mask.unsqueeze(1)).tril(diagonal=-1)
+
+
+def _suffices(sizes: Tensor, percent: int) -> int | None:
+    """The smallest of whole numbers (N,) that so many per cent of them do not exceed."""
+    return int(sizes.sort().values[-(-percent * len(sizes) // 100) - 1]) if len(sizes) else None
 
 
 def _mean(values: Tensor) -> float | None:

@@ -206,7 +206,8 @@ def prune_prototypes(
                 if unused and len(members.contributions):
                     gone += _unused(members, gone)[: room - len(gone)]
                 removed += gone
-        change = partial(move_out, net, slots, removed) if removed else None
+        rows = [slots.rows[gone.class_index, gone.prototype] for gone in removed]
+        change = partial(move_out, net.head.proto_manager, torch.stack(rows)) if rows else None
         scores = scored_change(model, net, slots, val_loader, change)
     left = Slots.of(net.head.proto_manager).used.cpu()
     after = before._replace(best=before.best.masked_fill(~left[before.labels], -torch.inf))

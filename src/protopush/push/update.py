@@ -19,7 +19,6 @@ from protopush.preserve_state import preserve_state
 from protopush.push.facility_location import Gain
 from protopush.push.options import OptimizerLike, PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots, connections_of, live_features_of, resolve_device, unwrap
-from protopush.push.push_report import PrunedPrototype
 from protopush.push.reader import Reader, read_by_index
 from protopush.push.selection import Candidates
 
@@ -241,10 +240,8 @@ def move_in(
                 of_class[gain.slot] = of_class[slots.used[gain.class_index]].mean()
 
 
-def move_out(net: Pushable, slots: Slots, removed: list[PrunedPrototype]) -> None:
-    """Free the slots of some prototypes; a vector stays where it is, and counts for nothing."""
-    manager: Any = net.head.proto_manager
-    rows = torch.stack([slots.rows[gone.class_index, gone.prototype] for gone in removed])
+def move_out(manager: Any, rows: Tensor) -> None:
+    """Free the slots of prototypes (rows of the parameter); a vector stays where it is, and counts for nothing."""
     manager.valid_mask.view(-1)[rows] = False
     if getattr(manager, "anchor_ids", None) is not None:
         manager.anchor_ids[rows] = -1

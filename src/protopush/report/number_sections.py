@@ -228,7 +228,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"{avoided} prototypes took a second choice, because another one stands for their nearest patch")
     if guard := row.get("guard"):
         notes.append(f"guard {guard['guard']}: {guard['action']}, cost {guard['cost']:+.3f} (budget {guard['budget']})")
-    for key, done in (("pruning", "removed"), ("growth", "added")):
+    for key, done in (("pruning", "removed"), ("growth", "added"), ("choice", "removed")):
         if changed := (row.get(key) or {}).get(done):
             notes.append(f"{key}: {len(changed)} prototypes {done}")
     refitted = row.get("val_refitted") or row.get("val_connections") or {}

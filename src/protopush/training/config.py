@@ -117,6 +117,9 @@ class PushConfig(PushSettings):
         anchor_refresh: steps between two embeddings of the live anchors' images, where the backbone is trained.
         guard: what is done where a push costs accuracy on validation images: off (nothing is measured), report,
             rollback, or budget (the momentum is raised until the cost is within the budget).
+        rows: after the first push that follows an epoch, only so many prototypes stay of the commonest classes, which
+            make up three quarters of the training images, and twice as many of any other: those that the loss would
+            miss most, so that an explanation has few rows; none: all stay.
         grow: after each push, badly covered classes with a free slot get another prototype.
         grow_quantile: of the best similarity of a class's samples, which says how well it is covered.
         grow_below: the similarity below which it is badly covered.
@@ -135,6 +138,7 @@ class PushConfig(PushSettings):
     min_mask_share: Share = 0.0
     anchor_refresh: Count = 100
     guard: Literal["off", "report", "rollback", "budget"] = "off"
+    rows: Count | None = None
     grow: bool = False
     grow_quantile: Share = 0.1
     grow_below: Cosine = 0.7
@@ -284,6 +288,12 @@ class RunConfig:
             raise InputError(
                 "train.head_epochs is for a backbone that is trained afterwards, but train.freeze_backbone is true; "
                 "leave train.head_epochs out, or give --train.freeze_backbone false"
+            )
+        if self.push.rows is not None and (self.push.prune or self.push.grow):
+            raise InputError(
+                f"push.rows {self.push.rows} chooses the prototypes that stay, but push.prune is {self.push.prune} and "
+                f"push.grow is {self.push.grow}; expected one way to remove them and none to add any; leave these two "
+                "out, or push.rows"
             )
         if train.head_epochs >= train.epochs:
             raise InputError(

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from protopush.distributed import broadcast_from_rank_zero
 from protopush.evaluation.evaluate import in_short, predict
 from protopush.metrics.classification import classification_metrics
 from protopush.nn.head import HeadOptimal
 from protopush.nn.priors import log_ratio
 from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
+from protopush.push.choice import choose_prototypes, most_per_class
 from protopush.push.options import Allow
+from protopush.push.update import move_out
 from protopush.training.phases import Stage, on_validation
 from protopush.training.prior_fit import fit_prior
 from protopush.training.run_writer import RunWriter
@@ -77,6 +80,39 @@ def resize(job: Job, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str
     return done
 
 
+def choose(job: Job, stage: Stage) -> dict[str, Any]:
+    """The choice of the prototypes that stay, where a class has more than ``push.rows`` allows; what is said of it.
+
+    As none has more afterwards, that happens once in a run, after its first push.
+    """
+    rows, head, manager, classes = job.config.push.rows, job.head, job.head.proto_manager, job.catalog.classes
+    if rows is None:
+        return {}
+    used, most = manager.mask().cpu(), most_per_class(torch.tensor(job.train.labels), len(classes), rows)
+    if not bool((used.sum(dim=1) > most).any()):
+        return {}
+    found = predict(stage.model, stage.plain_train_loader, job.fabric.device, "Choosing prototypes")
+    contributions, bias = found.similarities * head.weights().detach().cpu(), head.bias.detach().cpu()
+    loss_weights = cross_entropy_weights(job)
+    loss_weights = None if loss_weights is None else loss_weights.cpu()
+    chosen = broadcast_from_rank_zero(
+        lambda: choose_prototypes(contributions, bias, found.labels, used, most, loss_weights)
+    )
+    removed = (used & ~chosen.kept).nonzero()
+    move_out(manager, removed[:, 0] * manager.max_prototypes + removed[:, 1])
+    with torch.no_grad():
+        head.bias.copy_(chosen.bias)
+    logger.info("Chosen: %d prototypes, %d removed", int(chosen.kept.sum()), len(removed))
+    return {
+        "choice": {
+            "prototypes": dict(zip(classes, chosen.kept.sum(dim=1).tolist(), strict=True)),
+            "removed": removed.tolist(),  # class and slot
+            "loss_before": chosen.loss_before,
+            "loss_after": chosen.loss_after,
+        }
+    }
+
+
 def push_row(
     report: PushReport, epoch: int, before: dict[str, Any] | None, after: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -89,7 +125,7 @@ def push_row(
 
 def final_push(job: Job, stage: Stage, writer: RunWriter) -> None:
     """The last push, over the real images in full precision, and what is refitted to it."""
-    config = job.config
+    config, chosen = job.config, choose(job, stage)  # where training has ended before it came to that
     before = on_validation(job, stage)
     if job.head.anchoring == "live" and any(job.head.proto_manager.anchors):
         embed_anchors(job)
@@ -105,7 +141,7 @@ def final_push(job: Job, stage: Stage, writer: RunWriter) -> None:
         row["val_refitted"] = on_validation(job, stage)
     if config.train.prior is not None:
         row |= fit_to_prior(job, stage)
-    writer.write(row | {"weights": stage.weights})
+    writer.write(row | chosen | {"weights": stage.weights})
     for name in ("val_before", "val_after", "val_refitted", "val_prior"):
         if row.get(name):
             logger.info("%-16s %s", name, in_short(row[name]))
@@ -121,10 +157,15 @@ def fit_to_prototypes(job: Job, stage: Stage) -> None:
     c, device = job.config.train, job.fabric.device
     train = predict(stage.model, stage.plain_train_loader, device, "Similarities")
     similarities, labels = train.similarities.to(device), train.labels.to(device)
-    weights, more = job.class_weights(), job.seen_more().float().to(device)
+    refit(job.head, similarities, labels, cross_entropy_weights(job), c.refit, c.refit_steps, c.refit_lr, c.refit_decay)
+
+
+def cross_entropy_weights(job: Job) -> Tensor | None:
+    """Class weights of a cross-entropy over all training images, each once, with the prior that training assumes."""
+    weights, more = job.class_weights(), job.seen_more().float().to(job.fabric.device)
     if (more != 1).any():  # images are not drawn here, nor logits adjusted, and the prior is to stay the same
         weights = more if weights is None else weights * more
-    refit(job.head, similarities, labels, weights, c.refit, c.refit_steps, c.refit_lr, c.refit_decay)
+    return weights
 
 
 def fit_to_prior(job: Job, stage: Stage) -> dict[str, Any]:

@@ -126,16 +126,19 @@ class Ema:
         else:
             _copy(averages, values)
 
-    def take(self, module: nn.Module) -> None:
-        """Take a part of the model as it is now, because it was moved at once and not by a step: the prototypes."""
-        name = next(name for name, own in self.model.named_modules() if own is module)
-        _copy(_values(self.averaged.module.get_submodule(name)), _values(module))
+    def take(self, *parts: nn.Module | nn.Parameter) -> None:
+        """Take parts of the model as they are now, because a push moved them at once and not by a step."""
+        moved = {id(value) for part in parts for value in ([part] if isinstance(part, Tensor) else _values(part))}
+        pairs = zip(_values(self.averaged.module), _values(self.model), strict=True)
+        for average, value in pairs:
+            if id(value) in moved:
+                _copy([average], [value])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model has the average."""
         now = _values(self.model)
-        stepped = [value.clone() for value in now]
+        stepped = [value.detach().clone() for value in now]
         _copy(now, _values(self.averaged.module))
         try:
             yield
@@ -144,9 +147,9 @@ class Ema:
 
 
 def _values(module: nn.Module) -> list[Tensor]:
-    return [value.detach() for value in (*module.parameters(), *module.buffers())]
+    return [*module.parameters(), *module.buffers()]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        target.detach().copy_(source.detach())

@@ -25,7 +25,7 @@ from protopush.push.embedding import NonFinite
 from protopush.runs.progress import bar
 from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
-from protopush.training.final_push import final_push, push_now, push_row, resize
+from protopush.training.final_push import choose, final_push, push_now, push_row, resize
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
 from protopush.training.phases import Best, Phase, Stage, Stored, on_validation, phases
 from protopush.training.run_writer import RunWriter, fresh_folder, load_checkpoint, refuse_other_options
@@ -247,11 +247,14 @@ class Trainer:
             momentum, stage = self.job.config.push.momentum, self.stage
             report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
             resized = resize(self.job, stage, self.optimizer)
+            chosen = choose(self.job, stage) if epoch else {}  # nothing is known yet before the first one
             if self.job.head.proto_manager.anchor_crops is not None:
                 stage.refresh()  # the next step embeds the pixels of the new anchors
         if self.ema is not None:
-            self.ema.take(self.job.head.proto_manager)
-        return push_row(report, epoch, before, self.validate(f"epoch {epoch} after its push")) | resized
+            self.ema.take(self.job.head.proto_manager, *([self.job.head.bias] if chosen else []))
+        if chosen:  # what more prototypes reached is no longer to be had
+            self.best = Best(stage.model, self.job.head.proto_manager, self.config.select)
+        return push_row(report, epoch, before, self.validate(f"epoch {epoch} after its push")) | resized | chosen
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next epochs depend on, as plain values and tensors."""
