@@ -72,7 +72,7 @@ def _in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, float
 def _epochs(name: str, options: argparse.Namespace) -> str:
     """The second epoch's seconds, those of what was computed before the first, and the process's peak of memory."""
     torch.set_num_threads(options.threads)
-    job = prepare(_config(*SIDES[name], options))
+    job = replace(prepare(_config(*SIDES[name], options)), val=None)
     job.train.samples = job.train.samples[: options.images]
     start = time.perf_counter()
     stage = (LastLayers if job.config.data.cached_views else Joint)(job)
