@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from protopush.data.dataset import Provenance
-from protopush.errors import InputError
+from protopush.errors import InputError, listing
 
 
 class PrototypeOwner(Protocol):
@@ -160,6 +160,36 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# Of a batch that is a dict: the images, the labels, the ids.
+KEYS = (
+    ("image", "images", "img", "pixel_values"),
+    ("label", "labels", "target", "targets"),
+    ("id", "ids", "index", "indices"),
+)
+
+
+def unpack(batch: Any) -> tuple[Any, Any, Any]:
+    """Images, labels and ids (None: there are none) of a batch, or of an item: a tuple, or a dict with :data:`KEYS`.
+
+    Raises:
+        InputError: it is neither; its keys are named.
+    """
+    if isinstance(batch, Mapping):
+        image, label, number = (next((key for key in keys if key in batch), None) for keys in KEYS)
+        if image is None or label is None:
+            expected = " and one of ".join(", ".join(keys) for keys in KEYS[:2])
+            raise InputError(
+                f"the loader yields a dict with {listing(list(batch))}; expected one of {expected}, or (images, labels)"
+            )
+        return batch[image], batch[label], None if number is None else batch[number]
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise InputError(
+            f"the loader yields {type(batch).__name__}; expected (images, labels), (images, labels, ids) or a dict"
+        )
+    images, labels, *ids = batch
+    return images, labels, ids[0] if ids else None
+
+
 class Items(Dataset[tuple[Any, int]]):
     """A dataset whose items carry their index, read without augmentation, behind Subset and ConcatDataset.
 
@@ -224,7 +254,7 @@ class Items(Dataset[tuple[Any, int]]):
             return Provenance(name)  # no third element that could be a name
         files = getattr(part, "imgs", None)  # torchvision's ImageFolder
         item = part[place]
-        third = item[2] if len(item) > 2 else name
+        third = unpack(item)[2] if isinstance(item, Mapping) else item[2] if len(item) > 2 else name
         known = third if isinstance(third, str) else int(third) if isinstance(third, (int, Tensor)) else name
         return Provenance(known, file=None if files is None else str(files[place][0]))
 
@@ -257,11 +287,15 @@ def _gives_the_same_twice(dataset: Any, tries: int = 8) -> bool:
     """Read a few items twice with different random states; augmentation shows as a difference."""
     for index in range(min(tries, len(dataset))):
         torch.manual_seed(index)
-        first = dataset[index][0]
+        first = _image_of(dataset[index])
         torch.manual_seed(index + tries)
-        if not torch.equal(torch.as_tensor(first), torch.as_tensor(dataset[index][0])):
+        if not torch.equal(torch.as_tensor(first), torch.as_tensor(_image_of(dataset[index]))):
             return False
     return True
+
+
+def _image_of(item: Any) -> Any:
+    return unpack(item)[0] if isinstance(item, Mapping) else item[0]
 
 
 def _labels_of(dataset: Any) -> list[int] | None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from protopush.data.dataset import Provenance
 from protopush.distributed import all_gather_objects, rank_and_size
 from protopush.errors import InputError
-from protopush.push.protocol import Items
+from protopush.push.protocol import Items, unpack
+
+WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)  # samplers that draw from all of a dataset
 
 
 class Batch(NamedTuple):
@@ -54,7 +57,7 @@ class Reader:
         """This rank's batches."""
         seen = 0
         for item in self.loader:
-            images, labels, ids = _unpack(item)
+            images, labels, ids = unpack(item)
             if ids is None:
                 if rank_and_size()[1] > 1:
                     raise InputError(
@@ -94,10 +97,12 @@ def read_through(loader: Iterable[Any], order_seed: int | None = None) -> Reader
     """The reader of a loader.
 
     A loader over a dataset with ``len`` and ``[]`` is read again through its dataset (through its deterministic view
-    where it has one), in order, or in a seeded random order. Anything else is iterated as it is.
+    where it has one), in order, or in a seeded random order: those of its samples that the loader's sampler draws.
+    Anything else is iterated as it is.
 
     Args:
-        loader: a DataLoader, shuffled or not, or any iterable of ``(images, labels[, ids])``.
+        loader: a DataLoader, shuffled or not, or any iterable of ``(images, labels[, ids])`` or of dicts with keys of
+            :data:`protopush.push.protocol.KEYS`.
         order_seed: a seed for a random order; None reads in order.
 
     Raises:
@@ -211,13 +216,17 @@ def _order_free_number(name: str) -> int:
 
 def _reading_order(loader: DataLoader[Any], seed: int | None) -> list[int]:
     """The indices that the loaders of all ranks may draw, each once: ascending, or in a seeded random order."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    own = hasattr(loader.batch_sampler, "sampler")
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if hasattr(sampler, "indices"):  # SubsetRandomSampler: the others may be validation images
         indices = sorted({int(i) for i in sampler.indices})
     elif hasattr(sampler, "weights"):  # WeightedRandomSampler never draws a weight of 0
         indices = [i for i, weight in enumerate(sampler.weights.tolist()) if weight > 0]
-    else:
+    elif isinstance(sampler, WHOLE):
         indices = list(range(len(loader.dataset)))  # type: ignore[arg-type]
+    else:  # one of somebody's own, perhaps of batches: only what it draws may be chosen
+        drawn = sampler if own else chain.from_iterable(sampler)
+        indices = sorted({int(i) for i in drawn})
     if len(set(all_gather_objects(hash(tuple(indices))))) > 1:
         indices = sorted(set().union(*all_gather_objects(indices)))
     if seed is None:
@@ -233,20 +242,12 @@ class _CollateWithIds:
         self.collate = collate
 
     def __call__(self, batch: list[tuple[Any, int]]) -> tuple[tuple[Any, ...], Tensor]:
-        return _unpack(self.collate([item for item, _ in batch])), torch.tensor([index for _, index in batch])
-
-
-def _unpack(batch: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise InputError(
-            f"the loader yields {type(batch).__name__}; expected (images, labels) or (images, labels, ids)"
-        )
-    images, labels, *ids = batch
-    return images, labels, ids[0] if ids else None
+        return unpack(self.collate([item for item, _ in batch])), torch.tensor([index for _, index in batch])
 
 
 def _as_labels(labels: Any) -> Tensor:
     tensor = torch.as_tensor(labels).detach().cpu()
+    tensor = tensor.squeeze(1) if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor
     if tensor.ndim != 1 or tensor.is_floating_point():
         raise InputError(
             f"labels of shape {tuple(tensor.shape)} and type {tensor.dtype}; expected class numbers of shape (B,)"

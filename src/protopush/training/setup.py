@@ -67,7 +67,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, labels: Sequence[int], seed: int, balanced: bool = False) -> None:
-        self.labels = torch.tensor(labels)
+        self.labels, self.indices = torch.tensor(labels), range(len(labels))  # a push may choose of all
         self.seed, self.balanced, self.epoch = seed, balanced, 0
 
     def set_epoch(self, epoch: int) -> None:
