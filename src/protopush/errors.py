@@ -20,6 +20,12 @@ class InputError(ValueError):
         protopush.errors.InputError: no such file: a.csv; expected a manifest with the columns image,label
     """
 
+    def __str__(self) -> str:
+        """The message alone: PyTorch puts the traceback of a process that reads images into what it raises again."""
+        text = super().__str__()
+        _, found, message = text.rpartition("InputError: ")
+        return message.strip() if found and text.startswith("Caught ") else text
+
 
 class FailedElsewhere(InputError):
     """The work failed on another process, which says why in its own words."""

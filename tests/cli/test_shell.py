@@ -14,10 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from forked import Forked
-from helpers import SMALL, make_images
+from helpers import SMALL, make_images, python
+from protopush import InputError
 from protopush.cli import main
+from protopush.data.dataset import ImageDataset
+from protopush.data.sources import load_catalog
+from protopush.data.transforms import EvalTransform, Preprocessing
 
 BIN = Path(sys.executable).parent
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -312,3 +317,45 @@ def test_completion_does_not_wait_for_torch():
 
 def test_version():
     assert bash("protopush --version").stdout == bash("python -m protopush --version").stdout
+
+
+def test_a_reader_that_dies_in_training_is_one_line(tmp_path, capsys):
+    """A real process, which ends in the middle of the second epoch; what was saved goes on."""
+    data = make_images(tmp_path / "images", ["bird", "cat"], 10)
+    code = (
+        "import os, sys\n"
+        "from torch.utils.data import get_worker_info\n"
+        "from protopush.data.dataset import ImageDataset\n"
+        "from protopush.cli import main\n"
+        "from protopush.training.trainer import Trainer\n"
+        "whole, epoch, now = ImageDataset.__getitem__, Trainer.epoch, [0]\n"
+        "def counted(self, number):\n"
+        "    now[0] = number\n"
+        "    return epoch(self, number)\n"
+        "def deadly(self, index):\n"
+        "    if now[0] == 1 and get_worker_info() is not None and sys.argv[1] == 'die':\n"
+        "        os._exit(9)\n"
+        "    return whole(self, index)\n"
+        "ImageDataset.__getitem__, Trainer.epoch = deadly, counted\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    words = ["train", "--data.path", data, "--data.num_workers", 1, "--model.backbone", "test_resnet",
+             "--model.windows", "null", "--model.pretrained", "false", "--model.image_size", 32, "--train.freeze_backbone", "false",
+             "--train.epochs", 3, "--out", tmp_path / "run"]  # fmt: skip
+    died = python("-c", code, "die", *words)
+    assert died.returncode == 2
+    assert died.stderr.strip().splitlines()[-1].startswith("protopush: error: a process that reads images died (")
+    assert "Traceback" not in died.stderr
+    assert python("-c", code, "live", *words, "--resume").returncode == 0
+
+
+def test_what_a_reader_raises_is_its_message_alone(tmp_path):
+    images = make_images(tmp_path / "images", ["bird", "cat"], 4)
+    catalog = load_catalog(str(images))
+    dataset = ImageDataset(catalog.samples, EvalTransform(Preprocessing(size=(32, 32))))
+    (images / "cat" / "002.png").write_bytes(b"")
+    with pytest.raises(InputError) as raised:
+        list(DataLoader(dataset, batch_size=2, num_workers=1))
+    assert str(raised.value).startswith("unreadable image: ")
+    assert "Traceback" not in str(raised.value)
+    assert "\n" not in str(raised.value)

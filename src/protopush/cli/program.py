@@ -87,8 +87,14 @@ def _code_of(words: list[str]) -> int:
             time.sleep(0.2)  # the signal that ended it may be on its way to this process
         if STOP.number:
             raise STOP.error() from error
-        from protopush.errors import FailedElsewhere, InputError
+        from protopush.errors import FailedElsewhere, InputError, first_line
 
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            advice = ADVICE.get(words[0] if words else "", "train goes on with --resume")
+            error = InputError(
+                f"a process that reads images died ({first_line(error)}); expected memory for all of them; start the "
+                f"same again with fewer --data.num_workers; {advice}"
+            )
         if not isinstance(error, InputError):
             raise
         if not isinstance(error, FailedElsewhere):  # the process where it failed says why
