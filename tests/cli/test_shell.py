@@ -340,8 +340,8 @@ def test_a_reader_that_dies_in_training_is_one_line(tmp_path, capsys):
         "sys.exit(main(sys.argv[2:]))\n"
     )
     words = ["train", "--data.path", data, "--data.num_workers", 1, "--model.backbone", "test_resnet",
-             "--model.windows", "null", "--model.pretrained", "false", "--model.image_size", 32, "--train.freeze_backbone", "false",
-             "--train.epochs", 3, "--out", tmp_path / "run"]  # fmt: skip
+             "--model.windows", "null", "--model.pretrained", "false", "--model.image_size", 32,
+             "--train.freeze_backbone", "false", "--train.epochs", 3, "--out", tmp_path / "run"]  # fmt: skip
     died = python("-c", code, "die", *words)
     assert died.returncode == 2
     assert died.stderr.strip().splitlines()[-1].startswith("protopush: error: a process that reads images died (")
