@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module", params=["local", "global"])
 def opened(runs, request):
     run = open_run(runs / request.param)
-    dataset, catalog = open_split(DataConfig(**run.data), "test", run.class_names, run.transform)
+    dataset, catalog = open_split(DataConfig(**run.data), "test", run.class_names, run.transform, run.folder)
     return run, dataset, {sample.name: sample for sample in catalog.samples}
 
 
@@ -106,7 +106,7 @@ def test_faithfulness_is_between_its_bounds_and_repeatable(opened):
 
 def test_without_masks_there_is_no_localisation(home):
     run = open_run(home / "run")
-    dataset, _ = open_split(DataConfig(**run.data), "test", run.class_names, run.transform)
+    dataset, _ = open_split(DataConfig(**run.data), "test", run.class_names, run.transform, run.folder)
     assert measure(run, dataset, "test", {}, faithfulness=0, resamples=0).numbers["localization"] is None
 
 
