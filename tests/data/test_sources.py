@@ -324,7 +324,8 @@ def test_medmnist_refuses_other_files(tmp_path):
 
 
 def test_medmnist_trains(tmp_path, monkeypatch):
-    anchors = trains(tmp_path, make_npz(tmp_path / "breastmnist.npz", classes=2), monkeypatch)
+    data = make_npz(tmp_path / "breastmnist.npz", classes=2)
+    anchors = trains(tmp_path, data, monkeypatch, "--data.allow_duplicates", "true")
     assert "train/000" in json.dumps(anchors)
 
 
@@ -399,7 +400,8 @@ def test_imagefolder_refuses_damaged_or_mixed_metadata(tmp_path):
 
 
 def test_imagefolder_trains(tmp_path, monkeypatch):
-    anchors = trains(tmp_path, make_metadata(tmp_path / "hf", "jsonl", "{split}"), monkeypatch)
+    data = make_metadata(tmp_path / "hf", "jsonl", "{split}")
+    anchors = trains(tmp_path, data, monkeypatch, "--data.allow_duplicates", "true")
     assert "train/train-" in json.dumps(anchors)
 
 

@@ -35,7 +35,7 @@ def _own_cache(tmp_path, monkeypatch):
 def config(path: Path, **options) -> RunConfig:
     """A tiny ConvNeXt (layer norm, no dropout: nothing depends on how a batch is cut) with random weights."""
     made = RunConfig(
-        data=DataConfig(path=str(path), num_workers=0, augment=False),
+        data=DataConfig(path=str(path), num_workers=0, augment=False, allow_duplicates=True),
         model=ModelConfig(
             backbone="test_convnext", pretrained=False, num_prototypes=2, embed_dim=8, dropout=0.0, windows=None
         ),

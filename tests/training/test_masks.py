@@ -43,7 +43,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(manifest: Path, out: Path, *words: str) -> dict[str, float]:
     assert main(["train", *SMALL, *WINDOWS, *LIVE, "--data.path", str(manifest), *words, "--out", str(out)]) == 0
     run = open_run(out)
-    train, catalog = open_split(DataConfig(**run.data), "train", run.class_names, run.transform)
+    train, catalog = open_split(DataConfig(**run.data), "train", run.class_names, run.transform, run.folder)
     known = {sample.name: sample for sample in catalog.samples}
     found = measure(run, train, "train", known, resamples=0, faithfulness=0).numbers["localization"]
     assert found is not None
@@ -81,6 +81,6 @@ def test_off_mask_needs_masks_and_patches_that_have_one(
 
 def test_image_without_a_mask_is_not_restricted(masked_home: Path) -> None:
     run = open_run(masked_home / "run")
-    dataset, _ = open_split(DataConfig(**run.data), "train", run.class_names, run.transform)
+    dataset, _ = open_split(DataConfig(**run.data), "train", run.class_names, run.transform, run.folder)
     bare = replace(dataset.samples[0], mask=None)
     assert torch.equal(mask_shares(bare, run.transform, [(0.0, 0.0, 8.0, 8.0)]), torch.ones(1, dtype=torch.float64))

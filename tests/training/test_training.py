@@ -40,7 +40,7 @@ def _own_cache(tmp_path, monkeypatch):
 def small(path: Path, precision: str = "32-true", **train_options) -> RunConfig:
     """A tiny ResNet with random weights: 160 pixels, 5x5 cells."""
     return RunConfig(
-        data=DataConfig(path=str(path), num_workers=0),
+        data=DataConfig(path=str(path), num_workers=0, allow_duplicates=True),
         model=ModelConfig(backbone="test_resnet", pretrained=False, num_prototypes=2, embed_dim=16, windows=None),
         push=PushConfig(start_epoch=2, interval=2),
         train=TrainConfig(**({"epochs": 4, "batch_size": 8} | train_options)),

@@ -66,7 +66,7 @@ def divide(backbone: Backbone, trainable: int | str) -> Division:
     left = {id(parameter) for parameter in _without(inner.model, division.trunk).parameters()}
     for parameter in frozen.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in left)
-    inner.always_eval = tuple(inner.model.get_submodule(name) for name in sorted(division.trunk))
+    inner.always_eval = tuple(inner.model.get_submodule(name).eval() for name in sorted(division.trunk))
     return division
 
 
