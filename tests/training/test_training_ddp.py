@@ -20,7 +20,8 @@ pytestmark = pytest.mark.ddp
 WORDS = shlex.split("""
 --model.backbone test_convnext --model.pretrained false --model.num_prototypes 2 --model.dropout 0
 --model.max_prototypes 3 --train.epochs 4 --train.head_epochs 2 --train.freeze_backbone false --train.ema 0.9
---data.num_workers 0 --data.augment false --loss.cluster 0.3 --loss.separation 0.3 --loss.consistency 0.5
+--data.num_workers 0 --data.augment false --data.allow_duplicates true
+--loss.cluster 0.3 --loss.separation 0.3 --loss.consistency 0.5
 --loss.label_smoothing 0.1 --push.start_epoch 1 --push.interval 1 --push.final_decay 0 --push.guard report
 --push.grow true --push.grow_below 1 --trainer.device cpu""")
 
