@@ -390,6 +390,7 @@ def test_priors_are_measured_on_shifted_tests(home, tmp_path, monkeypatch, capsy
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow  # three processes of their own
 def test_last_layers_on_stored_outputs_are_measured_beside_all(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("PROTOPUSH_CACHE", str(tmp_path / "cache"))
