@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from protopush.data.regions import Regions
 from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 from protopush.data.transforms import View
 from protopush.nn.prototypes import PrototypeManager
+from protopush.training.trainer import Trainer
 
 # Data.
 
@@ -189,6 +191,21 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             done.touch()
     return folder
+
+
+@contextmanager
+def interrupted_in_epoch(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """Within the block a training is interrupted when its epoch of this number, from 1, begins."""
+    epoch = Trainer.epoch
+
+    def cut_off(self: Trainer, place: int) -> dict[str, float]:
+        if place + 1 == number:
+            raise KeyboardInterrupt
+        return epoch(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "epoch", cut_off)
+        yield
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

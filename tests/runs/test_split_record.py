@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import CLASSES, refused
+from helpers import CLASSES, interrupted_in_epoch, refused
 from protopush import open_run
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
 from protopush.runs.split_record import NEW, open_catalog, read_split
-from protopush.training.trainer import Trainer
 
 
 def make(root: Path, seed: int, per_class: int, start: int = 0) -> None:
@@ -107,15 +106,8 @@ def test_a_training_image_is_never_tested_whatever_its_name(home, tmp_path, caps
 
 def test_a_run_that_goes_on_keeps_its_splits(home, tmp_path, monkeypatch):
     shutil.copytree(home / "data", tmp_path / "data")
-    given, epoch = words(tmp_path / "data", tmp_path / "run", 3), Trainer.epoch
-
-    def cut_off(self: Trainer, number: int) -> dict[str, float]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return epoch(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", cut_off)
+    given = words(tmp_path / "data", tmp_path / "run", 3)
+    with interrupted_in_epoch(monkeypatch, 3):
         assert main(given) == 130
     before = read_split(tmp_path / "run")
     make(tmp_path / "data", 5, 3, start=20)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from helpers import make_images, refused
+from helpers import interrupted_in_epoch, make_images, refused
 from protopush import create_backbone, open_run
 from protopush.cli import main
 from protopush.data.dataset import ImageDataset
@@ -23,7 +23,7 @@ from protopush.evaluation.evaluate import mean_over_views
 from protopush.training.config import ModelConfig, PushConfig, RunConfig, TrainConfig, TrainerConfig, WindowsConfig
 from protopush.training.phases import LastLayers
 from protopush.training.setup import prepare
-from protopush.training.trainer import Trainer, train
+from protopush.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -162,17 +162,8 @@ def test_stored_precision_and_views_have_their_own_files(images, tmp_path):
 def test_a_run_on_stored_outputs_resumes_as_if_never_cut_off(images, tmp_path, monkeypatch):
     options = config(images, 8, windows=True, anchoring="live")
     train(options, tmp_path / "whole")
-    epoch = Trainer.epoch
-
-    def cut_off(self: Trainer, number: int) -> dict[str, float]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return epoch(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epoch", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(options, tmp_path / "cut")
+    with interrupted_in_epoch(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        train(options, tmp_path / "cut")
     train(options, tmp_path / "cut", resume=True)
     for (name, value), (_, other) in zip(
         open_run(tmp_path / "whole").model.state_dict().items(),
