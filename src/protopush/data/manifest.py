@@ -32,8 +32,8 @@ class DataConfig:
         random_erasing: the share of images of which a random rectangle is erased.
         flip_vertical: whether upside down is as good.
         cached_views: train on outputs of the frozen layers for so many orientations of each image, computed once: 1,
-            upright; 2, also mirrored; 4, both flips; 8, with quarter turns. 0: upright where the backbone is frozen, else
-            computed in each epoch, with augment.
+            upright; 2, also mirrored; 4, both flips; 8, with quarter turns. 0: upright where all of the backbone is
+            frozen, else computed in each epoch, with augment.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
         allow_duplicates: the same file may lie in two splits or have two labels.
