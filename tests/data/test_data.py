@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -192,15 +194,49 @@ def test_made_splits_are_seeded_stratified_and_keep_groups_together():
     for s in made.samples:
         groups.setdefault(s.group or s.name, set()).add(s.split)
     assert all(len(found) == 1 for found in groups.values())
-    counts = Counter((s.label == 2, s.split) for s in made.samples)
-    assert (counts[True, "train"], counts[True, "val"], counts[True, "test"]) == (70, 10, 20)
-    assert abs(counts[False, "val"] - 40) <= 4
+    shares = Counter((s.label == 2, s.split) for s in made.samples)
+    bounds = {(True, "val"): (10, 9), (True, "test"): (20, 12), (False, "val"): (40, 36), (False, "test"): (80, 48)}
+    assert all(abs(shares[key] - mean) <= three for key, (mean, three) in bounds.items())  # three deviations
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_made_splits_stay_when_images_are_added_or_taken_away(seed):
+    names = [f"{i}.png" for i in range(600)]
+    some = Random(seed).sample(names, 400)
+    of_all, of_some = (
+        {s.name: s.split for s in with_splits(_one_by_one(chosen, labels=2), seed).samples} for chosen in (names, some)
+    )
+    assert {name: of_all[name] for name in some} == of_some
+    train, held = (
+        with_splits(
+            Catalog(tuple(replace(s, split="train") for s in _one_by_one(chosen, 2).samples), ("a", "b"), Path())
+        )
+        for chosen in (names, some)
+    )
+    assert {s for s in held.samples if s.split == "val"} <= {s for s in train.samples if s.split == "val"}
+
+
+@pytest.mark.parametrize("images", range(1, 31))
+def test_small_classes_have_images_in_each_split_and_most_of_them_train(images):
+    for seed in range(20):
+        made = with_splits(_one_by_one([f"{i}" for i in range(images)], labels=1), seed)
+        counts = Counter(s.split for s in made.samples)
+        for split, share in (("test", 0.2), ("val", 0.1)):
+            assert min(1, round(share * images)) <= counts[split] <= int(2 * share * images)
+        assert counts["train"] >= 0.4 * images
+
+
+def _one_by_one(names: list[str], labels: int) -> Catalog:
+    samples = tuple(Sample(Path(name), name, int(name.split(".")[0]) % labels) for name in names)
+    return Catalog(samples, tuple("ab"[:labels]), Path())
 
 
 def test_val_is_taken_from_train_and_test_is_left_alone():
     samples = tuple(Sample(Path(f"{i}"), f"{i}", i % 2, "test" if i >= 80 else "train") for i in range(100))
     made = with_splits(Catalog(samples, ("a", "b"), Path()))
-    assert Counter(s.split for s in made.samples) == {"train": 72, "val": 8, "test": 20}
+    counts = Counter(s.split for s in made.samples)
+    assert counts == {"train": 80 - counts["val"], "val": counts["val"], "test": 20}
+    assert 2 <= counts["val"] <= 16
     assert all(s.split == "test" for s in made.samples[80:])
 
 
@@ -208,7 +244,9 @@ def test_folder_with_and_without_splits(tmp_path):
     make_images(tmp_path / "flat", ["cat", "dog"], 10)
     flat = load_catalog(str(tmp_path / "flat"))
     assert flat.classes == ("cat", "dog")
-    assert Counter(s.split for s in flat.samples) == {"train": 14, "val": 2, "test": 4}
+    counts = Counter(s.split for s in flat.samples)
+    assert counts.total() == 20
+    assert all(low <= counts[split] <= high for split, low, high in (("val", 2, 4), ("test", 2, 8)))
     for split in ("train", "valid", "test"):
         make_images(tmp_path / "split" / split, ["cat", "dog"], 2)
     split = load_catalog(str(tmp_path / "split"))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import os
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from random import Random
 from typing import Annotated, Literal
 
 from protopush.errors import CountOrZero, InputError, Range, Share, did_you_mean, listing
@@ -220,23 +221,29 @@ def with_splits(
 
 
 def _hold_out(samples: Iterable[Sample], shares: dict[str, float], seed: int) -> tuple[Sample, ...]:
-    """Stratified by class, whole groups at a time (one with several classes counts for its first); the rest trains."""
+    """By a hash of the group (of the name, without one): images keep their split when others are added or taken away.
+
+    A group with several classes counts for its first. In each class a split has at least one group (if its share comes
+    to one) and at most twice its share; only where a class is so small that this counts can an image change its split.
+    """
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.group or sample.name].append(sample)
-    by_label: dict[int, list[str]] = defaultdict(list)
+    by_label: dict[int, list[tuple[float, str]]] = defaultdict(list)
     for key, members in groups.items():
-        by_label[members[0].label].append(key)
+        digest = sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
+        by_label[members[0].label].append((int.from_bytes(digest[:8], "big") / 2**64, key))
     split_of: dict[str, str] = {}
-    for label, keys in sorted(by_label.items()):
-        keys = sorted(keys)
-        Random(f"{seed}/{label}").shuffle(keys)
+    for keys in by_label.values():
+        keys.sort()
+        start, place = 0, 0.0
         for split, share in shares.items():
-            take = round(share * len(by_label[label]))
-            split_of.update(dict.fromkeys(keys[:take], split))
-            keys = keys[take:]
-        split_of.update(dict.fromkeys(keys, "train"))
-    return tuple(replace(s, split=split_of[s.group or s.name]) for s in (m for g in groups.values() for m in g))
+            place += share
+            least, most = min(1, round(share * len(keys))), int(2 * share * len(keys))
+            end = start + min(max(bisect(keys, (place,)) - start, least), most)
+            split_of.update((key, split) for _, key in keys[start:end])
+            start = end
+    return tuple(replace(s, split=split_of.get(s.group or s.name, "train")) for s in samples)
 
 
 def groups_in_several_splits(samples: Iterable[Sample]) -> dict[str, dict[str, int]]:
