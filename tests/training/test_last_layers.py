@@ -40,7 +40,7 @@ def config(images: Path, views: int, windows: bool, anchoring: str) -> RunConfig
     return RunConfig(
         data=DataConfig(path=str(images), num_workers=0, augment=False, cached_views=views),
         model=ModelConfig(
-            backbone="resnet18", pretrained=False, image_size=96, num_prototypes=2, embed_dim=16, dropout=0.0,
+            backbone="test_resnet", pretrained=False, image_size=96, num_prototypes=2, embed_dim=16, dropout=0.0,
             windows=WindowsConfig(size=48, stride=48) if windows else None,
         ),
         push=PushConfig(start_epoch=1, interval=1, anchoring=anchoring, unique="image"),

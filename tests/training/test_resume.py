@@ -47,7 +47,7 @@ def _cache(home, monkeypatch):
 
 
 def words(home: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--data.path", str(home / "images"), "--out", str(out), *SMALL, *more]
+    return ["train", "--data.path", str(home / "images"), "--out", str(out), *SMALL, "--model.image_size", "64", *more]
 
 
 @pytest.fixture(scope="module")

@@ -33,16 +33,17 @@ class Match:
     Attributes:
         class_index: the class that owns the prototype.
         prototype: its slot within the class, from 0.
-        similarity: cosine of the prototype and the patch, [-1, 1].
+        similarity: cosine of the prototype and the patch, [-1, 1]; its mean over this patch and those of ``more``.
         weight: what a similarity of 1 would add to the logit.
         contribution: what it does add: ``similarity * weight``.
         cell: the patch's number, from 0.
         box: the patch, (x0, y0, x1, y1) in pixels of the upright original picture, x1 and y1 exclusive.
-        sees: likewise, all that the similarity can depend on; no more than the box where the model is local.
+        sees: likewise, all that the patch's cosine can depend on; no more than the box where the model is local.
         anchor: the training patch that the prototype stands for; None before the first push.
-        values: cosine of the prototype and every patch, in the order of ``regions``; its largest is ``similarity``. One
+        values: cosine of the prototype and every patch, in the order of ``regions``; the largest is the patch's. One
             value for a model that matches the pooled feature.
         regions: of the patches, the same for all matches of a picture.
+        more: the boxes of the other patches that count, the most similar first; none unless ``top_patches`` is above 1.
     """
 
     class_index: int
@@ -56,6 +57,7 @@ class Match:
     anchor: Anchor | None
     values: tuple[float, ...] = ()
     regions: Regions | None = None
+    more: tuple[Box, ...] = ()
 
     @cached_property
     def map(self) -> tuple[tuple[float, ...], ...]:
@@ -290,6 +292,7 @@ def explain_batch(
                     anchor=head.proto_manager.anchor(c, k),
                     values=tuple(values),
                     regions=regions,
+                    more=tuple(view.original_box(regions.boxes[i]) for i in _counted(values, cell, head.top_patches)),
                 )
                 for k, (weight, similarity, contribution, cell, values) in enumerate(columns)
                 if used[c][k]
@@ -300,6 +303,12 @@ def explain_batch(
         answer = first.class_index, first.class_name, first.probability, classes
         explanations.append(Explanation(file, view.original, *answer, view, regions.reach))
     return explanations
+
+
+def _counted(values: Sequence[float], best: int, top_patches: int) -> list[int]:
+    """The patches that count besides the best one, the most similar first."""
+    others = [i for i in range(len(values)) if i != best]
+    return sorted(others, key=lambda i: -values[i])[: top_patches - 1]
 
 
 def _check(head: HeadOptimal, class_names: Sequence[str], top_classes: int, also: Sequence[str]) -> None:

@@ -122,10 +122,15 @@ def draw_box(picture: Image.Image, box: Rect, ink: Colour, line: int = 3) -> Non
 def draw_sees(picture: Image.Image, box: Rect, sees: Rect | None, ink: Colour) -> None:
     """Frame, in a thin line, all that was seen for a box, where that is more than it and not the whole picture."""
     if sees is not None and sees != box:
-        x0, y0, x1, y1 = (round(edge) for edge in sees)
-        for inset, around in ((0, ink), (1, PAPER)):
-            x, y = max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset)
-            ImageDraw.Draw(picture).rectangle((x0 + inset, y0 + inset, x, y), outline=around)
+        draw_thin(picture, sees, ink)
+
+
+def draw_thin(picture: Image.Image, box: Rect, ink: Colour) -> None:
+    """Frame a box in a thin line."""
+    x0, y0, x1, y1 = (round(edge) for edge in box)
+    for inset, around in ((0, ink), (1, PAPER)):
+        x, y = max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset)
+        ImageDraw.Draw(picture).rectangle((x0 + inset, y0 + inset, x, y), outline=around)
 
 
 def resized(picture: Image.Image, width: int, height: int) -> Image.Image:

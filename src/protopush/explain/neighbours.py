@@ -101,7 +101,7 @@ def find_neighbours(
         for features, labels, ids in outputs:
             output: HeadOutput = head(features)
             regions = head.compared(features.regions)
-            found, cells = output.similarities.float().cpu(), output.cells.cpu()
+            found, cells = output.maps.amax(dim=-1).float().cpu(), output.cells.cpu()  # of one patch, as it is shown
             of_class = labels.view(-1, 1, 1) == class_of
             best[0].add(found.masked_fill(~of_class | (ids.view(-1, 1, 1) == anchor_of), -torch.inf), cells, ids)
             best[1].add(found.masked_fill(of_class, -torch.inf), cells, ids)

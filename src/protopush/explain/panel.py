@@ -176,7 +176,7 @@ class _Evidence(canvas.Page):
                 text_top = top = self.columns(x, top, where, side, gap)
             bottom = top if sizes.narrow else self.columns(beside, y, tiles, side, gap)
             if maps:
-                bottom = max(bottom, self.map(x, top, match))
+                bottom = max(bottom, self.map(x, top, match, style.colour(i)))
             left = beside if sizes.narrow else aside
             y = max(bottom, self.words(left, text_top, match, i, x + width - left)) + gap
         return y
@@ -191,12 +191,14 @@ class _Evidence(canvas.Page):
         part = canvas.part_tile(self.image, box, ink, side, sees, here)
         return [part, *canvas.part_and_whole(source, anchor, ink, side, self.sizes.small, reach, there)]
 
-    def map(self, x: int, y: int, match: Match) -> int:
-        """The whole picture, small: how similar each place of it is, and the region that was checked."""
+    def map(self, x: int, y: int, match: Match, ink: style.Colour) -> int:
+        """The whole picture, small: how similar each place is, those that count, and the region that was checked."""
         sizes, side, view = self.sizes, self.sizes.side, self.explanation.view
         mapped, region = bool(match.map) and not _compares_whole(match), self.region_of(match)
         even = self.explanation.reach == "box"
         shown = canvas.with_map(self.small, match.map, view, even) if mapped else canvas.with_unseen(self.small, view)
+        for box in (match.box, *match.more) if match.more else ():
+            canvas.draw_thin(shown, style.scaled(box, self.explanation.image_size, shown.size), ink)
         if region is not None:
             shown = canvas.with_outline(shown, region.boxes, self.explanation.image_size, 3 if sizes.narrow else 2)
         y += 0 if sizes.narrow else (side - shown.height) // 2
@@ -222,7 +224,8 @@ class _Evidence(canvas.Page):
         sizes, gap, region = self.sizes, self.sizes.gap // 4, self.region_of(match)
         y = self.note(x, y, style.file_name(match.anchor), width) + gap
         y = self.note(x, y, style.likeness(match.anchor), width, most=2)
-        product = f"similarity {style.decimal(match.similarity)} × weight {style.decimal(match.weight)}"
+        mean = f" (mean of {1 + len(match.more)} places)" if match.more else ""
+        product = f"similarity {style.decimal(match.similarity)}{mean} × weight {style.decimal(match.weight)}"
         y = self.text(x, y, product, sizes.body, width, most=2) + gap
         length = max(round((width - 4 * sizes.body) * abs(match.contribution) / self.longest), 2)
         fill = style.colour(number) if match.contribution >= 0 else style.PAPER  # hollow: it is against the class
@@ -256,6 +259,9 @@ class _Evidence(canvas.Page):
         ]
         if self.whole:
             texts = [f"Each row is a prototype: a training image of {name}. This model compares images as a whole."]
+        most = max((len(match.more) for match in self.explanation.classes[0].matches), default=0)
+        if most:
+            texts.append(f"A similarity is the mean of the {1 + most} most similar places, which each map frames.")
         texts.append(f"Similarity × weight is the contribution: what a row adds to the score (logit) of {name}.")
         if any(region.boxes for region in self.regions.values()):
             texts.append("White outline: these pixels were blurred, and the similarity measured again.")

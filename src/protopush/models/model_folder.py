@@ -70,6 +70,7 @@ def save_run(run: Run) -> None:
                 "max_prototypes": manager.max_prototypes,
                 "embed_dim": manager.dim,
                 "match": head.match,
+                "top_patches": head.top_patches,
                 "anchoring": head.anchoring,
                 **({} if manager.anchor_crops is None else {"crop_size": manager.anchor_crops.shape[3]}),
             },

@@ -30,8 +30,8 @@ class HeadOutput(NamedTuple):
     Attributes:
         logits: (B, num_classes).
         contributions: (B, num_classes, K); ``logits == contributions.sum(-1) + bias``; 0 in unused slots.
-        similarities: (B, num_classes, K), the cosine at the best cell.
-        cells: (B, num_classes, K), that cell.
+        similarities: (B, num_classes, K), the cosine at the best cell, or its mean over the best cells.
+        cells: (B, num_classes, K), the best cell.
         embeddings: (B, L, D), unit norm.
         prototypes: (num_classes, K, D), unit norm.
     """
@@ -53,6 +53,7 @@ class HeadOutput(NamedTuple):
 class HeadOptimal(nn.Module):
     """``logit_c = exp(log_temperature) * mean_k softplus(w_ck) * max_l cos(z_l, p_ck) + b_c``.
 
+    With ``top_patches`` above 1 the mean over so many of the most similar patches takes the place of the maximum.
     Only a class's own prototypes count for it, and never with a negative weight, so that an explanation can show
     every term of the sum. What else is in the batch never matters.
 
@@ -64,6 +65,8 @@ class HeadOptimal(nn.Module):
         max_prototypes: slots per class (default: ``num_prototypes``).
         dropout: after the projection, in training.
         match: ``local`` compares prototypes with every patch, ``global`` with the pooled feature as one patch.
+        top_patches: a similarity is the mean of the cosines of so many most similar patches (of all, if there are
+            fewer): for patterns that lie in several places.
         temperature: initial ``exp(log_temperature)``.
         anchoring: ``off``, prototypes are parameters; ``live``, from its first push on each prototype *is* the
             embedding of its anchor's stored feature, computed in every forward, so that the projection learns to make
@@ -71,7 +74,8 @@ class HeadOptimal(nn.Module):
         crop_size: of live anchors' pixels, where a trained backbone embeds them in every step; see
             :class:`protopush.nn.prototypes.PrototypeManager`.
 
-    Source: ProtoPNet (Chen et al., 2019) for the scores; cosine similarity as in TesNet (Wang et al., 2021).
+    Source: ProtoPNet (Chen et al., 2019) for the scores; cosine similarity as in TesNet (Wang et al., 2021); the mean
+    over the best patches as in IAIA-BL (Barnett et al., 2021).
 
     Example:
         >>> from protopush.backbones import Features
@@ -92,6 +96,7 @@ class HeadOptimal(nn.Module):
         max_prototypes: int | None = None,
         dropout: float = 0.1,
         match: str = "local",
+        top_patches: int = 1,
         temperature: float = 10.0,
         anchoring: str = "off",
         crop_size: int | None = None,
@@ -101,7 +106,9 @@ class HeadOptimal(nn.Module):
             raise InputError(f"anchoring={anchoring!r}; expected 'off' or 'live' (prototypes are real patches)")
         if match not in ("local", "global"):
             raise InputError(f"match={match!r}; expected 'local' (every patch) or 'global' (the pooled feature)")
-        self.match = match
+        if top_patches < 1:
+            raise InputError(f"top_patches={top_patches}; expected at least 1 (the most similar patch alone)")
+        self.match, self.top_patches = match, top_patches
         self.proj = nn.Sequential(nn.Linear(in_dim, embed_dim), nn.LayerNorm(embed_dim), nn.Dropout(dropout))
         self.anchoring = anchoring
         anchor_dim = in_dim if anchoring == "live" else None
@@ -156,19 +163,19 @@ class HeadOptimal(nn.Module):
 
     def forward(self, features: HasFeatures, anchor_features: Tensor | None = None) -> HeadOutput:
         """Features of a batch, patches (B, L, C) and pooled (B, 1, C), to :class:`HeadOutput`."""
-        prototypes = self.prototypes(anchor_features)
-        return classify(self.embed_features(features), prototypes, self.weights(), self.bias)
+        return self.classify(self.embed_features(features), self.prototypes(anchor_features))
 
     def embed_features(self, features: HasFeatures) -> Tensor:
         """The unit embeddings (B, L, D) that prototypes are compared with: of patches, or of the pooled feature."""
         return self.embed(features.patches if self.match == "local" else features.pooled)
 
-    def classify(self, embeddings: Tensor) -> HeadOutput:
-        """Unit embeddings (B, L, D) to :class:`HeadOutput`."""
-        return classify(embeddings, self.prototypes(), self.weights(), self.bias)
+    def classify(self, embeddings: Tensor, prototypes: Tensor | None = None) -> HeadOutput:
+        """Unit embeddings (B, L, D) to :class:`HeadOutput`; with other ``prototypes`` than its own where given."""
+        prototypes = self.prototypes() if prototypes is None else prototypes
+        return classify(embeddings, prototypes, self.weights(), self.bias, self.top_patches)
 
 
-def classify(embeddings: Tensor, prototypes: Tensor, weights: Tensor, bias: Tensor) -> HeadOutput:
+def classify(embeddings: Tensor, prototypes: Tensor, weights: Tensor, bias: Tensor, top_patches: int = 1) -> HeadOutput:
     """The formula of :class:`HeadOptimal` alone, for prototypes and weights that are known already.
 
     Args:
@@ -176,9 +183,12 @@ def classify(embeddings: Tensor, prototypes: Tensor, weights: Tensor, bias: Tens
         prototypes: (num_classes, K, D), unit norm.
         weights: (num_classes, K), what a similarity of 1 contributes; 0 in unused slots.
         bias: (num_classes).
+        top_patches: over how many of the best patches a similarity is the mean.
     """
     every = embeddings @ prototypes.flatten(0, 1).T  # (B, L, num_classes * K)
     best, cells = every.max(dim=1)
+    if top_patches > 1:
+        best = every.topk(min(top_patches, every.shape[1]), dim=1).values.mean(dim=1)
     shape = (-1, *prototypes.shape[:2])
     similarities = best.view(shape)
     contributions = similarities * weights

@@ -65,7 +65,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
     first = found.classes[0]
     shown, rest = first.matches[:ROWS], first.matches[ROWS:]
     even, alt = found.reach == "box", f"where {name} is like the first prototype"
-    warm = heat(image, shown[0].map, view, SIDE, alt, even)
+    warm, counted = heat(image, shown[0].map, view, SIDE, alt, even), [shown[0].box, *shown[0].more]
     return {
         "title": title,
         "file": name,
@@ -74,7 +74,7 @@ def _case(title: str, measured: Measured, number: int, cards: Cards, device: str
         "probability": first.probability,
         "right": first.class_name == truth,
         "picture": _numbered(image, name, shown, cards.reach),
-        "heat": framed(warm, [shown[0].box], image.size, ["1"]) if len(shown[0].map) > 1 else None,
+        "heat": framed(warm, counted, image.size, ["1"] + [""] * len(shown[0].more)) if len(shown[0].map) > 1 else None,
         "heat_range": (min(map(min, shown[0].map)), max(map(max, shown[0].map))),
         "rows": [_with_pictures(row, image, view, name, cards) for row in contribution_rows(first)[:ROWS]],
         "others": len(rest),
@@ -93,6 +93,7 @@ def contribution_rows(evidence: ClassEvidence) -> list[dict[str, Any]]:
             "name": f"{evidence.class_name} #{match.prototype}",
             "file": file_name(match.anchor),
             "similarity": match.similarity,
+            "places": 1 + len(match.more),
             "weight": match.weight,
             "contribution": match.contribution,
             "share": abs(match.contribution) / longest,

@@ -51,7 +51,7 @@ class Graph(nn.Module):
         features: Features = self.backbone(images)
         embeddings = self.head.embed_features(features)
         prototypes, weights = self.get_buffer("prototypes"), self.get_buffer("weights")
-        output = classify(embeddings, prototypes, weights, self.head.bias)
+        output = classify(embeddings, prototypes, weights, self.head.bias, self.head.top_patches)
         return output.logits, output.similarities, output.cells
 
 
@@ -185,6 +185,7 @@ def metadata_of(run: Run) -> dict[str, str]:
     regions             ``boxes``, one for each patch (``cells`` counts them), and what each ``sees``: (x0, y0, x1, y1)
                         in pixels of ``images``; equal where nothing outside a box can change its similarity
     match               ``local`` or ``global`` (one patch, the whole picture)
+    top_patches         over how many of the most similar patches a similarity is the mean
     weights, bias       (C, K), (C): logits = (weights * similarities).sum(-1) + bias; weights are 0 in unused slots
     anchors             a list, one entry for each prototype in use, and the patch that it stands for (None: unknown):
                         ``file`` is relative to the folder of the training images, ``box`` is (x0, y0, x1, y1) in pixels
@@ -215,6 +216,7 @@ def metadata_of(run: Run) -> dict[str, str]:
         "preprocessing": {**steps, **preprocessing, "crop_pct": run.transform.crop_pct},
         "regions": head.compared(run.model.backbone.regions).to_dict(),
         "match": head.match,
+        "top_patches": head.top_patches,
         "weights": head.weights().tolist(),
         "bias": head.bias.tolist(),
         "anchors": anchors,
@@ -251,6 +253,7 @@ def largest_difference(run: Run, file: Path) -> float:
         with preserve_state(run.model):
             wanted = run.model(images)
         near = wanted.maps.gather(-1, cells.unsqueeze(-1)).squeeze(-1)
-        for one, other in ((logits, wanted.logits), (similarities, wanted.similarities), (near, wanted.similarities)):
+        best = wanted.maps.amax(dim=-1)
+        for one, other in ((logits, wanted.logits), (similarities, wanted.similarities), (near, best)):
             worst = torch.maximum(worst, (one - other).abs().max())
     return float(worst)

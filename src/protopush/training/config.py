@@ -54,6 +54,7 @@ class ModelConfig:
         embed_dim: size of the embedding space.
         dropout: after the projection.
         match: local (prototypes against every patch) or global (against the pooled feature).
+        top_patches: a similarity is the mean over so many most similar patches; 1: the most similar one alone.
     """
 
     backbone: str = "tf_efficientnet_lite0"
@@ -67,6 +68,7 @@ class ModelConfig:
     embed_dim: Count = 128
     dropout: Share = 0.1
     match: Literal["local", "global"] = "local"
+    top_patches: Count = 1
 
 
 @dataclass

@@ -275,8 +275,8 @@ def _model(config: RunConfig, catalog: Catalog) -> tuple[ProtoModel, Division | 
         backbone.measure()
     head = HeadOptimal(
         backbone.channels, len(catalog.classes), num_prototypes=c.num_prototypes, embed_dim=c.embed_dim,
-        max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, anchoring=config.push.anchoring,
-        crop_size=_crop_size(config, backbone),
+        max_prototypes=c.max_prototypes, dropout=c.dropout, match=c.match, top_patches=c.top_patches,
+        anchoring=config.push.anchoring, crop_size=_crop_size(config, backbone),
     )  # fmt: skip
     model = ProtoModel(backbone, head)
     model.class_names = list(catalog.classes)
