@@ -95,7 +95,7 @@ def measured(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str,
             raise InputError(f"training {folder} ended with exit code {code}; see above")
     run = open_run(folder)
     data = DataConfig(**run.data | {"path": options.manifest})
-    dataset, catalog = open_split(data, "test", run.class_names, run.transform)
+    dataset, catalog = open_split(data, "test", run.class_names, run.transform, run.folder)
     known = {sample.name: sample for sample in catalog.samples}
     found = measure(
         run, dataset, "test", known, num_workers=options.workers, resamples=0, faithfulness=options.faithfulness

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def test_images(run: Run, number: int) -> Tensor:
     """The first images of the run's test split, as the model sees them; where they are too few, several times."""
-    dataset, _ = open_split(DataConfig(**run.data), "test", run.class_names, run.transform)
+    dataset, _ = open_split(DataConfig(**run.data), "test", run.class_names, run.transform, run.folder)
     seen = [dataset[index][0] for index in range(min(number, len(dataset)))]
     return torch.stack([seen[index % len(seen)] for index in range(number)])
 

@@ -22,8 +22,9 @@ from helpers import SMALL, save_turned
 from protopush.cli import main
 
 CLASSES = (
-    "nv", "mel", "Basal cell", "grade [II]", "a [/b]", "x,y", 'the "one"', "it's", "naïve", "黑色素瘤", "=1+1", "@sum", "-dash",
-    "$x^2$", "{name}", "%s", "<b>bold</b>", "&amp;", "a;b", "*", "[ab]", "null", "1", "007", "1e3", "true", "#", "a|b", "Ünï",
+    "nv", "mel", "Basal cell", "grade [II]", "a [/b]", "x,y", 'the "one"', "it's", "naïve", "黑色素瘤", "=1+1", "@sum",
+    "-dash", "$x^2$", "{name}", "%s", "<b>bold</b>", "&amp;", "a;b", "*", "[ab]", "null", "1", "007", "1e3", "true",
+    "#", "a|b", "Ünï",
 )  # fmt: skip
 MODES = {
     ".png": ("1", "L", "LA", "RGB", "RGBA", "P", "I;16"),
@@ -99,7 +100,7 @@ def mask_of(random: Random, image: Path, file: Path) -> Path:
 
 
 def names_of(random: Random, count: int) -> list[str]:
-    ugly = ("{}", "%d", "a b", "=x", "[1]", "$y$", "ä", "e\u0301", "x.y", "#", "'", "&", "+", "-1", "*"[:0] + "~")
+    ugly = ("{}", "%d", "a b", "=x", "[1]", "$y$", "ä", "e\u0301", "x.y", "#", "'", "&", "+", "-1", "~")
     return [f"{random.choice(ugly)}{number}" if random.random() < 0.3 else f"{number:04d}" for number in range(count)]
 
 
@@ -145,9 +146,10 @@ def table(random: Random, root: Path) -> Made:
             split = random.choice(("train", "Train", "training")) if has_split else ""
             row = [place.replace("/", "\\") if random.random() < 0.1 else place, name]
             row += [split] * has_split + [random.choice((f"{name}{stem}", ""))] * has_group
-            if has_mask:
-                mask = mask_of(random, image, root / "masks" / f"{number}-{stem}.png") if random.random() < 0.7 else None
-                row.append(mask.relative_to(root).as_posix() if mask else "")
+            if has_mask and random.random() < 0.7:
+                row.append(mask_of(random, image, root / "masks" / f"{number}-{stem}.png").relative_to(root).as_posix())
+            elif has_mask:
+                row.append("")
             rows.append([*row, random.choice(("", "seen twice", "x; y, z"))])
     random.shuffle(rows)
     if random.random() < 0.05:

@@ -287,9 +287,9 @@ def some_images(folder, count):
     return samples
 
 
-@pytest.mark.parametrize("count", [1, 2, 25])
-def test_neighbours_are_those_of_a_full_search(tmp_path, count):
-    model = brightness_model().eval()
+@pytest.mark.parametrize(("count", "top_patches"), [(1, 1), (2, 1), (25, 1), (25, 3)])
+def test_neighbours_are_those_of_a_full_search(tmp_path, count, top_patches):
+    model = brightness_model(top_patches=top_patches).eval()
     dataset = ImageDataset(some_images(tmp_path, count), TRANSFORM)
     manager = model.head.proto_manager
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_neighbours_are_those_of_a_full_search(tmp_path, count):
             if not manager.mask()[c, k]:
                 assert found[c][k] is None
                 continue
-            rows = [(-float(out.similarities[0, c, k]), i, int(out.cells[0, c, k])) for i, out in enumerate(outputs)]
+            rows = [(-float(out.maps[0, c, k].max()), i, int(out.cells[0, c, k])) for i, out in enumerate(outputs)]
             own = sorted(row for row in rows if row[1] % 2 == c and not (c == k == 0 and row[1] == 0))[:3]
             others = sorted(row for row in rows if row[1] % 2 != c)[:2]
             for names, expected in ((found[c][k].own, own), (found[c][k].others, others)):

@@ -37,9 +37,9 @@ class Brightness(nn.Module):
         return Features(patches.mean(1, keepdim=True), patches, Regions.grid(GRID, tuple(images.shape[2:])))
 
 
-def brightness_model(match="local"):
+def brightness_model(match="local", top_patches=1):
     """Class ``bright`` has one prototype that likes bright cells; class ``dark`` two, that like dark and grey ones."""
-    head = HeadOptimal(2, 2, [2, 1], embed_dim=2, max_prototypes=3, match=match)
+    head = HeadOptimal(2, 2, [2, 1], embed_dim=2, max_prototypes=3, match=match, top_patches=top_patches)
     head.proj = nn.Identity()
     with torch.no_grad():
         head.proto_manager.prototypes[:2] = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
@@ -67,9 +67,9 @@ def bright_match(explanation):
     return evidence.matches[0]
 
 
-@pytest.mark.parametrize("match", ["local", "global"])
-def test_every_logit_is_the_sum_of_what_is_shown(marked_file, match):
-    model = brightness_model(match).eval()
+@pytest.mark.parametrize(("match", "top_patches"), [("local", 1), ("local", 3), ("local", 1000), ("global", 3)])
+def test_every_logit_is_the_sum_of_what_is_shown(marked_file, match, top_patches):
+    model = brightness_model(match, top_patches).eval()
     explanation = explain_image(model, marked_file, TRANSFORM, NAMES)
     expected = model(TRANSFORM(marked_picture()).unsqueeze(0)).logits[0].detach()
     assert sorted(len(evidence.matches) for evidence in explanation.classes) == [1, 2]  # unused slots are not shown
@@ -78,6 +78,12 @@ def test_every_logit_is_the_sum_of_what_is_shown(marked_file, match):
         assert evidence.contributions_sum + evidence.bias == pytest.approx(evidence.logit, abs=1e-5)
         for shown in evidence.matches:
             assert shown.contribution == pytest.approx(shown.similarity * shown.weight, abs=1e-5)
+            counted = sorted(shown.values)[-top_patches:]
+            assert shown.similarity == pytest.approx(sum(counted) / len(counted), abs=1e-6)
+            assert shown.values[shown.cell] == pytest.approx(max(shown.values), abs=1e-6)
+            boxes = [explanation.view.original_box(box) for box in shown.regions.boxes]
+            assert len(shown.more) == len(counted) - 1
+            assert sorted(shown.values[boxes.index(box)] for box in (shown.box, *shown.more)) == counted
         contributions = [shown.contribution for shown in evidence.matches]
         assert contributions == sorted(contributions, reverse=True)
     assert {e.bias for e in explanation.classes} == {0.25, -0.5}

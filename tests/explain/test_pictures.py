@@ -541,6 +541,21 @@ def test_the_words_say_what_the_model_sees(written, reach, said):
     assert " ".join(text for text, _ in written).count(said) == 3
 
 
+def test_all_places_that_count_are_framed_in_the_map_and_said(written):
+    image, boxes = Image.new("RGB", (300, 100), GREY), ((175, 50, 200, 75), (200, 0, 225, 25))
+    panels = [
+        draw_panel(an_explanation([a_match(more=more)]), image, no_picture, narrow=narrow)
+        for more in ((), boxes)
+        for narrow in (False, True)
+    ]
+    alone, alone_narrow, three, three_narrow = [count(panel, COLOURS[0]) for panel in panels]
+    assert three > alone
+    assert three_narrow > alone_narrow
+    texts = [text for text, _ in written]
+    assert sum("(mean of 3 places)" in text for text in texts) == 2
+    assert sum("mean of the 3 most similar places" in text for text in texts) == 2
+
+
 # Checked regions.
 
 

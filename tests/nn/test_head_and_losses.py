@@ -44,15 +44,17 @@ def slow_logits(head: HeadOptimal, patches: np.ndarray) -> np.ndarray:
     for b in range(len(z)):
         for c, (start, end) in enumerate(manager.get_prototype_indices()):
             rows = [r for r in range(start, end) if manager.valid_mask[r]]
-            terms = [w[c, r - start] * max(z[b] @ (p[r] / np.linalg.norm(p[r]))) for r in rows]
+            cosines = [sorted(z[b] @ (p[r] / np.linalg.norm(p[r])))[-head.top_patches :] for r in rows]
+            terms = [w[c, r - start] * sum(some) / len(some) for r, some in zip(rows, cosines, strict=True)]
             logits[b, c] = math.exp(head.log_temperature.item()) * sum(terms) / len(rows) + head.bias[c].item()
     return logits
 
 
 @pytest.mark.parametrize(("counts", "slots"), [(2, None), ([1, 3, 2], 4)])
+@pytest.mark.parametrize("top_patches", [1, 2, 3, 49, 60])
 @pytest.mark.parametrize("match", ["local", "global"])
-def test_logits_are_the_formula_and_the_sum_of_contributions(counts, slots, match):
-    head = HeadOptimal(16, 3, counts, embed_dim=8, max_prototypes=slots, match=match).eval()
+def test_logits_are_the_formula_and_the_sum_of_contributions(counts, slots, match, top_patches):
+    head = HeadOptimal(16, 3, counts, embed_dim=8, max_prototypes=slots, match=match, top_patches=top_patches).eval()
     torch.nn.init.normal_(head.connections)
     torch.nn.init.normal_(head.bias)
     x = features()
@@ -65,7 +67,14 @@ def test_logits_are_the_formula_and_the_sum_of_contributions(counts, slots, matc
     assert (head.weights()[~mask] == 0).all()
     assert (head.weights()[mask] > 0).all()  # evidence is never negative
     best = (out.embeddings @ head.proto_manager.unit().flatten(0, 1).T).gather(1, out.cells.flatten(1).unsqueeze(1))
-    assert torch.allclose(best.view_as(out.similarities), out.similarities)
+    assert torch.allclose(best.view_as(out.similarities), out.maps.amax(-1), atol=1e-6)
+    if top_patches == 1 or match == "global":
+        assert torch.allclose(best.view_as(out.similarities), out.similarities)
+
+
+def test_a_similarity_needs_a_patch():
+    with pytest.raises(InputError, match="top_patches=0; expected at least 1"):
+        HeadOptimal(16, 3, top_patches=0)
 
 
 def test_embeddings_have_unit_norm_and_gradients_reach_everything():
