@@ -368,12 +368,16 @@ class Run(stored_run.Run):
         where = DataConfig(**self.data), self.device, self.num_workers
         return predict(self, paths, out, top, threshold, share, *where, overwrite)
 
-    def export(self, out: str | Path | None = None, *, format: str = "onnx", tolerance: float = 1e-4) -> Exported:
+    def export(
+        self, out: str | Path | None = None, *, format: str = "onnx", input: Literal["float32", "uint8"] = "float32",
+        tolerance: float = 1e-4,
+    ) -> Exported:  # fmt: skip
         """Write a file that needs neither PyTorch nor protopush.
 
         Args:
             out: the file; by default ``model.onnx`` in the run's folder.
             format: onnx.
+            input: float32 (normalised images) or uint8 (pixels, normalised inside).
             tolerance: of the difference to PyTorch in logits and similarities.
 
         Raises:
@@ -386,7 +390,7 @@ class Run(stored_run.Run):
         if not tolerance > 0:
             raise InputError(f"--tolerance {tolerance}; expected a number above 0")
         on_cpu = replace(self, model=copy.deepcopy(self.model).cpu())
-        return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance)
+        return export_onnx(on_cpu, Path(out) if out else self.folder / "model.onnx", tolerance, input)
 
     def _new_folder(self, out: str | Path, overwrite: bool) -> Path:
         from protopush.training.run_writer import fresh_folder

@@ -110,5 +110,5 @@ def check_fields(config: object, prefix: str = "") -> None:
             raise InputError(f"{prefix}{name} is {value!r}; expected one of: {listing(get_args(hint))}")
         for kind in (hint, *get_args(hint)):  # a range may be that of an optional number
             for limit in getattr(kind, "__metadata__", ()):
-                if value is not None and value not in limit:
+                if any(one not in limit for one in (value if isinstance(value, list) else [value]) if one is not None):
                     raise InputError(f"{prefix}{name} is {value}; expected {limit}")

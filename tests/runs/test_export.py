@@ -289,9 +289,13 @@ def ugly_images(folder: Path) -> dict[str, Path]:
     picture.convert("L").save(files["grey.png"])
     deep = np.asarray(picture.convert("L"), dtype=np.uint16) * 200
     Image.fromarray(deep).save(files["deep.png"])
+    files["dark.png"] = folder / "dark.png"  # 16 bits of which only the lowest are used
+    Image.fromarray(deep // 256).save(files["dark.png"])
     picture.convert("CMYK").save(files["cmyk.jpg"])
     picture.convert("P").save(files["p.gif"])
-    picture.convert("RGBA").save(files["rgba.png"])
+    clear = picture.convert("RGBA")
+    clear.putalpha(picture.convert("L"))  # hidden colours below
+    clear.save(files["rgba.png"])
     picture.resize((96, 64)).save(folder / "exact.png")
     return files | {"exact.png": folder / "exact.png"}
 
@@ -328,3 +332,31 @@ def test_the_example_needs_neither_torch_nor_protopush(home, tmp_path):
         box = list(run.model.backbone.regions.boxes[match.cell])
         assert f"{match.contribution:+.2f}: {box} is similar ({match.similarity:.2f}) to" in line
         assert line.endswith(f"prototype {match.prototype}, {match.anchor.file} at {list(match.anchor.box)}")
+
+
+def test_a_file_that_takes_pixels_says_what_the_other_says(home, tmp_path):
+    """Both files, and the model, on the same pictures: resized outside, normalised inside."""
+    assert main(["export", str(home / "run"), "--input", "uint8", "--out", str(tmp_path / "raw.onnx")]) == 0
+    raw, other, run = session_of(tmp_path / "raw.onnx"), session_of(home / "run" / "model.onnx"), open_run(home / "run")
+    (given,) = raw.get_inputs()
+    assert (given.name, given.type, given.shape[1:]) == ("pixels", "tensor(uint8)", [64, 96, 3])
+    told, example = about(tmp_path / "raw.onnx"), runpy.run_path(str(EXAMPLE))
+    assert "the graph does" in told["preprocessing"].pop("normalise")
+    assert told["preprocessing"].items() <= about(home / "run" / "model.onnx")["preprocessing"].items()
+    names, files = ["logits", "similarities", "best_cells"], list(ugly_images(tmp_path).values())
+    pixels = np.concatenate([example["pixels_of"](str(file), told["preprocessing"]) for file in files])
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (len(files), 64, 96, 3))
+    images = torch.stack([run.transform(read_image(file)) for file in files])
+    ours, theirs = raw.run(names, {"pixels": pixels}), other.run(names, {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = run.model(images)
+    for found, same, model in zip(ours, theirs, (wanted.logits, wanted.similarities), strict=False):
+        np.testing.assert_allclose(found, same, atol=1e-5)
+        np.testing.assert_allclose(found, model, atol=1e-5)
+    assert np.array_equal(ours[2], theirs[2])
+    for count in (1, 3):
+        np.testing.assert_allclose(raw.run(names, {"pixels": pixels[:count]})[0], ours[0][:count], atol=1e-5)
+    found = python(EXAMPLE, tmp_path / "raw.onnx", files[0])
+    same = python(EXAMPLE, home / "run" / "model.onnx", files[0])
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == same.stdout

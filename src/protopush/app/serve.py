@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protopush.app.run_store import RunStore, UsageWorker
 from protopush.app.upload import Limits
-from protopush.errors import InputError
+from protopush.errors import InputError, listing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,11 +43,12 @@ POLICY = (
 class Guard:
     """Refuses what the page doesn't need: other routes of the framework, proxies, remote files, calls of other sites.
 
-    The server is known by the names ``hosts``; without, by any.
+    The server is known by the names ``hosts``; without, by any. A page of the ``proxies``, names of servers that hand
+    requests on, may call under whatever name they know this one by.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
-        self.app, self.hosts = app, frozenset(hosts)
+    def __init__(self, app: ASGIApp, hosts: Iterable[str] = (), proxies: Iterable[str] = ()) -> None:
+        self.app, self.hosts, self.proxies = app, frozenset(hosts), frozenset(proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -68,7 +69,7 @@ class Guard:
         if self.hosts and _name(f"//{host}") not in self.hosts:
             return False  # a page of another site that has its name point here
         origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == host
+        return origin is None or urlsplit(origin).netloc == host or _name(origin) in self.proxies
 
 
 def _name(url: str) -> str:
@@ -98,28 +99,36 @@ SETTINGS = {
 }
 
 
-def serve(store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(
+    store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 7860, root_path: str = "",
+    allowed_host: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Show a run until somebody presses Ctrl-C; the page has no passwords.
 
     Args:
         host: the address to listen on.
         port: 0 for any that is free.
+        root_path: where a reverse proxy shows the page: a path, or the whole address.
+        allowed_host: names by which a browser may call the page, besides those of this computer.
 
     Raises:
         InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
     """
+    root_path, names = _public(root_path, allowed_host)
     if not (limits.megabytes > 0 and limits.megapixels > 0):
         given = f"--max_megabytes {limits.megabytes:g}, --max_megapixels {limits.megapixels:g}"
         raise InputError(f"{given}; expected numbers above 0")
     store.run()
     uploads = tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True)
     with uploads as folder, listening(host, port) as door:
-        app = build_app(store, limits, host, Path(folder))
+        app = build_app(store, limits, host, Path(folder), root_path, names)
         import uvicorn
 
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
-        if not is_local(host):
-            logger.warning("Everybody who reaches %s may view and decide; there are no passwords", host)
+        if names or not is_local(host):
+            logger.warning(
+                "Everybody who reaches %s may view and decide; there are no passwords", listing([*names]) or host
+            )
         address = f"[{host}]" if ":" in host else host
         try:
             print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
@@ -133,8 +142,22 @@ def serve(store: RunStore, limits: Limits, host: str = "127.0.0.1", port: int = 
         os._exit(0)
 
 
-def build_app(store: RunStore, limits: Limits, host: str, folder: Path) -> FastAPI:
-    """The application; uploads go to ``folder``."""
+def _public(root_path: str, allowed_host: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """A proxy's path or address without the last slash, and the names of hosts, checked."""
+    if root_path and not root_path.startswith(("/", "http://", "https://")):
+        raise InputError(
+            f"--root_path {root_path}; expected a path (/review) or an address (https://example.org/review)"
+        )
+    names = tuple(_name(f"//{given}") for given in allowed_host)
+    if wrong := [given for given, name in zip(allowed_host, names, strict=True) if not name or {*given} & {*"/*"}]:
+        raise InputError(f"--allowed_host {listing(wrong)}; expected names of hosts, such as hub.example.org")
+    return root_path.rstrip("/"), names
+
+
+def build_app(
+    store: RunStore, limits: Limits, host: str, folder: Path, root_path: str = "", allowed_host: Sequence[str] = ()
+) -> FastAPI:
+    """The application; uploads go to ``folder``, the others are those of :func:`serve`."""
     os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(folder))  # gradio reads them when it is imported, and later
     try:
         import gradio
@@ -145,7 +168,8 @@ def build_app(store: RunStore, limits: Limits, host: str, folder: Path) -> FastA
     from protopush.app.page import HEAD, STYLES, theme
     from protopush.app.review_tabs import as_csv, as_json
 
-    guard = Middleware(Guard, hosts=LOCAL if is_local(host) else ())
+    closed = is_local(host) or bool(allowed_host)
+    guard = Middleware(Guard, hosts=(*LOCAL, *allowed_host) if closed else (), proxies=allowed_host)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
 
     def saved(kind: str, media: str, text: str) -> Response:
@@ -158,7 +182,7 @@ def build_app(store: RunStore, limits: Limits, host: str, folder: Path) -> FastA
     size, files = int(limits.megabytes * 1e6), {"allowed_paths": [], "blocked_paths": [], "css_paths": STYLES}
     page: FastAPI = gradio.mount_gradio_app(
         app, build_page(store, limits), path="/", server_name=host, footer_links=[], max_file_size=size, theme=theme(),
-        head=HEAD, **off, **files,
+        head=HEAD, root_path=root_path or None, **off, **files,
     )  # fmt: skip
     return page
 

@@ -223,7 +223,8 @@ def forbid(
 
 def app(
     run: str, *, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 20.0, max_megapixels: float = 50.0,
-    data: Images = Images(num_workers=0), device: str = "auto",
+    root_path: str = "", allowed_host: list[str] | None = None, data: Images = Images(num_workers=0),
+    device: str = "auto",
 ) -> int:  # fmt: skip
     """A page on this computer to view predictions and prototypes, and to decide about these.
 
@@ -233,6 +234,8 @@ def app(
         port: 0: any that is free.
         max_megabytes: of an uploaded file.
         max_megapixels: of an uploaded image.
+        root_path: where a reverse proxy shows the page: a path such as /review, or the whole address.
+        allowed_host: names by which browsers may call the page, besides those of this computer.
     """
     from protopush.app.run_store import RunStore
     from protopush.app.serve import serve
@@ -240,7 +243,7 @@ def app(
 
     opened = _open(run, data, device)
     store = RunStore(opened.folder, opened.data, opened.device, data.num_workers)
-    serve(store, Limits(max_megabytes, max_megapixels), host, port)
+    serve(store, Limits(max_megabytes, max_megapixels), host, port, root_path, allowed_host or ())
     return 0
 
 

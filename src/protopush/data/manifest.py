@@ -25,7 +25,8 @@ class DataConfig:
 
     Args:
         path: a folder of class folders or a manifest (CSV image,label[,split][,group][,mask]).
-        source: auto, folder, manifest, imagefolder, isic2018, ham10000, medmnist or elpv (docs/data.md).
+        source: auto, folder, manifest, imagefolder, isic2018, isic2019, isic2020, ham10000, medmnist or elpv
+            (docs/data.md).
         crop_pct: share of the resized short side that the centre crop keeps.
         augment: random crops, flips and colour, where the backbone is trained.
         auto_augment: a policy of timm's on top of crops and flips, such as rand-m9-mstd0.5-inc1 or augmix-m3-w3; it

@@ -186,12 +186,13 @@ class TrainTransform:
         ensure_policies()
         from timm.data.transforms_factory import create_transform
 
+        wide = preprocessing.size[1] / preprocessing.size[0]  # crops have the shape of the input, more or less
         try:
             self.augment: Callable[[Image.Image], Tensor] = create_transform(
                 (3, *preprocessing.size),
                 is_training=True,
                 scale=(min_scale, 1.0),
-                ratio=(0.8, 1.25),
+                ratio=(0.8 * wide, 1.25 * wide),
                 vflip=0.5 if flip_vertical else 0.0,
                 color_jitter=(0.1, 0.1, 0.1, 0.02),
                 auto_augment=auto_augment or None,

@@ -16,13 +16,14 @@ from protopush import __version__
 from protopush.backbones.create import Backbone, Features
 from protopush.data.files import atomic
 from protopush.data.images import sha256_of
+from protopush.data.transforms import Preprocessing, as_pixels, normalised
 from protopush.errors import InputError, first_line, listing
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOptimal, classify
 from protopush.preserve_state import preserve_state
 from protopush.runs.run import quiet
 
-INPUT = "images"
+INPUTS = {"float32": "images", "uint8": "pixels"}
 OUTPUTS = ("logits", "similarities", "best_cells")
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4
@@ -55,7 +56,25 @@ class Graph(nn.Module):
         return output.logits, output.similarities, output.cells
 
 
-def trace(backbone: Backbone, head: HeadOptimal) -> Any:
+class FromPixels(nn.Module):
+    """The graph behind the normalisation: pixels (B, H, W, 3), RGB as they lie in memory."""
+
+    def __init__(self, graph: Graph, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.classifier, self.preprocessing = graph, preprocessing
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels uint8 (B, H, W, 3) to what :class:`Graph` gives."""
+        found: tuple[Tensor, Tensor, Tensor] = self.classifier(from_pixels(pixels, self.preprocessing))
+        return found
+
+
+def from_pixels(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels uint8 (B, H, W, 3) as the model's input (B, 3, H, W)."""
+    return normalised(pixels.permute(0, 3, 1, 2), preprocessing)
+
+
+def trace(backbone: Backbone, head: HeadOptimal, input: str = "float32") -> Any:
     """The model as an ``onnx.ModelProto`` that takes any number of images.
 
     It names no source file: what the exporter notes of each node, the paths of this computer among it, is left out.
@@ -65,8 +84,11 @@ def trace(backbone: Backbone, head: HeadOptimal) -> Any:
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    graph = Graph(backbone, head)
+    graph: nn.Module = Graph(backbone, head)
     images = torch.zeros(2, 3, *backbone.preprocessing.size)
+    if input == "uint8":
+        graph = FromPixels(graph, backbone.preprocessing)  # type: ignore[arg-type]
+        images = torch.zeros(2, *backbone.preprocessing.size, 3, dtype=torch.uint8)
     log = logging.getLogger("torch.onnx")
     level = log.level
     with preserve_state(graph), quiet():  # the exporter warns of its own internals, which a user can do nothing about
@@ -76,9 +98,9 @@ def trace(backbone: Backbone, head: HeadOptimal) -> Any:
                 graph,
                 (images,),
                 dynamo=True,
-                input_names=[INPUT],
+                input_names=[INPUTS[input]],
                 output_names=OUTPUTS,
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                dynamic_shapes=[{0: torch.export.Dim("batch")}],
                 verbose=False,
             )
         except Exception as cause:  # what a foreign module raises while it is traced may be anything
@@ -119,8 +141,10 @@ class Exported:
         return asdict(self) | {"file": str(self.file)}
 
 
-def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Exported:
+def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE, input: str = "float32") -> Exported:
     """Write a run as one ONNX file: ``images`` (B, 3, H, W) to what :class:`protopush.runs.onnx_export.Graph` gives.
+
+    With ``input`` ``uint8``, ``pixels`` (B, H, W, 3) instead: RGB, resized and cropped; normalised inside.
 
     The file is checked by ``onnx.checker`` and compared with PyTorch in onnxruntime, on random batches of 1 and 3,
     before it takes the place of what was there.
@@ -129,6 +153,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         run: as :func:`protopush.runs.run.open_run` opens it, on the CPU.
         out: the file to write.
         tolerance: of the difference in logits and similarities. A best cell may be another one where it is as near.
+        input: ``float32`` or ``uint8``.
 
     Raises:
         InputError: the extra ``export`` is missing, the file can't be written, the model is too large for one file,
@@ -156,12 +181,12 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
         raise InputError(f"the model holds NaN or infinity in {listing(broken, 3)}; expected numbers; train it again")
     with atomic(out) as draft:
         draft.touch()  # so that a folder which can't be written is found before the work
-        model = trace(run.model.backbone, run.head)
+        model = trace(run.model.backbone, run.head, input)
         model.producer_name, model.producer_version = "protopush", __version__
-        onnx.helper.set_model_props(model, metadata_of(run))
+        onnx.helper.set_model_props(model, metadata_of(run, input))
         onnx.save_model(model, str(draft))
         onnx.checker.check_model(str(draft), full_check=True)
-        difference = largest_difference(run, draft)
+        difference = largest_difference(run, draft, input)
         if not difference <= tolerance:  # NaN neither
             raise ParityError(
                 f"the exported graph differs from the model by {difference:.2g}, more than {tolerance:g}; nothing was "
@@ -171,7 +196,7 @@ def export_onnx(run: Run, out: str | Path, tolerance: float = TOLERANCE) -> Expo
     return Exported(out, out.stat().st_size / 1e6, opset, difference)
 
 
-def metadata_of(run: Run) -> dict[str, str]:
+def metadata_of(run: Run, input: str = "float32") -> dict[str, str]:
     """All that is needed to use a run's file and to show what its prototypes stand for: each value is JSON.
 
     ==================  ================================================================================================
@@ -180,10 +205,11 @@ def metadata_of(run: Run) -> dict[str, str]:
     weights_sha256      of the run's ``model.safetensors``
     class_names         in the order of the logits
     prior               shares of the classes that ``softmax(logits)`` assumes, in that order; null: not known
-    preprocessing       from a picture to ``images``, step by step; ``size`` is (height, width), ``mean`` and ``std``
-                        are in units of 0..1 pixels, ``crop_pct`` is the share of the resized short side that is kept
+    preprocessing       from a picture to ``images`` (or ``pixels``, which ends before ``normalise``), step by step;
+                        ``size`` is (height, width), ``mean`` and ``std`` are in units of 0..1 pixels, ``crop_pct`` is
+                        the share of the resized short side that is kept
     regions             ``boxes``, one for each patch (``cells`` counts them), and what each ``sees``: (x0, y0, x1, y1)
-                        in pixels of ``images``; equal where nothing outside a box can change its similarity
+                        in pixels of the input; equal where nothing outside a box can change its similarity
     match               ``local`` or ``global`` (one patch, the whole picture)
     top_patches         over how many of the most similar patches a similarity is the mean
     weights, bias       (C, K), (C): logits = (weights * similarities).sum(-1) + bias; weights are 0 in unused slots
@@ -196,11 +222,13 @@ def metadata_of(run: Run) -> dict[str, str]:
     """
     head, preprocessing = run.head, run.transform.preprocessing.to_dict()
     steps = {
-        "colour": "upright (EXIF), RGB, 8 bits; 16-bit grey is divided by 257",
+        "colour": "upright (EXIF), RGB, 8 bits; 16-bit grey is divided by 257, transparent pixels are laid on white",
         "resize": "keep the aspect ratio; scale = max(width / image width, height / image height) / crop_pct",
         "crop": "centre; offset = (resized - size) // 2",
         "normalise": "(pixels / 255 - mean) / std, as (3, height, width) float32",
     }
+    if input == "uint8":
+        steps["normalise"] = "nothing: the graph does; pixels (height, width, 3) uint8"
     anchors = []
     for c, k in head.proto_manager.used_slots():
         anchor = head.proto_manager.anchor(c, k)
@@ -231,7 +259,7 @@ def require_extra() -> None:
         raise InputError(f'exporting needs {", ".join(missing)}; run: pip install "protopush[export]"')
 
 
-def largest_difference(run: Run, file: Path) -> float:
+def largest_difference(run: Run, file: Path, input: str = "float32") -> float:
     """How far an ONNX file is from a run's model on the CPU, over random batches; NaN where either gives NaN.
 
     A cell counts by how much less similar it is than the best one: among equals either may be named.
@@ -242,9 +270,12 @@ def largest_difference(run: Run, file: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     worst = torch.zeros(())
     for batch in BATCHES:
-        images = torch.randn(batch, 3, *run.transform.preprocessing.size, generator=generator)
+        given = images = torch.randn(batch, 3, *run.transform.preprocessing.size, generator=generator)
+        if input == "uint8":
+            given = as_pixels(images, run.transform.preprocessing).permute(0, 2, 3, 1).contiguous()
+            images = from_pixels(given, run.transform.preprocessing)
         try:
-            found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
+            found = session.run(list(OUTPUTS), {INPUTS[input]: given.numpy()})
         except Exception as cause:  # onnxruntime has a type for each error, none of them public
             raise ParityError(
                 f"the exported graph fails on a batch of {batch} ({cause}); nothing was written"

@@ -45,7 +45,7 @@ class ModelConfig:
     Args:
         backbone: any timm model name, fusion:one+other (two maps, fused per cell), or hf:name (Hugging Face).
         pretrained: true (the model's own weights), false (random) or a file of weights.
-        image_size: pixels of a side; none: what the backbone was trained on.
+        image_size: pixels of a side, or [height, width]; none: what the backbone was trained on.
         stage: an earlier level of a timm model to stop at: its number (from 0; -2: from the end) or a layer (blocks.3).
         windows: windows that the backbone sees alone, so that prototypes are local; null: the image as a whole.
         window_input: pixels of a side that windows are enlarged to before the backbone; none: they are not.
@@ -59,7 +59,7 @@ class ModelConfig:
 
     backbone: str = "tf_efficientnet_lite0"
     pretrained: bool | str = True
-    image_size: Annotated[int, Range(8)] | None = None
+    image_size: Annotated[int, Range(8)] | list[int] | None = None
     stage: int | str | None = None
     windows: WindowsConfig | None = field(default_factory=WindowsConfig)
     window_input: Annotated[int, Range(8)] | None = None
@@ -255,6 +255,8 @@ class RunConfig:
 
     def check(self) -> None:
         """Refuse, in an InputError, what lies outside its range, and options that contradict each other."""
+        if isinstance(size := self.model.image_size, list) and len(size) != 2:
+            raise InputError(f"model.image_size is {size}; expected pixels of a side, or [height, width]")
         for group in fields(self):
             check_fields(getattr(self, group.name), f"{group.name}.")
         from protopush.push import check_settings  # here: it needs torch

@@ -258,8 +258,9 @@ def _crop_size(config: RunConfig, backbone: Backbone) -> int | None:
 
 def _model(config: RunConfig, catalog: Catalog) -> tuple[ProtoModel, Division | None]:
     c = config.model
+    sides = [c.image_size] * 2 if isinstance(c.image_size, int) else c.image_size
     given: dict[str, Any] = {
-        "size": c.image_size and (c.image_size, c.image_size), "stage": c.stage,
+        "size": sides and tuple(sides), "stage": c.stage,
         "windows": c.windows and asdict(c.windows), "window_input": c.window_input,
     }  # fmt: skip
     backbone = create_backbone(

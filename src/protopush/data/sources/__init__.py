@@ -8,6 +8,7 @@ from pathlib import Path
 from protopush.data.manifest import Catalog, read_manifest, with_splits
 from protopush.data.sources.dermoscopy import ham10000, is_ham10000, is_isic2018, isic2018
 from protopush.data.sources.folder import folder, imagefolder, is_imagefolder
+from protopush.data.sources.isic_challenges import is_isic2019, is_isic2020, isic2019, isic2020
 from protopush.data.sources.packaged import elpv, medmnist
 from protopush.errors import InputError
 
@@ -18,6 +19,8 @@ SOURCES: dict[str, Source] = {
     "manifest": read_manifest,
     "imagefolder": imagefolder,
     "isic2018": isic2018,
+    "isic2019": isic2019,
+    "isic2020": isic2020,
     "ham10000": ham10000,
     "medmnist": medmnist,
     "elpv": elpv,
@@ -26,6 +29,8 @@ SOURCES: dict[str, Source] = {
 # Folders that can't be anything else, since they hold files of these names.
 LAYOUTS: dict[str, Callable[[Path], bool]] = {
     "isic2018": is_isic2018,
+    "isic2019": is_isic2019,
+    "isic2020": is_isic2020,
     "ham10000": is_ham10000,
     "imagefolder": is_imagefolder,
 }

@@ -21,7 +21,7 @@ from protopush.data.manifest import (
     require_columns,
     split_name,
 )
-from protopush.data.walk import LeftOut, is_dropping, walk_images
+from protopush.data.walk import LeftOut, extensions, is_dropping, walk_images
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.data")
@@ -73,21 +73,24 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
             f"{len(missing)} of {len(images)} images listed in {listing(tables, 3)} are missing: "
             f"{listing(missing, 20)}; file_name is relative to the metadata's folder"
         )
+    if unlisted := {Path(os.path.normpath(image)) for image in images_of(root)} - set(images):
+        names = [Path(os.path.relpath(image, root)).as_posix() for image in sorted(unlisted)]
+        logger.warning("%s: %d images are not in the metadata and left out: %s", root, len(names), listing(names, 3))
     number = numbering((row["label"] for _, row in rows), classes, tables[0])
     samples = []
     for image, (_, row) in zip(images, rows, strict=True):
         place = Path(os.path.relpath(image, root))
-        folder_split = next((word for word in place.parts[:-1] if word.lower() in SPLIT_WORDS), "")
+        folder_split = next(filter(is_split, place.parts[:-1]), "")
         split = split_name(row.get("split") or folder_split)
         samples.append(Sample(image, place.as_posix(), number[row["label"]], split, row.get("group") or None))
     return Catalog(tuple(samples), tuple(number), root)
 
 
 def is_imagefolder(root: Path) -> bool:
-    """Whether there is metadata with ``file_name`` and ``label`` at the top or in a folder of a split."""
+    """Whether there is metadata with a ``file_name`` at the top or in a folder of a split."""
     tops = (root, root / "data")
-    places = (*tops, *(place for top in tops if top.is_dir() for place in _folders_of(top) if _is_split(place)))
-    return any(_has_needed_columns(place / name) for place in places for name in METADATA[:2])
+    places = (*tops, *(place for top in tops if top.is_dir() for place in _folders_of(top) if is_split(place.name)))
+    return any(has_columns(place / name, NEEDED[:1]) for place in places for name in METADATA[:2])
 
 
 def existing_folder(path: str, expected: str) -> Path:
@@ -127,11 +130,21 @@ def refuse_twice(ids: Iterable[str], table: Path) -> None:
 def _class_folders(root: Path, top: Path, classes: Sequence[str] | None) -> Catalog:
     """The images of class folders in ``top``, or in its folders of splits; names are relative to ``root``."""
     here, left_out = _folders_of(top), LeftOut()
-    splits = [(split_name(entry.name), entry) for entry in here if _is_split(entry)]
+    splits = [(split_name(entry.name), entry) for entry in here if is_split(entry.name)]
     if splits and len(splits) < len(here):
-        rest = [entry.name for entry in here if not _is_split(entry)]
+        rest = [entry.name for entry in here if not is_split(entry.name)]
         logger.warning("%s has folders of splits; left out beside them: %s", top, listing(rest))
-    kinds = [(split, kind) for split, place in splits or [("", top)] for kind in _folders_of(place)]
+    places = splits or [("", top)]
+    loose = [image for _, place in [("", top), *splits] for image in _images_in(place)]
+    if loose:
+        names = [image.relative_to(root).as_posix() for image in loose]
+        logger.warning("%s: %d images in no folder of a class are left out: %s", top, len(loose), listing(names, 3))
+    kinds = [(split, kind) for split, place in places for kind in _folders_of(place)]
+    if deeper := [kind for _, kind in kinds if any(is_split(entry.name) for entry in _folders_of(kind))]:
+        raise InputError(
+            f"folders of splits lie below {listing([str(kind) for kind in deeper], 3)}; expected them above those of "
+            "the classes; if that is the data, give it as --data.path"
+        )
     found = [(split, kind.name, sorted(map(Path, walk_images(kind, left_out)))) for split, kind in kinds]
     if not any(images for *_, images in found):
         raise InputError(f"no images under {top}; expected one folder of images per class")
@@ -166,8 +179,18 @@ def _masks_beside(files: Sequence[Path]) -> dict[Path, list[Path]]:
     return masks
 
 
-def _is_split(place: Path) -> bool:
-    return place.name.lower() in SPLIT_WORDS
+def is_split(name: str) -> bool:
+    """Whether a folder's name is a word for a split, in any case."""
+    return name.lower() in SPLIT_WORDS
+
+
+def _images_in(root: Path) -> list[Path]:
+    """The image files directly in a folder."""
+    return sorted(
+        entry
+        for entry in root.iterdir()
+        if entry.suffix.lower() in extensions() and entry.is_file() and not is_dropping(entry.name)
+    )
 
 
 def _folders_of(root: Path) -> list[Path]:
@@ -177,22 +200,25 @@ def _folders_of(root: Path) -> list[Path]:
 def _metadata(table: Path) -> list[dict[str, str]]:
     """The rows of metadata, each with a file and a label."""
     if table.suffix == ".csv":
-        rows = read_table(table, NEEDED, "metadata")
+        rows = read_table(table, (), "metadata")
     else:
         try:
             lines = [json.loads(line) for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             rows = [{key: "" if value is None else str(value).strip() for key, value in line.items()} for line in lines]
         except (ValueError, AttributeError) as error:
             raise InputError(f"not JSON lines: {table} ({error}); expected one object a line, in UTF-8") from error
-    require_columns(table, list(rows[0]) if rows else [], NEEDED)
+    try:
+        require_columns(table, list(rows[0]) if rows else [], NEEDED)
+    except InputError as error:
+        raise InputError(f"{error}; --data.source folder takes folders as classes and no metadata") from error
     refuse_empty(table, rows, NEEDED, "file_name or no label in rows", start=1)
     return rows
 
 
-def _has_needed_columns(table: Path) -> bool:
-    """Read the first line alone: a folder of class folders may have metadata of another kind beside it."""
+def has_columns(table: Path, columns: Sequence[str]) -> bool:
+    """Whether the first line of a file names the columns: a folder of images may have tables of other kinds in it."""
     if not table.is_file():
         return False
     with table.open(encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
-    return all(column in first for column in NEEDED)
+    return all(column in first for column in columns)
