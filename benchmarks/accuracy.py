@@ -155,7 +155,10 @@ def config_of(arm: str, seed: int, rate: float, options: argparse.Namespace) -> 
     )
     for key, value in (words.split("=", 1) for words in options.set):
         group, name = key.split(".")
-        setattr(config, group, replace(getattr(config, group), **{name: yaml.safe_load(value)}))
+        given = yaml.safe_load(value)
+        if name == "windows":
+            given = WindowsConfig(**given) if kind.windows else None
+        setattr(config, group, replace(getattr(config, group), **{name: given}))
     return config
 
 
