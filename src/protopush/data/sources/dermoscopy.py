@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from protopush.data.manifest import Catalog, Sample, numbering, read_table, refuse_empty
+from protopush.data.manifest import Catalog, Sample, numbering
 from protopush.data.sources.folder import DEPTH, existing_folder, find_file, images_of, refuse_missing, refuse_twice
+from protopush.data.table import labelled, read_table
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.data")
@@ -123,24 +124,13 @@ def _read_part(root: Path, part: str) -> tuple[Path, dict[str, str], dict[str, P
     if unknown := [column for column in rows[0] if column not in ("image", *CLASSES)]:
         raise InputError(f"unknown class columns in {table}: {listing(unknown)}; expected: {', '.join(CLASSES)}")
     refuse_twice((row["image"] for row in rows), table)
-    labels = {row["image"]: [name for name in CLASSES if _is_one(row[name], table)] for row in rows}
-    if wrong := [name for name, found in labels.items() if len(found) != 1]:
-        raise InputError(
-            f"{table}: not exactly one class in the rows of {listing(wrong)}; expected one 1.0 and six 0.0"
-        )
+    labels = {row["image"]: row["label"] for row in labelled(rows, CLASSES, table)}
     images: dict[str, Path] = {}
     for folder in _input_folders(root, part):
         for image in images_of(folder):
             images.setdefault(image.stem, image)  # the first where there are copies (Kaggle has some)
     refuse_missing(list(labels), images, table, str(root / f"ISIC2018_Task3_{part}_Input"))
-    return table, {name: found[0] for name, found in labels.items()}, images
-
-
-def _is_one(value: str, table: Path) -> bool:
-    try:
-        return {0.0: False, 1.0: True}[float(value)]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{table} has the value {value!r}; expected 0.0 or 1.0 for each class") from error
+    return table, labels, images
 
 
 def _find_table(root: Path, stem: str, depth: int = DEPTH) -> Path | None:
@@ -149,7 +139,6 @@ def _find_table(root: Path, stem: str, depth: int = DEPTH) -> Path | None:
 
 def _read_metadata(table: Path) -> list[dict[str, str]]:
     rows = read_table(table, COLUMNS, "HAM10000's table (lesion_id,image_id,dx,...)")
-    refuse_empty(table, rows, COLUMNS, "lesion_id, image_id or dx in lines")
     refuse_twice((row["image_id"] for row in rows), table)
     return rows
 
