@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("protopush.training")
 
+LONGEST = 200  # bytes of the name of a picture, which most systems limit to 255 with all that is added to it
+
 
 def open_run(
     folder: str | Path, *, data: str | Path | None = None, source: str | None = None, num_workers: int = 2,
@@ -455,11 +457,14 @@ def audit_catalog(catalog: Catalog, **how: Any) -> Audit:
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The files' stems; where two are alike, with a number."""
+    """The files' stems; where two are alike, with a number; cut off where no ending would fit after them."""
     names: list[str] = []
     for path in paths:
-        name, number = path.stem, 2
+        stem, number = path.stem, 2
+        while len(os.fsencode(stem)) > LONGEST:
+            stem = stem[:-1]
+        name = stem
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
+            name, number = f"{stem}-{number}", number + 1
         names.append(name)
     return names

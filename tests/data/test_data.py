@@ -172,7 +172,7 @@ def test_manifest_beside_its_images(tmp_path):
     ("file,label\n1.png,a\n", r"no column 'image'"),
     ("image,label\n", r"has no rows"),
     ("", r"no column 'image'; it has: nothing"),
-    ("image,label\n1.png,\n2.png,a\n", r"no image or no label in lines 2"),
+    ("image,label\n1.png,\n2.png,a\n", r"no label in lines 2"),
     ("image,label,split\n1.png,a,train\n2.png,a,\n", r"1 images have no split \(2.png\)"),
     ("image,label,split,group\n1.png,a,train,g\n2.png,b,test,g\n", r"1 groups lie in several splits: g"),
 ])  # fmt: skip

@@ -20,6 +20,7 @@ from PIL import Image
 
 from helpers import SMALL, save_turned
 from protopush.cli import main
+from protopush.runs.split_record import read_split
 
 CLASSES = (
     "nv", "mel", "Basal cell", "grade [II]", "a [/b]", "x,y", 'the "one"', "it's", "naïve", "黑色素瘤", "=1+1", "@sum",
@@ -198,10 +199,8 @@ def test_what_was_made_is_what_is_trained_on(tmp_path, capsys, monkeypatch, one_
         assert not (tmp_path / "run").exists()
     else:
         assert made.odd == set(), err
-        with (tmp_path / "run" / "split.csv").open(newline="", encoding="utf-8") as file:
-            names = [row["name"] for row in csv.DictReader(file)]
-        assert sorted(names) == sorted(made.labels)
-        known = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["class_names"]
+        assert sorted(read_split(tmp_path / "run")) == sorted(made.labels)
+        known = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["classes"]
         assert sorted(known) == sorted(set(made.labels.values()))
         if made.others:
             assert re.search(r"left out: .*\d", err), err

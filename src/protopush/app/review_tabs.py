@@ -15,6 +15,7 @@ from PIL import Image
 
 from protopush.app.page import PRIVATE, decision_fields, message, render
 from protopush.app.run_store import RunStore, UsageWorker, Use
+from protopush.data.table import spreadsheet_cell
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import part_and_whole
 from protopush.explain.figure_style import COLOURS, REACH
@@ -169,9 +170,7 @@ def as_csv(decisions: Sequence[Decision]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return "" if value is None else value
+    return spreadsheet_cell(value) if isinstance(value, str) else "" if value is None else value
 
 
 def decisions_tab(store: RunStore, tab: gr.Tab) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +35,8 @@ class Images:
         num_workers: processes that read images.
     """
 
-    path: str | None = None
-    source: str | None = None
+    path: str = ""
+    source: str = ""
     num_workers: int = 2
 
 
@@ -99,7 +100,8 @@ def train(*, config: RunConfig, out: str, overwrite: bool = False, resume: bool 
     from protopush.training.trainer import train as train_run
 
     done = train_run(config, out, overwrite=overwrite, resume=resume).folder
-    words = f"Trained {done}. Next: protopush evaluate {done} --data.split test; protopush verify {done}"
+    here = shlex.quote(str(done))
+    words = f"Trained {done}. Next: protopush evaluate {here} --data.split test; protopush verify {here}"
     return _answer(False, None, words)
 
 
@@ -258,10 +260,12 @@ def data_audit(
     """
     from protopush.cli.tables import audit_table
     from protopush.data.audit import check_threshold
+    from protopush.data.manifest import check_names
     from protopush.data.sources import load_catalog
 
     check_threshold(threshold)  # before the images are listed
     catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
+    check_names(catalog)
     found = audit_catalog(catalog, threshold=threshold)
     _answer(json, found.to_dict(), audit_table(found))
     return 1 if found.leaks else 0
@@ -292,7 +296,7 @@ def _open(run: str, data: Images, device: str, **how: Any) -> Run:
 
 def _answer(json: bool, values: Any, text: str) -> int:
     if is_first():
-        print(json_text.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) if json else text)
+        print(json_text.dumps(values, indent=2, allow_nan=False) if json else text)  # ASCII: any pipe can take it
     return 0
 
 

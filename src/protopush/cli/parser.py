@@ -10,7 +10,7 @@ from dataclasses import fields
 from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from protopush import __version__, api
 from protopush.api import Run
@@ -96,6 +96,8 @@ def parser_of(name: str) -> ArgumentParser:
             continue
         bare, many = one.kind is Parameter.POSITIONAL_OR_KEYWORD, one.annotation.startswith("list[str]")
         kind = str if bare or many else eval(one.annotation, TYPES)
+        if type(None) in get_args(kind) and {*get_args(kind)} <= {str, Path, type(None)}:
+            kind = str  # a class or a folder may be named null, or #1, which YAML takes for nothing
         how: dict[str, Any] = {"type": kind, "help": texts.get(one.name)}
         if many or (bare and one.default is None):
             how["nargs"] = "+" if many else "?"

@@ -29,15 +29,16 @@ def demo_words(
 ) -> str:
     """What to view and what to run after the demo, with the command as it was called."""
     called = sys.argv[0] if Path(sys.argv[0]).name == "protopush" else "protopush"
+    run, picture = shlex.quote(str(out)), shlex.quote(str(image))
     numbers = [f"{metric_name(key)} {metric_text(metrics[key])}" for key in SCORES if metrics[key] is not None]
     reasons = "\n".join(f"  {panel}" for panel in panels)
     return (
         f"\nDone in {seconds:.0f} s. On {metrics['n']} test images: {', '.join(numbers)}.\n\n"
         f"See\n  {page}   (all that can be shown of the run, on one page)\n"
         f"  {out / 'prototypes.png'}   (what each prototype is, and where it comes from)\n{reasons}   (why)\n\n"
-        f"Then try\n  {called} verify {out}\n"
-        f"  {called} evaluate {out}\n"
-        f"  {called} explain {out} {image} --out explained\n"
+        f"Then try\n  {called} verify {run}\n"
+        f"  {called} evaluate {run}\n"
+        f"  {called} explain {run} {picture} --out explained\n"
         f"  {called} train --data.path FOLDER_OF_CLASS_FOLDERS --out runs/mine"
     )
 

@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names have an end: most often 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -57,7 +57,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Values as indented JSON in UTF-8; NaN is refused, since JSON has none."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    data = text.encode("utf-8", "backslashreplace")  # bytes of a file name that are no text: "\udce9" in JSON as well
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,7 @@ def read_image(path: str | Path) -> Image.Image:
         InputError: the file is missing, truncated or no image, or it is not known which of its values is white.
     """
     try:
+        refuse_device(path)
         with Image.open(path) as image:
             image.load()
             refuse_unknown_scale(image)
@@ -55,6 +58,13 @@ def refuse_unknown_scale(image: Image.Image) -> None:
         raise ValueError(f"{kind}, of which it is not known what is white; save it with 8 or 16 bits")
 
 
+def refuse_device(path: str | Path) -> None:
+    """Refuse, in an OSError, what isn't there, and pipes and devices (CON or NUL on Windows): they may never end."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - strings are paths as well
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("a pipe or device, no file")
+
+
 def read_mask_file(path: str | Path) -> NDArray[np.bool_]:
     """A mask, bool (height, width): upright, as :func:`protopush.data.dataset.read_mask` says.
 
@@ -62,6 +72,7 @@ def read_mask_file(path: str | Path) -> NDArray[np.bool_]:
         InputError: the file is missing, truncated or no image.
     """
     try:
+        refuse_device(path)
         with Image.open(path) as image:
             image.load()
             upright, lossy = ImageOps.exif_transpose(image), image.format in ("JPEG", "MPO")
@@ -114,6 +125,7 @@ def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: No
 
 def _check(path: Path) -> tuple[str, str]:
     try:
+        refuse_device(path)
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
@@ -128,7 +140,7 @@ def why_unreadable(path: str | Path, error: BaseException) -> str:
     """A few words for what reading an image raised, the same each time."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
+    if os.path.isfile(path) and Path(path).stat().st_size == 0:  # noqa: PTH113 - of Path it raises for long names
         return "empty file"
     text = str(error)
     if "cannot identify" in text:

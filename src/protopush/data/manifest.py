@@ -1,13 +1,13 @@
-"""Manifests and other tables of images: samples, catalogs, and the splits that groups never share.
+"""Manifests of images: samples, catalogs, and the splits that groups never share.
 
-A manifest is a CSV ``image,label[,split][,group][,mask]`` with paths relative to it. Tables are read as people save
-them: CSV or tab-separated, with or without a byte order mark, blanks around the values.
+A manifest is a CSV ``image,label[,split][,group][,mask]`` with paths relative to it.
 """
 
 from __future__ import annotations
 
-import csv
+import logging
 import os
+import re
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
-from protopush.errors import CountOrZero, InputError, Range, Share, did_you_mean, listing
+from protopush.data.table import NamedFiles, Table, is_one, labelled, plain, require_columns
+from protopush.errors import CountOrZero, InputError, Range, Share, listing
+
+logger = logging.getLogger("protopush.data")
 
 
 @dataclass
@@ -54,53 +57,6 @@ class DataConfig:
     allow_duplicates: bool = False
 
 
-def read_table(path: Path, required: Sequence[str], expected: str) -> list[dict[str, str]]:
-    """The rows of :func:`rows_of`, all at once."""
-    return list(rows_of(path, required, expected))
-
-
-def rows_of(path: Path, required: Sequence[str], expected: str) -> Iterator[dict[str, str]]:
-    """The rows of a table in UTF-8, one by one; the separator is a tab where the first line has one, else a comma.
-
-    Raises:
-        InputError: the file is missing, not what is ``expected``, empty, or lacks a ``required`` column.
-    """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}; expected {expected}")
-    row = None
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator)
-            columns = [column.strip() for column in reader.fieldnames or []]
-            reader.fieldnames = columns
-            require_columns(path, columns, required)
-            for row in reader:
-                yield {key: (value or "").strip() for key, value in row.items() if key}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"not a CSV file: {path} ({error}); expected {expected}, in UTF-8") from error
-    if row is None:
-        raise InputError(f"{path} has no rows; expected one line per image")
-
-
-def require_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
-    """Refuse a table in an InputError that names the column that lacks, and the one that was probably meant."""
-    for column in required:
-        if column not in columns:
-            hint = did_you_mean(column, columns, "", cutoff=0.5)
-            known = f"{listing(columns) or 'nothing'}{hint and f'; {hint} rename it'}"
-            raise InputError(f"{path} has no column {column!r}; it has: {known}")
-
-
-def refuse_empty(
-    path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str], words: str, start: int = 2
-) -> None:
-    """Refuse rows without a value in some column in an InputError; ``words`` name the columns and what is numbered."""
-    if empty := [number for number, row in enumerate(rows, start) if not all(row.get(column) for column in columns)]:
-        raise InputError(f"{path}: no {words} {listing(empty)}; fill them in or remove them")
-
-
 def numbering(labels: Iterable[str], classes: Sequence[str] | None, path: Path) -> dict[str, int]:
     """The label of each class name: its place in ``classes``, or among the sorted names where no model fixes them.
 
@@ -118,6 +74,7 @@ def numbering(labels: Iterable[str], classes: Sequence[str] | None, path: Path) 
     return {name: number for number, name in enumerate(names)}
 
 
+ISIC = re.compile(r"ISIC_\d{7}", re.IGNORECASE)
 SPLITS = ("train", "val", "test")
 # Other words for them: those that Hugging Face's datasets knows as well.
 SPLIT_ALIASES = {
@@ -171,6 +128,42 @@ class Catalog:
         return found
 
 
+FIELDS = ("label", "split", "group", "mask")
+GROUPS = ("patient_id", "lesion_id")  # a column ``group`` under its usual names; a patient has all of his lesions
+MANIFEST = "a manifest (CSV with the columns image,label)"
+
+
+def manifest_rows(path: Path, expected: str = MANIFEST, label_needed: bool = True) -> Iterator[dict[str, str]]:
+    """The rows of a manifest, each with ``image``, the path of its file, and perhaps ``label``, ``split``, ``group``.
+
+    Where there is no column ``label``, the others may be a class each, with 1 in the rows of its images.
+
+    Raises:
+        InputError: no such file, a column lacks, a value lacks, or it is not clear which file is meant.
+    """
+    table, files = Table(path, ("image",), expected, (*FIELDS, *GROUPS)), NamedFiles(path.parent)
+    group = next((name for name in ("group", *GROUPS) if name in table.columns), None)
+    classes = [] if "label" in table.columns else _class_columns(table)
+    needed = ("label",) if label_needed and not classes else ()
+    require_columns(path, table.columns, needed)
+    rows = table.rows(("image", *needed, *classes))
+    rows = labelled(rows, classes, path) if classes else rows
+    unused = set(classes)
+    for row in rows:
+        row |= {name: plain(row[name]) for name in ("label", group) if name in row}
+        unused.discard(row.get("label", ""))
+        yield row | {"image": files.find(row["image"]), "group": row.get(group or "", "")}
+    if unused:
+        logger.warning("%s: no image has a 1 in %s, which is no class then", path, listing(sorted(unused)))
+
+
+def _class_columns(table: Table) -> list[str]:
+    """The columns that can only be classes: two or more, and the first row has 0 or 1 in each."""
+    names = [name for name in table.columns if name and name not in ("image", *FIELDS, *GROUPS)]
+    first = next(table.rows(), {})
+    return names if len(names) > 1 and all(is_one(first[name]) is not None for name in names) else []
+
+
 def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Catalog:
     """Read a manifest; ``classes`` are the names in label order where a trained model fixes them.
 
@@ -178,18 +171,18 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
         InputError: the file is missing or empty, a column lacks, a row has no value, or a label is unknown.
     """
     path = Path(path)
-    rows = read_table(path, ("image", "label"), "a manifest (CSV with the columns image,label)")
-    refuse_empty(path, rows, ("image", "label"), "image or no label in lines")
+    rows = list(manifest_rows(path))
     number = numbering((row["label"] for row in rows), classes, path)
-    images = [path.parent / row["image"].replace("\\", "/") for row in rows]
+    images, files = [Path(row["image"]) for row in rows], NamedFiles(path.parent)
     root = path.parent
     if any(os.path.relpath(image, root).startswith("..") for image in images):  # then the nearest one that holds all
         root = Path(os.path.commonpath([os.path.abspath(place) for place in (root, *images)]))
     samples = []
     for image, row in zip(images, rows, strict=True):
-        name, mask = Path(os.path.relpath(image, root)).as_posix(), row.get("mask", "").replace("\\", "/")
-        split, group = split_name(row.get("split", "")), row.get("group") or None
-        samples.append(Sample(image, name, number[row["label"]], split, group, path.parent / mask if mask else None))
+        name = Path(os.path.relpath(image, root)).as_posix()
+        mask = Path(files.find(row["mask"])) if row.get("mask") else None
+        split, group = split_name(row.get("split", "")), row["group"] or None
+        samples.append(Sample(image, name, number[row["label"]], split, group, mask))
     return Catalog(tuple(samples), tuple(number), root)
 
 
@@ -276,6 +269,35 @@ def refuse_duplicates(samples: Sequence[Sample], hashes: Mapping[str, str]) -> N
         raise InputError(
             f"{len(pairs)} files are the same as one in another split or with another label: {listing(pairs, 5)}; keep "
             "one of each, or give --data.allow_duplicates true"
+        )
+
+
+# Control characters, ends of lines, and bytes of a file name that are no UTF-8 (surrogates).
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def check_names(catalog: Catalog) -> None:
+    """Refuse names that no table, page or terminal can hold as they are, of images, classes and groups.
+
+    Where files are named as ISIC's, which shows many a lesion on several images, and no group is known, the log says
+    what is missing.
+
+    Raises:
+        InputError: names have control characters or are no UTF-8.
+    """
+    groups = sorted({sample.group for sample in catalog.samples if sample.group})
+    names = (str(catalog.root), *catalog.classes, *(sample.name for sample in catalog.samples), *groups)
+    if bad := [ascii(name) for name in names if UNPRINTABLE.search(name)]:
+        raise InputError(
+            f"{len(bad)} names of files, classes or groups are no UTF-8 or hold control characters: {listing(bad, 5)}; "
+            "expected text that can be printed; rename them"
+        )
+    named = sum(ISIC.match(sample.image.name) is not None for sample in catalog.samples)
+    if 2 * named > len(catalog.samples) and not groups:
+        logger.warning(
+            "%d images are named as in the ISIC archive, and no group is known: photographs of one lesion may lie in "
+            "two splits; add a column group (or lesion_id, of the archive's metadata) to a manifest",
+            named,
         )
 
 

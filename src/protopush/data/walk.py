@@ -88,6 +88,8 @@ def walk_images(folder: str | Path, left_out: LeftOut | None = None) -> Iterator
             yield from walk_images(entry.path, left_out)
         elif _leads_to_folder(entry):
             left_out.links.append(entry.path)
+        elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+            left_out.kinds["pipe or device"] += 1
         elif (ending := Path(entry.name).suffix.lower()) in extensions():
             yield entry.path
         else:

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.images import read_image, why_unreadable
-from protopush.data.manifest import rows_of
+from protopush.data.manifest import manifest_rows
 from protopush.data.transforms import EvalTransform
 from protopush.data.walk import LeftOut, walk_images
 from protopush.distributed import rank_and_size
-from protopush.errors import InputError, first_line, listing
+from protopush.errors import InputError, first_line
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
 from protopush.nn.head import HeadOutput
@@ -135,13 +135,8 @@ def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
     elif not os.path.lexists(path):
         raise InputError(f"no such file: {path}; expected a folder, a manifest (CSV) or an image")
     elif Path(path).suffix.lower() in TABLES:
-        empty, folder = list[int](), Path(path).parent
-        for line, row in enumerate(rows_of(Path(path), ("image",), "a manifest (CSV with a column image)"), start=2):
-            if not row["image"]:
-                empty.append(line)
-            yield str(folder / row["image"].replace("\\", "/")), row.get("label")
-        if empty:
-            raise InputError(f"{path}: no image in lines {listing(empty)}; fill them in or remove them")
+        for row in manifest_rows(Path(path), "a manifest (CSV with a column image)", label_needed=False):
+            yield row["image"], row.get("label")
     else:
         yield path, None
 

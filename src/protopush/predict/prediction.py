@@ -19,6 +19,7 @@ from protopush.data.features import inference_batch_size
 from protopush.data.files import read_json
 from protopush.data.images import sha256_of
 from protopush.data.manifest import DataConfig
+from protopush.data.table import cell_text, spreadsheet_cell
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
 from protopush.errors import InputError, listing
 from protopush.explain.figure_style import percent
@@ -174,11 +175,12 @@ class Columns:
         for i, name in enumerate(names):
             first = [shown(name)] if labels is None else [shown(name), labels[i]]
             problem = problems[i] or ("" if outputs.finite[i] else NOT_FINITE)
-            yield [*first, *empty, shown(problem)] if problem else [*first, *self._found(outputs, i, threshold), ""]
+            cells = [*map(spreadsheet_cell, first)]
+            yield [*cells, *empty, shown(problem)] if problem else [*cells, *self._found(outputs, i, threshold), ""]
 
     def _found(self, outputs: Outputs, i: int, threshold: float | None) -> Iterator[str]:
         predicted, best = int(outputs.predicted[i]), float(outputs.best[i])
-        yield self.class_names[predicted]
+        yield spreadsheet_cell(self.class_names[predicted])
         yield _number(outputs.probabilities[i, predicted])
         yield from map(_number, outputs.probabilities[i])
         for slot, similarity in zip(outputs.slots[i].tolist(), outputs.similarities[i].tolist(), strict=True):
@@ -186,9 +188,9 @@ class Columns:
                 yield from ("", "", "", "")
                 continue
             anchor = self.anchor(predicted, slot)
-            yield f"{self.class_names[predicted]}:{slot}"
+            yield spreadsheet_cell(f"{self.class_names[predicted]}:{slot}")
             yield _number(similarity)
-            yield "" if anchor is None else shown(str(anchor.file or anchor.sample_id))
+            yield "" if anchor is None else spreadsheet_cell(shown(str(anchor.file or anchor.sample_id)))
             yield "" if anchor is None else str(anchor.cell)
         yield _number(best)
         yield "" if threshold is None else str(int(best < threshold))
@@ -216,7 +218,7 @@ def summary_of(out: Path, class_names: list[str], threshold: Threshold) -> dict[
             if row["error"]:
                 problems[row["error"]] += 1
             else:
-                predicted[row["predicted"]] += 1
+                predicted[cell_text(row["predicted"])] += 1
                 flagged += row["nothing_similar"] == "1"
     return {
         "out": str(out),

@@ -109,14 +109,14 @@ class PushReport:
         return values
 
     def __str__(self) -> str:
-        kind = "local" if self.use_local else "global"
+        kind, width = "local" if self.use_local else "global", _width(self.class_names)
         lines = [
             f"{kind} push, momentum {self.momentum:g}: {len(self.prototypes)} prototypes in {self.seconds:.1f} s"
             + ("" if self.verified else " (anchors unverified)"),
-            f"{'class':<20} {'images':>7} {'patches':>8} {'proto':>5} {'before':>7} {'after':>7}  nearest patch",
+            f"{'class':<{width}} {'images':>7} {'patches':>8} {'proto':>5} {'before':>7} {'after':>7}  nearest patch",
         ]
         for index, (images, patches) in enumerate(zip(self.images_per_class, self.patches_per_class, strict=True)):
-            head = f"{_name(self.class_names, index):<20} {images:>7} {patches:>8}"
+            head = f"{_name(self.class_names, index):<{width}} {images:>7} {patches:>8}"
             if index in self.kept_classes:
                 why = "patch allowed" if patches else "sample"
                 lines.append(f"{head} {'-':>5} {'-':>7} {'-':>7}  no {why}: prototypes kept")
@@ -135,7 +135,12 @@ def _place(anchor: Anchor) -> str:
 
 
 def _name(class_names: list[str], index: int) -> str:
-    return (class_names[index] if class_names else f"Class {index}")[:20]
+    return class_names[index] if class_names else f"Class {index}"
+
+
+def _width(class_names: list[str]) -> int:
+    """Of the column of names, which are never cut off: two classes could become one."""
+    return max(20, *map(len, class_names)) if class_names else 20
 
 
 @dataclass(frozen=True)
@@ -191,11 +196,12 @@ class ResizeReport:
 
     def _table(self, title: str, changes: list[tuple[int, str]]) -> str:
         """The title, a table of the classes with the changes (class, text) of each beside it, notes and validation."""
-        lines = [title, f"{'class':<20} {'samples':>7} {'prototypes':>12} {'before':>7} {'after':>7}"]
+        width = _width(self.class_names)
+        lines = [title, f"{'class':<{width}} {'samples':>7} {'prototypes':>12} {'before':>7} {'after':>7}"]
         for c in self.classes:
             count = f"{c.prototypes_before} -> {c.prototypes_after}/{c.slots}"
             figures = (f"{'-' if value is None else format(value, '.4f'):>7}" for value in (c.before, c.after))
-            row = f"{_name(self.class_names, c.class_index):<20} {c.samples:>7} {count:>12} {' '.join(figures)}"
+            row = f"{_name(self.class_names, c.class_index):<{width}} {c.samples:>7} {count:>12} {' '.join(figures)}"
             beside = [text for number, text in changes if number == c.class_index] + ([c.note] if c.note else [])
             lines.append("  ".join([row, *beside[:1]]))
             lines += [" " * len(row) + "  " + text for text in beside[1:]]

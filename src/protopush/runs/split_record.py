@@ -10,8 +10,9 @@ from pathlib import Path
 
 from protopush.data.files import atomic
 from protopush.data.images import sha256_of
-from protopush.data.manifest import Catalog, DataConfig, Sample, rows_of
+from protopush.data.manifest import Catalog, DataConfig, Sample
 from protopush.data.sources import load_catalog
+from protopush.data.table import cell_text, composed, require_columns, spreadsheet_cell
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.runs")
@@ -23,11 +24,12 @@ NEW = "new"  # the split of images that came after the training, where no source
 
 
 def write_split(folder: Path, samples: Sequence[Sample], hashes: Mapping[str, str]) -> None:
-    """Write ``split.csv``: each image's name, the SHA-256 of its file, its split and its group."""
+    """Write ``split.csv``: each image's name, the SHA-256 of its file, its split and its group; none is a formula."""
     with atomic(folder / FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows((s.name, hashes[s.name], s.split, s.group or "") for s in samples)
+        for s in samples:
+            writer.writerow(map(spreadsheet_cell, (s.name, hashes[s.name], s.split, s.group or "")))
 
 
 def read_split(folder: Path) -> dict[str, dict[str, str]]:
@@ -36,9 +38,17 @@ def read_split(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         InputError: it is damaged.
     """
-    if not (folder / FILE).is_file():
+    path = folder / FILE
+    if not path.is_file():
         return {}
-    return {row["name"]: row for row in rows_of(folder / FILE, COLUMNS, "the splits of a run")}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:  # each byte counts: a name may begin or end with blanks
+            reader = csv.DictReader(file, strict=True)
+            require_columns(path, reader.fieldnames or (), COLUMNS)
+            rows = [{name: cell_text(row[name]) for name in COLUMNS} for row in reader]
+    except (UnicodeDecodeError, csv.Error, TypeError, AttributeError) as error:
+        raise InputError(f"damaged file: {path} ({error}); take it from a copy of the run") from error
+    return {row["name"]: row for row in rows}
 
 
 def open_catalog(data: DataConfig, class_names: Sequence[str] | None, folder: Path) -> Catalog:
@@ -51,8 +61,15 @@ def open_catalog(data: DataConfig, class_names: Sequence[str] | None, folder: Pa
         InputError: what the source raises.
     """
     catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
-    recorded = read_split(folder)
+    recorded = _as_spelled(read_split(folder), catalog)
     return with_recorded(catalog, recorded) if _is_own(catalog, recorded) else catalog
+
+
+def _as_spelled(recorded: dict[str, dict[str, str]], catalog: Catalog) -> dict[str, dict[str, str]]:
+    """A record by the names of a catalog, where a copy has changed their Unicode form."""
+    names = {sample.name for sample in catalog.samples}
+    now = {composed(name): name for name in names - recorded.keys()}
+    return {name if name in names else now.get(composed(name), name): row for name, row in recorded.items()}
 
 
 def with_recorded(catalog: Catalog, recorded: Mapping[str, Mapping[str, str]]) -> Catalog:

@@ -18,7 +18,7 @@ from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
-from protopush.data.manifest import Catalog, refuse_duplicates, require_training_images
+from protopush.data.manifest import Catalog, check_names, refuse_duplicates, require_training_images
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
@@ -219,6 +219,7 @@ def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     else:
         catalog = open_catalog(data, None, folder)
     require_training_images(catalog)
+    check_names(catalog)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")
     return catalog

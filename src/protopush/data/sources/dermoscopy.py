@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from protopush.data.manifest import Catalog, Sample, numbering, read_table, refuse_empty, split_name
+from protopush.data.manifest import Catalog, Sample, numbering, split_name
 from protopush.data.sources.folder import (
     DEPTH,
     existing_folder,
@@ -16,6 +16,7 @@ from protopush.data.sources.folder import (
     refuse_missing,
     refuse_twice,
 )
+from protopush.data.table import labelled, read_table
 from protopush.data.walk import walk_images
 from protopush.errors import InputError, listing
 
@@ -156,22 +157,13 @@ def read_part(
     if unknown := [column for column in rows[0] if column not in ("image", *classes, *more)]:
         raise InputError(f"unknown class columns in {table}: {listing(unknown)}; expected: {', '.join(classes)}")
     refuse_twice((row["image"] for row in rows), table)
-    labels = {row["image"]: [name for name in classes if _is_one(row[name], table)] for row in rows}
-    if wrong := [name for name, found in labels.items() if len(found) != 1]:
-        raise InputError(f"{table}: not exactly one class in the rows of {listing(wrong)}; expected one 1.0, else 0.0")
+    labels = {row["image"]: row["label"] for row in labelled(rows, classes, table)}
     images: dict[str, Path] = {}
     for folder in _input_folders(root, part):
         for image in images_of(folder):
             images.setdefault(image.stem, image)  # the first where there are copies (Kaggle has some)
     refuse_missing(list(labels), images, table, str(root / f"{part}_Input"))
-    return table, {name: found[0] for name, found in labels.items()}, images
-
-
-def _is_one(value: str, table: Path) -> bool:
-    try:
-        return {0.0: False, 1.0: True}[float(value)]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{table} has the value {value!r}; expected 0.0 or 1.0 for each class") from error
+    return table, labels, images
 
 
 def _find_table(root: Path, stem: str, depth: int = DEPTH) -> Path | None:
@@ -180,7 +172,6 @@ def _find_table(root: Path, stem: str, depth: int = DEPTH) -> Path | None:
 
 def _read_metadata(table: Path) -> list[dict[str, str]]:
     rows = read_table(table, COLUMNS, "HAM10000's table (lesion_id,image_id,dx,...)")
-    refuse_empty(table, rows, COLUMNS, "lesion_id, image_id or dx in lines")
     refuse_twice((row["image_id"] for row in rows), table)
     return rows
 

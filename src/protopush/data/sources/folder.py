@@ -16,11 +16,9 @@ from protopush.data.manifest import (
     Catalog,
     Sample,
     numbering,
-    read_table,
-    refuse_empty,
-    require_columns,
     split_name,
 )
+from protopush.data.table import NamedFiles, Table, plain, read_table, require_columns
 from protopush.data.walk import LeftOut, extensions, is_dropping, walk_images
 from protopush.errors import InputError, listing
 
@@ -29,6 +27,7 @@ logger = logging.getLogger("protopush.data")
 SPLIT_WORDS = (*SPLITS, *SPLIT_ALIASES)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NEEDED = ("file_name", "label")
+NO_METADATA = "--data.source folder takes folders as classes and no metadata"
 # Names of masks beside their image (BUSI, ISIC and many more): x_mask.png, x_mask_1.png, x-segmentation.png of x.jpg.
 MASK = re.compile(r"(.+?)[ _-](?:mask|segmentation|seg)s?(?:[ _-]?\d+)?", re.IGNORECASE)
 DEPTH = 2  # archives that are unpacked each into a folder of its own name, and that once more
@@ -67,7 +66,8 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
     if len(kinds) > 1 or kinds == ["metadata.parquet"]:
         raise InputError(f"{listing(kinds)} under {root}; expected metadata.csv or metadata.jsonl, of one kind")
     rows = [(table, row) for table in tables for row in _metadata(table)]
-    images = [Path(os.path.normpath(table.parent / row["file_name"].replace("\\", "/"))) for table, row in rows]
+    files = {table: NamedFiles(table.parent) for table in tables}
+    images = [Path(os.path.normpath(files[table].find(row["file_name"]))) for table, row in rows]
     if missing := [image.as_posix() for image in images if not image.is_file()]:
         raise InputError(
             f"{len(missing)} of {len(images)} images listed in {listing(tables, 3)} are missing: "
@@ -76,13 +76,14 @@ def imagefolder(path: str, classes: Sequence[str] | None = None) -> Catalog:
     if unlisted := {Path(os.path.normpath(image)) for image in images_of(root)} - set(images):
         names = [Path(os.path.relpath(image, root)).as_posix() for image in sorted(unlisted)]
         logger.warning("%s: %d images are not in the metadata and left out: %s", root, len(names), listing(names, 3))
-    number = numbering((row["label"] for _, row in rows), classes, tables[0])
+    number = numbering((plain(row["label"]) for _, row in rows), classes, tables[0])
     samples = []
     for image, (_, row) in zip(images, rows, strict=True):
         place = Path(os.path.relpath(image, root))
         folder_split = next(filter(is_split, place.parts[:-1]), "")
         split = split_name(row.get("split") or folder_split)
-        samples.append(Sample(image, place.as_posix(), number[row["label"]], split, row.get("group") or None))
+        label, group = number[plain(row["label"])], plain(row.get("group", "")) or None
+        samples.append(Sample(image, place.as_posix(), label, split, group))
     return Catalog(tuple(samples), tuple(number), root)
 
 
@@ -96,7 +97,7 @@ def is_imagefolder(root: Path) -> bool:
 def existing_folder(path: str, expected: str) -> Path:
     """The folder of a path; an InputError says what is ``expected`` where it isn't there."""
     root = Path(path)
-    if not path or not root.is_dir():
+    if not path or not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises where a name is too long
         raise InputError(f"no such folder: {root if path else '(none given)'}; expected {expected}")
     return root
 
@@ -157,9 +158,9 @@ def _class_folders(root: Path, top: Path, classes: Sequence[str] | None) -> Cata
         logger.warning("%s: %d masks beside their images%s", top, sum(map(len, masks.values())), several)
     no_images = {file for files in masks.values() for file in files}
     # A class folder without a single image is still a class: the check of the training images names it.
-    number = numbering((kind.name for _, kind in kinds), classes, top)
+    number = numbering((plain(kind.name) for _, kind in kinds), classes, top)
     samples = tuple(
-        Sample(image, image.relative_to(root).as_posix(), number[kind], split, mask=taken.get(image))
+        Sample(image, image.relative_to(root).as_posix(), number[plain(kind)], split, mask=taken.get(image))
         for split, kind, images in found
         for image in images
         if image not in no_images
@@ -200,25 +201,33 @@ def _folders_of(root: Path) -> list[Path]:
 def _metadata(table: Path) -> list[dict[str, str]]:
     """The rows of metadata, each with a file and a label."""
     if table.suffix == ".csv":
-        rows = read_table(table, (), "metadata")
-    else:
         try:
-            lines = [json.loads(line) for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            rows = [{key: "" if value is None else str(value).strip() for key, value in line.items()} for line in lines]
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"not JSON lines: {table} ({error}); expected one object a line, in UTF-8") from error
+            return read_table(table, NEEDED, "metadata", ("split", "group"))
+        except InputError as error:
+            raise InputError(f"{error}; {NO_METADATA}") from error
+    try:
+        lines = [json.loads(line) for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [{key: "" if value is None else str(value).strip() for key, value in line.items()} for line in lines]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"not JSON lines: {table} ({error}); expected one object a line, in UTF-8") from error
     try:
         require_columns(table, list(rows[0]) if rows else [], NEEDED)
     except InputError as error:
-        raise InputError(f"{error}; --data.source folder takes folders as classes and no metadata") from error
-    refuse_empty(table, rows, NEEDED, "file_name or no label in rows", start=1)
+        raise InputError(f"{error}; {NO_METADATA}") from error
+    if empty := [number for number, row in enumerate(rows, 1) if not all(row.get(name) for name in NEEDED)]:
+        raise InputError(f"{table}: no file_name or no label in rows {listing(empty)}; fill them in or remove them")
     return rows
 
 
 def has_columns(table: Path, columns: Sequence[str]) -> bool:
-    """Whether the first line of a file names the columns: a folder of images may have tables of other kinds in it."""
+    """Whether the first lines of a file name the columns: a folder of images may have tables of other kinds in it."""
     if not table.is_file():
         return False
+    if table.suffix == ".csv":
+        try:
+            return bool(Table(table, columns, "metadata").columns)
+        except InputError:
+            return False
     with table.open(encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
     return all(column in first for column in columns)

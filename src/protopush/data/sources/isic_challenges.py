@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from protopush.data.manifest import Catalog, Sample, numbering, read_table, refuse_empty
+from protopush.data.manifest import Catalog, Sample, numbering
 from protopush.data.sources.dermoscopy import has_part, read_part, truth_of
 from protopush.data.sources.folder import (
     existing_folder,
@@ -16,6 +16,7 @@ from protopush.data.sources.folder import (
     refuse_missing,
     refuse_twice,
 )
+from protopush.data.table import Table, read_table
 from protopush.errors import InputError, listing
 
 logger = logging.getLogger("protopush.data")
@@ -46,7 +47,8 @@ def isic2019(path: str, classes: Sequence[str] | None = None) -> Catalog:
     root = existing_folder(path, "the folder with ISIC_2019_Training_Input and its tables")
     metadata = find_file(root, METADATA_2019) or root / METADATA_2019
     expected = "the published lesion of each training image (without it one lesion would lie in two splits)"
-    lesions = {row["image"]: row["lesion_id"] for row in read_table(metadata, ("image", "lesion_id"), expected)}
+    rows = Table(metadata, ("image", "lesion_id"), expected).rows(["image"])
+    lesions = {row["image"]: row["lesion_id"] for row in rows}
     here = ["Training", *(["Test"] if has_part(root, "ISIC_2019_Test") else [])]
     columns = (*CLASSES_2019, UNKNOWN)
     parts = {part: read_part(root, f"ISIC_2019_{part}", columns, "ISIC 2019", WEIGHTS) for part in here}
@@ -89,7 +91,6 @@ def isic2020(path: str, classes: Sequence[str] | None = None) -> Catalog:
     root = existing_folder(path, f"the folder with {TABLES_2020[0]} (or Kaggle's {KAGGLE_2020}) and train")
     table = find_file(root, *TABLES_2020) or find_file(root, KAGGLE_2020) or root / TABLES_2020[0]
     rows = read_table(table, COLUMNS_2020, f"ISIC 2020 ground truth ({','.join(COLUMNS_2020)},...)")
-    refuse_empty(table, rows, COLUMNS_2020, "image_name, patient_id or target in lines")
     refuse_twice((row["image_name"] for row in rows), table)
     if wrong := sorted({row["target"] for row in rows} - {"0", "1"}):
         raise InputError(f"{table} has the targets {listing(wrong)}; expected 0 (benign) or 1 (malignant)")
