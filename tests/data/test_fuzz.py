@@ -20,6 +20,7 @@ from PIL import Image
 
 from helpers import SMALL, save_turned
 from protopush.cli import main
+from protopush.data.images import image_size
 from protopush.runs.split_record import read_split
 
 CLASSES = (
@@ -90,12 +91,12 @@ def save(random: Random, made: Made, file: Path) -> Path:
 
 
 def mask_of(random: Random, image: Path, file: Path) -> Path:
-    with Image.open(image) as opened:
-        size = opened.size
-        turned = opened.getexif().get(0x0112, 1) > 4
+    try:
+        size = image_size(image)
+    except Exception:  # it is one of the broken ones
+        size = (16, 16)
     on = Image.fromarray(np.random.default_rng(random.getrandbits(32)).choice([0, 255], size[::-1]).astype(np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)
-    on = on.transpose(Image.Transpose.ROTATE_90) if turned else on
     on.convert(random.choice(("1", "L", "RGB", "RGBA"))).save(file)
     return file
 
@@ -201,7 +202,7 @@ def test_what_was_made_is_what_is_trained_on(tmp_path, capsys, monkeypatch, one_
         assert made.odd == set(), err
         assert sorted(read_split(tmp_path / "run")) == sorted(made.labels)
         known = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["classes"]
-        assert sorted(known) == sorted(set(made.labels.values()))
+        assert sorted(known) == sorted({normalize("NFC", name) for name in made.labels.values()})
         if made.others:
             assert re.search(r"left out: .*\d", err), err
     assert main(["data", "audit", *words, "--json"]) in (0, 1, 2)
