@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protopush.api import Run, audit_catalog, open_run
-from protopush.errors import InputError
+from protopush.errors import InputError, Positive, check_fields
 
 if TYPE_CHECKING:
     from protopush.training.config import RunConfig
@@ -25,7 +25,18 @@ PANELS = {"right": "surest-right", "unsure": "least-sure", "wrong": "surest-wron
 
 
 @dataclass(frozen=True)
-class Images:
+class Pictures:
+    """Images that are read.
+
+    Args:
+        max_megapixels: of an image, in millions of pixels; by default what was allowed in training.
+    """
+
+    max_megapixels: float | None = None
+
+
+@dataclass(frozen=True)
+class Images(Pictures):
     """Images that are read.
 
     Args:
@@ -58,11 +69,13 @@ class DataSet:
         path: the same as PATH.
         source: the kind of data, where it can't be recognised.
         split_seed: decides the splits where the data have none.
+        max_megapixels: of an image, in millions of pixels; larger ones count as unreadable.
     """
 
     path: str = ""
     source: str = "auto"
     split_seed: int = 0
+    max_megapixels: Positive = 100.0
 
 
 def demo(*, config: RunConfig, out: str = "runs/demo") -> int:
@@ -133,11 +146,14 @@ def predict(
     return _answer(json, found, in_words(found))
 
 
-def explain(run: str, images: list[str], *, out: str, json: bool = False, device: str = "auto", **options: Any) -> int:
+def explain(
+    run: str, images: list[str], *, out: str, data: Pictures = Pictures(), json: bool = False, device: str = "auto",
+    **options: Any,
+) -> int:  # fmt: skip
     """Show which patches of which training images an image resembles."""
     from protopush.explain.figure_style import percent
 
-    found = _open(run, Images(), device).explain(images, out, **options)
+    found = _open(run, Images(data.max_megapixels), device).explain(images, out, **options)
     lines = (
         f"{one['file']}: {one['predicted_name']} ({percent(one['probability'])}) -> {one['panel']}" for one in found
     )
@@ -222,7 +238,7 @@ def forbid(
 
 
 def app(
-    run: str, *, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 20.0, max_megapixels: float = 50.0,
+    run: str, *, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 20.0,
     data: Images = Images(num_workers=0), device: str = "auto",
 ) -> int:  # fmt: skip
     """A page on this computer to view predictions and prototypes, and to decide about these.
@@ -232,15 +248,15 @@ def app(
         host: the address to listen on; there are no passwords.
         port: 0: any that is free.
         max_megabytes: of an uploaded file.
-        max_megapixels: of an uploaded image.
     """
     from protopush.app.run_store import RunStore
     from protopush.app.serve import serve
     from protopush.app.upload import Limits
+    from protopush.data.manifest import DataConfig
 
     opened = _open(run, data, device)
     store = RunStore(opened.folder, opened.data, opened.device, data.num_workers)
-    serve(store, Limits(max_megabytes, max_megapixels), host, port)
+    serve(store, Limits(max_megabytes, DataConfig(**opened.data).max_megapixels), host, port)
     return 0
 
 
@@ -257,9 +273,10 @@ def data_audit(
     from protopush.data.audit import check_threshold
     from protopush.data.sources import load_catalog
 
+    check_fields(data, "data.")
     check_threshold(threshold)  # before the images are listed
     catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
-    found = audit_catalog(catalog, threshold=threshold)
+    found = audit_catalog(catalog, threshold=threshold, max_megapixels=data.max_megapixels)
     _answer(json, found.to_dict(), audit_table(found))
     return 1 if found.leaks else 0
 
@@ -284,7 +301,10 @@ def is_first() -> bool:
 
 
 def _open(run: str, data: Images, device: str, **how: Any) -> Run:
-    return open_run(run, data=data.path, source=data.source, num_workers=data.num_workers, device=device, **how)
+    return open_run(
+        run, data=data.path, source=data.source, num_workers=data.num_workers, device=device,
+        max_megapixels=data.max_megapixels, **how,
+    )  # fmt: skip
 
 
 def _answer(json: bool, values: Any, text: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Literal
 
-from protopush.errors import CountOrZero, InputError, Range, Share, did_you_mean, listing
+from protopush.errors import CountOrZero, InputError, Positive, Range, Share, did_you_mean, listing
 
 
 @dataclass
@@ -36,6 +36,7 @@ class DataConfig:
             frozen, else computed in each epoch, with augment.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
+        max_megapixels: of an image, in millions of pixels; larger ones are refused before they are decoded.
         allow_duplicates: the same file may lie in two splits or have two labels.
     """
 
@@ -49,6 +50,7 @@ class DataConfig:
     cached_views: Literal[0, 1, 2, 4, 8] = 0
     num_workers: CountOrZero = 2
     split_seed: int = 0
+    max_megapixels: Positive = 100.0
     allow_duplicates: bool = False
 
 

@@ -104,14 +104,14 @@ def open_split(
     """
     catalog = open_catalog(data, class_names, folder)
     samples = catalog.split(split)
-    hashes = check_samples(samples)
+    hashes = check_samples(samples, data.max_megapixels)
     return ImageDataset(never_trained(samples, hashes, folder, split), transform), catalog
 
 
-def check_samples(samples: Sequence[Sample]) -> dict[str, str]:
-    """Decode every image once; its SHA-256 by its name."""
+def check_samples(samples: Sequence[Sample], max_megapixels: float) -> dict[str, str]:
+    """Decode every image once, if it is not too large; its SHA-256 by its name."""
     with bar("Checking images", len(samples)) as advance:
-        digests = check_images([sample.image for sample in samples], lambda: advance(1))
+        digests = check_images([sample.image for sample in samples], lambda: advance(1), max_megapixels)
     return {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}
 
 

@@ -22,12 +22,13 @@ LOOKED_AT = 20  # files that say whether images are those of the training
 NEW = "new"  # the split of images that came after the training, where no source says another
 
 
-def write_split(folder: Path, samples: Sequence[Sample], hashes: Mapping[str, str]) -> None:
-    """Write ``split.csv``: each image's name, the SHA-256 of its file, its split and its group."""
+def write_split(folder: Path, catalog: Catalog, hashes: Mapping[str, str]) -> None:
+    """Write ``split.csv``: each image's name, the SHA-256 of its file, its split, its group and its class."""
     with atomic(folder / FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((s.name, hashes[s.name], s.split, s.group or "") for s in samples)
+        writer.writerow((*COLUMNS, "label"))
+        rows = ((s.name, hashes[s.name], s.split, s.group or "", catalog.classes[s.label]) for s in catalog.samples)
+        writer.writerows(rows)
 
 
 def read_split(folder: Path) -> dict[str, dict[str, str]]:
@@ -53,6 +54,51 @@ def open_catalog(data: DataConfig, class_names: Sequence[str] | None, folder: Pa
     catalog = load_catalog(data.path, data.source, classes=class_names, seed=data.split_seed)
     recorded = read_split(folder)
     return with_recorded(catalog, recorded) if _is_own(catalog, recorded) else catalog
+
+
+def catalog_to_go_on(data: DataConfig, folder: Path) -> Catalog:
+    """The images that the run in a folder was started with, in its order and splits, wherever they lie now.
+
+    Images that came later have no part; the log names them.
+
+    Raises:
+        InputError: an image is missing, or has another class or group; or what the source raises.
+    """
+    catalog, recorded = load_catalog(data.path, data.source, seed=data.split_seed), read_split(folder)
+    if not recorded:
+        return catalog
+    found = {sample.name: sample for sample in catalog.samples}
+    _refuse_others([name for name in recorded if name not in found], f"are missing under {catalog.root}", folder)
+    kept = [found[name] for name in recorded]
+    if new := [name for name in found if name not in recorded]:
+        logger.warning("%d images came after the training began, and have no part: %s", len(new), listing(new, 3))
+    differ = [
+        f"{sample.name} (was {row[key]!r}, is {now!r})"
+        for sample, row in zip(kept, recorded.values(), strict=True)
+        for key, now in (("label", catalog.classes[sample.label]), ("group", sample.group or ""))
+        if row.get(key, now) != now
+    ]
+    _refuse_others(differ, "have another class or group", folder)
+    labels = sorted({sample.label for sample in kept})  # without classes of new images alone
+    samples = (
+        replace(sample, label=labels.index(sample.label), split=row["split"])
+        for sample, row in zip(kept, recorded.values(), strict=True)
+    )
+    return replace(catalog, samples=tuple(samples), classes=tuple(catalog.classes[label] for label in labels))
+
+
+def refuse_changed(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse, in an InputError that names them, files that are not those that the run was started with."""
+    changed = [name for name, row in read_split(folder).items() if hashes[name] != row["sha256"]]
+    _refuse_others(changed, "are other files (SHA-256)", folder)
+
+
+def _refuse_others(names: Sequence[str], how: str, folder: Path) -> None:
+    if names:
+        raise InputError(
+            f"{len(names)} images of the run in {folder} {how}: {listing(names, 5)}; expected those that it was "
+            "started with; put them back, or train again with --overwrite"
+        )
 
 
 def with_recorded(catalog: Catalog, recorded: Mapping[str, Mapping[str, str]]) -> Catalog:

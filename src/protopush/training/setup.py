@@ -30,7 +30,7 @@ from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective
 from protopush.nn.priors import read_prior, seen_more, shares_of, trained_prior
 from protopush.runs.progress import bar
 from protopush.runs.run import check_samples, make_fabric
-from protopush.runs.split_record import open_catalog
+from protopush.runs.split_record import catalog_to_go_on, refuse_changed
 from protopush.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
     config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config, folder))
-    hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
+    hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples, config.data.max_megapixels))
+    if folder is not None:
+        raise_on_all_ranks(lambda: refuse_changed(folder, hashes))
     if not config.data.allow_duplicates:
         refuse_duplicates(catalog.samples, hashes)
     fabric.seed_everything(config.train.seed, verbose=False)
@@ -217,7 +219,7 @@ def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     if folder is None:
         catalog = load_catalog(data.path, data.source, seed=data.split_seed)
     else:
-        catalog = open_catalog(data, None, folder)
+        catalog = catalog_to_go_on(data, folder)
     require_training_images(catalog)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")
@@ -232,7 +234,7 @@ def _mask_shares(config: RunConfig, train: ImageDataset, regions: Regions) -> Te
     """How much of each patch of each training image lies on its mask (N, L); None where the run doesn't use masks."""
     if not config.push.min_mask_share and not config.loss.off_mask:
         return None
-    without = check_masks(train.samples)
+    without = check_masks(train.samples, config.data.max_megapixels)
     logger.info("Masks are used in training; %d of %d images have none", without, len(train))
     with bar("Reading masks", len(train)) as advance:
         shares = []
