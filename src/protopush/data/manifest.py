@@ -138,7 +138,7 @@ def split_name(word: str) -> str:
     return known if known in SPLITS else word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One labelled image file. ``name`` is its path relative to the source's root, with forward slashes."""
 
@@ -181,16 +181,27 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
     rows = read_table(path, ("image", "label"), "a manifest (CSV with the columns image,label)")
     refuse_empty(path, rows, ("image", "label"), "image or no label in lines")
     number = numbering((row["label"] for row in rows), classes, path)
-    images = [path.parent / row["image"].replace("\\", "/") for row in rows]
-    root = path.parent
-    if any(os.path.relpath(image, root).startswith("..") for image in images):  # then the nearest one that holds all
-        root = Path(os.path.commonpath([os.path.abspath(place) for place in (root, *images)]))
+    root, images = path.parent, [row["image"].replace("\\", "/") for row in rows]
+    names = [_below(root, image) for image in images]
+    if any(name.startswith("..") for name in names):  # then the nearest folder that holds all
+        places = [os.path.abspath(root / image) for image in images]
+        root = Path(os.path.commonpath([os.path.abspath(root), *places]))
+        names = [_below(root, place) for place in places]
     samples = []
-    for image, row in zip(images, rows, strict=True):
-        name, mask = Path(os.path.relpath(image, root)).as_posix(), row.get("mask", "").replace("\\", "/")
+    for image, name, row in zip(images, names, rows, strict=True):
+        mask = row.get("mask", "").replace("\\", "/")
         split, group = split_name(row.get("split", "")), row.get("group") or None
-        samples.append(Sample(image, name, number[row["label"]], split, group, path.parent / mask if mask else None))
+        samples.append(
+            Sample(path.parent / image, name, number[row["label"]], split, group, path.parent / mask if mask else None)
+        )
     return Catalog(tuple(samples), tuple(number), root)
+
+
+def _below(root: Path, place: str) -> str:
+    """The path from a folder to a place, absolute or relative to it, with forward slashes."""
+    if os.path.isabs(place):  # noqa: PTH117 - of a million rows
+        place = os.path.relpath(place, root)
+    return os.path.normpath(place).replace(os.sep, "/")
 
 
 def with_splits(
@@ -273,10 +284,15 @@ def refuse_duplicates(samples: Sequence[Sample], hashes: Mapping[str, str]) -> N
         )
 
 
+def without_images(samples: Iterable[Sample], classes: Sequence[str]) -> list[str]:
+    """The classes of which there is no sample."""
+    known = {sample.label for sample in samples}
+    return [name for label, name in enumerate(classes) if label not in known]
+
+
 def require_training_images(catalog: Catalog) -> None:
     """Refuse a class without training images, whose prototypes could never be real patches, and one class alone."""
-    counts = Counter(sample.label for sample in catalog.split("train"))
-    if missing := [name for label, name in enumerate(catalog.classes) if not counts[label]]:
+    if missing := without_images(catalog.split("train"), catalog.classes):
         raise InputError(f"classes without a training image: {listing(missing)}; add some or leave the class out")
     if len(catalog.classes) < 2:
         raise InputError(f"only one class ({catalog.classes[0]}) under {catalog.root}; expected at least two")

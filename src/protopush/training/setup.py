@@ -18,12 +18,12 @@ from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
-from protopush.data.manifest import Catalog, refuse_duplicates, require_training_images
+from protopush.data.manifest import Catalog, refuse_duplicates, require_training_images, without_images
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
-from protopush.errors import InputError
+from protopush.errors import InputError, listing
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
@@ -207,8 +207,6 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
         augment = TrainTransform(preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
     train = ImageDataset(catalog.split("train"), transform, augment)
     held = [sample for sample in catalog.samples if sample.split == "val"]
-    if not held:
-        logger.warning("no validation images: the last epoch is taken as the best one")
     val = ImageDataset(held, transform) if held else None
     shares = _mask_shares(config, train, model.backbone.regions)
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares, division)
@@ -221,9 +219,25 @@ def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     else:
         catalog = catalog_to_go_on(data, folder)
     require_training_images(catalog)
+    _require_validation(catalog, config.train.select)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")
     return catalog
+
+
+def _require_validation(catalog: Catalog, select: str) -> None:
+    """Report what validation images can't say; refuse a metric that is not defined on them."""
+    held = [sample for sample in catalog.samples if sample.split == "val"]
+    absent = without_images(held, catalog.classes)
+    if not held:
+        logger.warning("no validation images: the last epoch is taken as the best one")
+    elif select == "auroc" and len(absent) == len(catalog.classes) - 1:
+        raise InputError(
+            f"train.select is auroc, but all {len(held)} validation images are of one class; expected two or more; "
+            "give --train.select accuracy, or add images"
+        )
+    elif absent:
+        logger.warning("no validation images of %s: the best epoch is chosen by the other classes", listing(absent))
 
 
 def _shares(labels: Sequence[int], catalog: Catalog) -> Tensor:
