@@ -265,10 +265,10 @@ def test_an_image_that_vanishes_or_breaks_a_decoder_does_not_end_the_run(home, r
 def breaking(bad: Path):
     from protopush.data.images import read_image
 
-    def read(path):
+    def read(path, max_megapixels):
         if Path(path) == bad:
             raise TypeError("a decoder's bug\nin two lines")
-        return read_image(path)
+        return read_image(path, max_megapixels)
 
     return read
 

@@ -207,6 +207,10 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
         augment = TrainTransform(preprocessing, data.flip_vertical, data.auto_augment, data.random_erasing)
     train = ImageDataset(catalog.split("train"), transform, augment)
     held = [sample for sample in catalog.samples if sample.split == "val"]
+    if not held:
+        logger.warning("no validation images: the last epoch is taken as the best one")
+    elif absent := without_images(held, catalog.classes):
+        logger.warning("no validation images of %s: the best epoch is chosen by the other classes", listing(absent))
     val = ImageDataset(held, transform) if held else None
     shares = _mask_shares(config, train, model.backbone.regions)
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares, division)
@@ -219,25 +223,20 @@ def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     else:
         catalog = catalog_to_go_on(data, folder)
     require_training_images(catalog)
-    _require_validation(catalog, config.train.select)
+    if config.train.select == "auroc":
+        _require_two_classes(catalog)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")
     return catalog
 
 
-def _require_validation(catalog: Catalog, select: str) -> None:
-    """Report what validation images can't say; refuse a metric that is not defined on them."""
-    held = [sample for sample in catalog.samples if sample.split == "val"]
-    absent = without_images(held, catalog.classes)
-    if not held:
-        logger.warning("no validation images: the last epoch is taken as the best one")
-    elif select == "auroc" and len(absent) == len(catalog.classes) - 1:
+def _require_two_classes(catalog: Catalog) -> None:
+    labels = [sample.label for sample in catalog.samples if sample.split == "val"]
+    if len(set(labels)) == 1:
         raise InputError(
-            f"train.select is auroc, but all {len(held)} validation images are of one class; expected two or more; "
+            f"train.select is auroc, but all {len(labels)} validation images are of one class; expected two or more; "
             "give --train.select accuracy, or add images"
         )
-    elif absent:
-        logger.warning("no validation images of %s: the best epoch is chosen by the other classes", listing(absent))
 
 
 def _shares(labels: Sequence[int], catalog: Catalog) -> Tensor:
