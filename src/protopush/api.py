@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from protopush.data.manifest import Catalog, DataConfig
-from protopush.errors import InputError, did_you_mean, listing
+from protopush.errors import InputError, check_fields, did_you_mean, listing
 from protopush.models import stored_run
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ LONGEST = 200  # bytes of the name of a picture, which most systems limit to 255
 def open_run(
     folder: str | Path, *, data: str | Path | None = None, source: str | None = None, num_workers: int = 2,
     device: str = "auto", backbone: nn.Module | None = None, check_weights: bool = True, distributed: bool = False,
+    max_megapixels: float | None = None,
 ) -> Run:  # fmt: skip
     """Open a run folder.
 
@@ -49,6 +50,7 @@ def open_run(
         backbone: the module itself, where it is one of your own, which no name could build again.
         check_weights: refuse other weights than those that the run saved; False is for :meth:`Run.verify`.
         distributed: join the processes that torchrun started, among which :meth:`Run.predict` divides the images.
+        max_megapixels: of an image that is read, in millions of pixels; by default what was allowed in training.
 
     Raises:
         InputError: a file is missing or damaged, or of a newer format; or there is no such device.
@@ -72,6 +74,9 @@ def open_run(
     if data or source:
         kind = source or ("auto" if data else found.data["source"])
         found = replace(found, data=found.data | {"path": os.path.abspath(data) if data else "", "source": kind})
+    if max_megapixels is not None:
+        found = replace(found, data=found.data | {"max_megapixels": max_megapixels})
+        check_fields(DataConfig(**found.data), "data.")
     found.model.to(fabric.device)
     return Run(**vars(found), device=fabric.device, num_workers=num_workers)
 
@@ -156,7 +161,7 @@ class Run(stored_run.Run):
                 "is all; leave --regions out"
             )
         paths, done, also = [Path(image) for image in images], [], [why_not] if why_not else []
-        check_images(paths)
+        check_images(paths, max_megapixels=DataConfig(**self.data).max_megapixels)
         for path, name in zip(paths, names or _distinct_names(paths), strict=True):
             image, file = read_image(path), str(Path(out) / name)
             found = explain_image(self.model, path, self.transform, self.class_names, self.device, top_classes, also)
@@ -205,7 +210,10 @@ class Run(stored_run.Run):
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
-        checks, audited = self._check_anchors(root), audit_catalog(catalog) if audit else None
+        checks, audited = (
+            self._check_anchors(root),
+            audit_catalog(catalog, max_megapixels=DataConfig(**self.data).max_megapixels) if audit else None,
+        )
         images = min(faithfulness, 16)
         locality = self._measure_locality(root, measured.dataset, images) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self

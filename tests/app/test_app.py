@@ -80,8 +80,8 @@ REFUSED = {
     "words.jpg": (b"not a picture at all", "words.jpg is not an image. Choose a JPEG, PNG"),
     "page.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "page.png is not an image"),
     "drawing.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "drawing.jpg is not an image"),
-    "bomb.png": (BOMB, "bomb.png has 900 megapixels; at most 50 are allowed"),
-    "large.png": (png_of(9_000, 6_000), "large.png has 54 megapixels; at most 50 are allowed"),
+    "bomb.png": (BOMB, "bomb.png has 900 megapixels; at most 100 are allowed"),
+    "large.png": (png_of(12_000, 9_000), "large.png has 108 megapixels; at most 100 are allowed"),
     "cut.jpg": (bytes_of(photo(), "JPEG")[:700], "cut.jpg is damaged or cut off"),
     "cut.png": (bytes_of(photo(), "PNG")[:-100], "cut.png is damaged or cut off"),
     "heavy.png": (bytes(2_500_000), "heavy.png has 2.5 MB; at most 2 MB are allowed"),
@@ -351,7 +351,8 @@ def test_decisions_can_be_taken_away(client):
     (["{tmp}"], "no such file"),
     (["{run}", "--port", "70000"], "--port 70000; expected 0 to 65535"),
     (["{run}", "--host", "203.0.113.7", "--port", "0"], "cannot listen on 203.0.113.7 port 0"),
-    (["{run}", "--max_megapixels", "0"], "expected numbers above 0"),
+    (["{run}", "--max_megabytes", "0"], "expected a number above 0"),
+    (["{run}", "--data.max_megapixels", "0"], "data.max_megapixels is 0.0; expected more than 0"),
     (["{run}", "--prot", "1"], "did you mean 'port'?"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_ends_before_the_server_starts(home, tmp_path, capsys, words, message):

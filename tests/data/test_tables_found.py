@@ -19,7 +19,7 @@ from protopush import InputError
 from protopush.cli import main
 from protopush.cli.parser import read_options
 from protopush.data.images import check_images, read_image, sha256_of
-from protopush.data.manifest import DataConfig, Sample, read_manifest
+from protopush.data.manifest import Catalog, DataConfig, Sample, read_manifest
 from protopush.data.sources import load_catalog
 from protopush.data.table import cell_text, spreadsheet_cell
 from protopush.models.model_card import escaped
@@ -181,7 +181,7 @@ def test_a_runs_splits_are_known_in_the_other_unicode_form_with_blanks_and_as_no
         (tmp_path / "data" / "x.png").rename(place)
         samples.append(Sample(place, name, 0, ["train", "val", "test"][number % 3], "+g"))
         hashes[name] = f"{number:064d}"
-    write_split(tmp_path, samples, hashes)
+    write_split(tmp_path, Catalog(tuple(samples), ("a",), tmp_path), hashes)
     recorded = read_split(tmp_path)
     assert recorded == {
         s.name: {"name": s.name, "sha256": hashes[s.name], "split": s.split, "group": "+g"} for s in samples
@@ -199,7 +199,7 @@ def test_a_runs_splits_are_known_when_a_copy_has_changed_the_unicode_form(tmp_pa
         save_noise(tmp_path / "data" / "b" / f"é{number}.png", 1, number)
     before = load_catalog(str(tmp_path / "data"))
     assert main(["data", "audit", str(tmp_path / "data")]) == 0
-    write_split(tmp_path, before.samples, {sample.name: sha256_of(sample.image) for sample in before.samples})
+    write_split(tmp_path, before, {sample.name: sha256_of(sample.image) for sample in before.samples})
     for sample in before.samples:
         sample.image.rename(sample.image.with_name(unicodedata.normalize("NFD", sample.image.name)))
     after = open_catalog(DataConfig(str(tmp_path / "data"), split_seed=5), before.classes, tmp_path)

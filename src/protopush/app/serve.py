@@ -115,9 +115,8 @@ def serve(
         InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
     """
     root_path, names = _public(root_path, allowed_host)
-    if not (limits.megabytes > 0 and limits.megapixels > 0):
-        given = f"--max_megabytes {limits.megabytes:g}, --max_megapixels {limits.megapixels:g}"
-        raise InputError(f"{given}; expected numbers above 0")
+    if not limits.megabytes > 0:
+        raise InputError(f"--max_megabytes {limits.megabytes:g}; expected a number above 0")
     store.run()
     uploads = tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True)
     with uploads as folder, listening(host, port) as door:

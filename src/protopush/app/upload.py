@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from protopush.data.images import read_image
+from protopush.data.images import opened, read_image
 from protopush.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content, no matter what the name says
@@ -21,7 +19,7 @@ class Limits:
     """What an upload may be at most, in units of 1,000,000 bytes and pixels; larger ones are never decoded."""
 
     megabytes: float = 20.0
-    megapixels: float = 50.0
+    megapixels: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -48,35 +46,22 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
         raise InputError(
             f"{name} has {size / 1e6:.1f} MB; at most {limits.megabytes:g} MB are allowed. Choose a smaller file."
         )
-    most, damaged = limits.megapixels, f"{name} is damaged or cut off and can't be read. Choose a whole file."
+    picture, note = None, ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is a lower one, or meant
-            with Image.open(path, formats=FORMATS) as image:  # the header alone, before anything is decoded
-                _refuse_many(name, image.width * image.height, most)
-                note = _note(image)
-        return Upload(name, read_image(path), note)
-    except Image.DecompressionBombError as error:
-        found = re.search(r"\d{4,}", str(error))
-        _refuse_many(name, int(found[0]) if found else 10**9, min(most, 178))
-        raise
+        with opened(path, formats=FORMATS) as image:
+            megapixels = image.width * image.height / 1e6
+            if megapixels <= limits.megapixels:
+                note, picture = _note(image), read_image(path)
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image. Choose a {KINDS} file.") from error
-    except TooManyPixels:
-        raise
     except (InputError, MemoryError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(damaged) from error
-
-
-class TooManyPixels(InputError):
-    """A picture beyond the limit; the message says by how much."""
-
-
-def _refuse_many(name: str, pixels: int, most: float) -> None:
-    if pixels > most * 1e6:
-        raise TooManyPixels(
-            f"{name} has {pixels / 1e6:,.0f} megapixels; at most {most:g} are allowed. Make it smaller first."
+        raise InputError(f"{name} is damaged or cut off and can't be read. Choose a whole file.") from error
+    if picture is None:
+        most = limits.megapixels
+        raise InputError(
+            f"{name} has {megapixels:,.0f} megapixels; at most {most:g} are allowed. Make it smaller first."
         )
+    return Upload(name, picture, note)
 
 
 def _note(image: Image.Image) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protopush.api import Run, audit_catalog, open_run
-from protopush.errors import InputError
+from protopush.errors import InputError, Positive, check_fields
 
 if TYPE_CHECKING:
     from protopush.training.config import RunConfig
@@ -26,7 +26,18 @@ PANELS = {"right": "surest-right", "unsure": "least-sure", "wrong": "surest-wron
 
 
 @dataclass(frozen=True)
-class Images:
+class Pictures:
+    """Images that are read.
+
+    Args:
+        max_megapixels: of an image, in millions of pixels; by default what was allowed in training.
+    """
+
+    max_megapixels: float | None = None
+
+
+@dataclass(frozen=True)
+class Images(Pictures):
     """Images that are read.
 
     Args:
@@ -59,11 +70,13 @@ class DataSet:
         path: the same as PATH.
         source: the kind of data, where it can't be recognised.
         split_seed: decides the splits where the data have none.
+        max_megapixels: of an image, in millions of pixels; larger ones count as unreadable.
     """
 
     path: str = ""
     source: str = "auto"
     split_seed: int = 0
+    max_megapixels: Positive = 100.0
 
 
 def demo(*, config: RunConfig, out: str = "runs/demo") -> int:
@@ -135,11 +148,14 @@ def predict(
     return _answer(json, found, in_words(found))
 
 
-def explain(run: str, images: list[str], *, out: str, json: bool = False, device: str = "auto", **options: Any) -> int:
+def explain(
+    run: str, images: list[str], *, out: str, data: Pictures = Pictures(), json: bool = False, device: str = "auto",
+    **options: Any,
+) -> int:  # fmt: skip
     """Show which patches of which training images an image resembles."""
     from protopush.explain.figure_style import percent
 
-    found = _open(run, Images(), device).explain(images, out, **options)
+    found = _open(run, Images(data.max_megapixels), device).explain(images, out, **options)
     lines = (
         f"{one['file']}: {one['predicted_name']} ({percent(one['probability'])}) -> {one['panel']}" for one in found
     )
@@ -224,9 +240,8 @@ def forbid(
 
 
 def app(
-    run: str, *, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 20.0, max_megapixels: float = 50.0,
-    root_path: str = "", allowed_host: list[str] | None = None, data: Images = Images(num_workers=0),
-    device: str = "auto",
+    run: str, *, host: str = "127.0.0.1", port: int = 7860, max_megabytes: float = 20.0, root_path: str = "",
+    allowed_host: list[str] | None = None, data: Images = Images(num_workers=0), device: str = "auto",
 ) -> int:  # fmt: skip
     """A page on this computer to view predictions and prototypes, and to decide about these.
 
@@ -235,17 +250,18 @@ def app(
         host: the address to listen on; there are no passwords.
         port: 0: any that is free.
         max_megabytes: of an uploaded file.
-        max_megapixels: of an uploaded image.
         root_path: where a reverse proxy shows the page: a path such as /review, or the whole address.
         allowed_host: names by which browsers may call the page, besides those of this computer.
     """
     from protopush.app.run_store import RunStore
     from protopush.app.serve import serve
     from protopush.app.upload import Limits
+    from protopush.data.manifest import DataConfig
 
     opened = _open(run, data, device)
     store = RunStore(opened.folder, opened.data, opened.device, data.num_workers)
-    serve(store, Limits(max_megabytes, max_megapixels), host, port, root_path, allowed_host or ())
+    limits = Limits(max_megabytes, DataConfig(**opened.data).max_megapixels)
+    serve(store, limits, host, port, root_path, allowed_host or ())
     return 0
 
 
@@ -263,10 +279,11 @@ def data_audit(
     from protopush.data.manifest import check_names
     from protopush.data.sources import load_catalog
 
+    check_fields(data, "data.")
     check_threshold(threshold)  # before the images are listed
     catalog = load_catalog(path or data.path, data.source, seed=data.split_seed, refuse_leaks=False)
     check_names(catalog)
-    found = audit_catalog(catalog, threshold=threshold)
+    found = audit_catalog(catalog, threshold=threshold, max_megapixels=data.max_megapixels)
     _answer(json, found.to_dict(), audit_table(found))
     return 1 if found.leaks else 0
 
@@ -291,7 +308,10 @@ def is_first() -> bool:
 
 
 def _open(run: str, data: Images, device: str, **how: Any) -> Run:
-    return open_run(run, data=data.path, source=data.source, num_workers=data.num_workers, device=device, **how)
+    return open_run(
+        run, data=data.path, source=data.source, num_workers=data.num_workers, device=device,
+        max_megapixels=data.max_megapixels, **how,
+    )  # fmt: skip
 
 
 def _answer(json: bool, values: Any, text: str) -> int:

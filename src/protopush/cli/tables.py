@@ -55,7 +55,9 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     table = Table("class", "images", *(PER_CLASS[key][0] for key in columns), box=None)
     for name, row in metrics["per_class"].items():
         table.add_row(name, *(metric_text(row[key]) for key in ("n", *columns)))
-    return _text(sums) + "\n" + _text(table)
+    absent = [name for name, row in metrics["per_class"].items() if not row["n"]]
+    words = f"\nno images of {listing(absent)}: means are over the other classes" if absent else ""
+    return _text(sums) + "\n" + _text(table) + words
 
 
 def locality_table(found: Sequence[Locality], reach: str) -> str:

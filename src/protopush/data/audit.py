@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
 
-from protopush.data.images import read_image, sha256_of, why_unreadable
+from protopush.data.images import in_threads, read_image, sha256_of, why_unreadable
 from protopush.data.manifest import SPLITS, Catalog, Sample, groups_in_several_splits
 from protopush.data.similar import SIDE, THRESHOLD, Array, near_pairs, thumbnail
 from protopush.errors import InputError
@@ -19,7 +19,6 @@ SMALL = 32  # pixels: one of 7x7 cells of a 224-pixel input; a smaller image is 
 CLOSEST = 5  # pairs below the threshold that are reported
 MARGIN = 0.1  # below the threshold, where those are searched
 MANY = 0.02  # near duplicates an image, across splits, above which they are doubted
-BATCH = 4096  # images read ahead
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,10 @@ def audit_verdict(found: Audit) -> tuple[str, str]:
     return "bad", "Leaks: what is in one split is in another"
 
 
-def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int], None] = lambda _: None) -> Audit:
+def audit(
+    catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int], None] = lambda _: None,
+    max_megapixels: float = inf,
+) -> Audit:  # fmt: skip
     """Read every image of a catalog once, and compare all with all.
 
     What is kept of an image is a thumbnail of 4 KB and a signature of 256 bytes.
@@ -157,6 +159,7 @@ def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int
         catalog: from :func:`protopush.data.sources.load_catalog` with ``refuse_leaks=False``.
         threshold: similarity, at most 1, from which two images count as duplicates (see docs/data.md).
         advance: called with a number of steps, two for each image in all (read, compared).
+        max_megapixels: of an image; a larger one counts as unreadable.
 
     Raises:
         InputError: the threshold makes no sense.
@@ -181,7 +184,7 @@ def audit(catalog: Catalog, threshold: float = THRESHOLD, advance: Callable[[int
     same: list[Pair] = []
     unreadable, small = dict[str, str](), dict[str, tuple[int, int]]()
     first_of: dict[str, int] = {}
-    for number, read in enumerate(_read_all(samples)):
+    for number, read in enumerate(_read_all(samples, max_megapixels)):
         advance(1)
         name = samples[number].name
         if isinstance(read, str):
@@ -213,19 +216,17 @@ def check_threshold(threshold: float) -> None:
         raise InputError(f"the threshold is {threshold}; expected a similarity between 0.5 and 1, such as {THRESHOLD}")
 
 
-def _read_all(samples: Sequence[Sample]) -> Iterator[tuple[str, Array, tuple[int, int]] | str]:
+def _read_all(samples: Sequence[Sample], max_megapixels: float) -> Iterator[tuple[str, Array, tuple[int, int]] | str]:
     """Digest, thumbnail and size of each image, or why it can't be read."""
 
     def read(sample: Sample) -> tuple[str, Array, tuple[int, int]] | str:
         try:
-            image = read_image(sample.image)
+            image = read_image(sample.image, max_megapixels)
         except InputError as error:
             return why_unreadable(sample.image, error.__cause__ or error)
         return sha256_of(sample.image), thumbnail(image), image.size
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for start in range(0, len(samples), BATCH):
-            yield from pool.map(read, samples[start : start + BATCH])
+    return in_threads(read, samples)
 
 
 def _pair(catalog: Catalog, first: int, second: int, similarity: float, identical: bool) -> Pair:

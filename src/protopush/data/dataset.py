@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         return Provenance(sample.name, sample.name, sha256_of(sample.image), sample.group, view)
 
 
-def check_masks(samples: Sequence[Sample]) -> int:
+def check_masks(samples: Sequence[Sample], max_megapixels: float = inf) -> int:
     """Read every mask (of what an image is about: a lesion, a bird) once; returns how many samples have none.
 
     Raises:
@@ -100,7 +101,7 @@ def check_masks(samples: Sequence[Sample]) -> int:
             f"none of the {len(samples)} images has a mask; expected a manifest with a column 'mask'; give "
             "--data.path MANIFEST.csv"
         )
-    check_images(masks)
+    check_images(masks, max_megapixels=max_megapixels)
     if wrong := [text for text in map(_other_size, samples) if text]:
         raise InputError(f"{len(wrong)} masks do not fit: {listing(wrong)}; expected the image's own size")
     return len(samples) - len(masks)

@@ -6,35 +6,78 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from protopush.errors import InputError, listing
+from protopush.errors import InputError, first_line, listing
 
-# What Pillow raises for files that are no image, truncated, damaged, or bombs.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
+# What Pillow raises for files that are no image, truncated, damaged, or too large for the memory.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError)
+AHEAD = 4096  # items whose results may wait for the reader
 SIXTEEN_BITS = {("I", "PNG"), ("I", "PPM")}  # besides I;16 and its kin: formats whose mode "I" holds 16 bits
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-def read_image(path: str | Path) -> Image.Image:
+
+class _PillowLimit:
+    """Pillow's limit of pixels, which is one for the whole process, suspended while any thread reads with ours."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers, self.pixels = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.readers:
+                self.pixels, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                Image.MAX_IMAGE_PIXELS = self.pixels
+
+
+_SUSPENDED = _PillowLimit()
+
+
+@contextmanager
+def opened(
+    file: str | Path | io.BytesIO, max_megapixels: float = inf, formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """An image of which the header alone was read; a ValueError beyond the limit. Pillow's own does not count."""
+    with _SUSPENDED, Image.open(file, formats=formats) as image:
+        if image.width * image.height > max_megapixels * 1e6:
+            what = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{what}, more than data.max_megapixels {max_megapixels:g}")
+        yield image
+
+
+def read_image(path: str | Path, max_megapixels: float = inf) -> Image.Image:
     """The picture in a file, upright (EXIF), in RGB with 8 bits a channel.
+
+    The limit is for files that :func:`check_images` has not seen.
 
     What becomes of pixels depends on the file's mode, never on their values: transparent ones are laid on white
     (whatever colour is hidden below), and 16-bit grey is divided by 257.
 
     Raises:
-        InputError: the file is missing, truncated or no image, or it is not known which of its values is white.
+        InputError: the file is missing, truncated, too large or no image, or it is not known which of its values is
+            white.
     """
     try:
         refuse_device(path)
-        with Image.open(path) as image:
+        with opened(path, max_megapixels) as image:
             image.load()
             refuse_unknown_scale(image)
             upright = ImageOps.exif_transpose(image)
@@ -47,7 +90,7 @@ def read_image(path: str | Path) -> Image.Image:
                 upright = Image.alpha_composite(white, upright)
             return upright.convert("RGB")
     except _UNREADABLE as error:
-        raise InputError(f"unreadable image: {path} ({error}); expected a whole image file") from error
+        raise InputError(f"unreadable image: {path} ({first_line(error)}); expected a whole image file") from error
 
 
 def refuse_unknown_scale(image: Image.Image) -> None:
@@ -73,7 +116,7 @@ def read_mask_file(path: str | Path) -> NDArray[np.bool_]:
     """
     try:
         refuse_device(path)
-        with Image.open(path) as image:
+        with opened(path) as image:
             image.load()
             upright, lossy = ImageOps.exif_transpose(image), image.format in ("JPEG", "MPO")
     except _UNREADABLE as error:
@@ -91,7 +134,7 @@ def read_mask_file(path: str | Path) -> NDArray[np.bool_]:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the upright picture, read from the file's header alone."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
@@ -106,28 +149,40 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_images(paths: Sequence[Path], advance: Callable[[], None] = lambda: None) -> list[str]:
+def check_images(
+    paths: Sequence[Path], advance: Callable[[], None] = lambda: None, max_megapixels: float = inf
+) -> list[str]:
     """Decode every file once, before any long work, and return their SHA-256; ``advance`` is called once a file.
 
     Raises:
-        InputError: some files can't be read; all of them are named at once.
+        InputError: some files can't be read, or are too large; all of them are named at once.
     """
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        found = []
-        for result in pool.map(_check, paths):
-            found.append(result)
-            advance()
-    if bad := [f"{path} ({reason})" for path, (_, reason) in zip(paths, found, strict=True) if reason]:
+    digests, bad, large = list[str](), list[str](), False
+    for path, (digest, reason) in zip(paths, in_threads(lambda path: _check(path, max_megapixels), paths), strict=True):
+        digests.append(digest)
+        if reason:
+            bad.append(f"{path} ({reason})")
+            large = large or "data.max_megapixels" in reason
+        advance()
+    if bad:
         count = "1 unreadable image" if len(bad) == 1 else f"{len(bad)} unreadable images"
-        raise InputError(f"{count}: {listing(bad, limit=50)}; expected whole image files; remove or replace them")
-    return [digest for digest, _ in found]
+        advice = "remove or replace them" + (", or raise data.max_megapixels" if large else "")
+        raise InputError(f"{count}: {listing(bad, limit=50)}; expected whole image files; {advice}")
+    return digests
 
 
-def _check(path: Path) -> tuple[str, str]:
+def in_threads(read: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """What is read of each item, in order, some ahead; Pillow decodes outside the interpreter's lock."""
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(items), AHEAD):  # a million at once would take the memory of a million results
+            yield from pool.map(read, items[start : start + AHEAD])
+
+
+def _check(path: Path, max_megapixels: float) -> tuple[str, str]:
     try:
         refuse_device(path)
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data), max_megapixels) as image:
             image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
             image.load()
             refuse_unknown_scale(image)

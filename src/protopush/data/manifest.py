@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from protopush.data.table import NamedFiles, Table, is_one, labelled, plain, require_columns
-from protopush.errors import CountOrZero, InputError, Range, Share, listing
+from protopush.errors import CountOrZero, InputError, Positive, Range, Share, listing
 
 logger = logging.getLogger("protopush.data")
 
@@ -41,6 +41,7 @@ class DataConfig:
             frozen, else computed in each epoch, with augment.
         num_workers: processes that read images.
         split_seed: decides held-out images where the source has no splits.
+        max_megapixels: of an image, in millions of pixels; larger ones are refused before they are decoded.
         allow_duplicates: the same file may lie in two splits or have two labels.
     """
 
@@ -54,6 +55,7 @@ class DataConfig:
     cached_views: Literal[0, 1, 2, 4, 8] = 0
     num_workers: CountOrZero = 2
     split_seed: int = 0
+    max_megapixels: Positive = 100.0
     allow_duplicates: bool = False
 
 
@@ -95,7 +97,7 @@ def split_name(word: str) -> str:
     return known if known in SPLITS else word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One labelled image file. ``name`` is its path relative to the source's root, with forward slashes."""
 
@@ -173,17 +175,28 @@ def read_manifest(path: str | Path, classes: Sequence[str] | None = None) -> Cat
     path = Path(path)
     rows = list(manifest_rows(path))
     number = numbering((row["label"] for row in rows), classes, path)
-    images, files = [Path(row["image"]) for row in rows], NamedFiles(path.parent)
-    root = path.parent
-    if any(os.path.relpath(image, root).startswith("..") for image in images):  # then the nearest one that holds all
-        root = Path(os.path.commonpath([os.path.abspath(place) for place in (root, *images)]))
+    root, images, files = path.parent, [row["image"] for row in rows], NamedFiles(path.parent)
+    names = _below(root, images)
+    if any(name.startswith("..") for name in names):  # then the nearest folder that holds all
+        places = [os.path.abspath(image) for image in images]
+        root = Path(os.path.commonpath([os.path.abspath(root), *places]))
+        names = _below(root, places)
     samples = []
-    for image, row in zip(images, rows, strict=True):
-        name = Path(os.path.relpath(image, root)).as_posix()
+    for image, name, row in zip(images, names, rows, strict=True):
         mask = Path(files.find(row["mask"])) if row.get("mask") else None
         split, group = split_name(row.get("split", "")), row["group"] or None
-        samples.append(Sample(image, name, number[row["label"]], split, group, mask))
+        samples.append(Sample(Path(image), name, number[row["label"]], split, group, mask))
     return Catalog(tuple(samples), tuple(number), root)
+
+
+def _below(root: Path, places: Sequence[str]) -> list[str]:
+    """The paths from a folder to places, with forward slashes; quick where they begin with the folder's own path."""
+    start = "" if root == Path() else os.path.join(root, "")  # noqa: PTH118 - of a million rows
+    names = []
+    for place in places:
+        inner = place[len(start) :] if place.startswith(start) else os.path.sep
+        names.append(os.path.normpath(os.path.relpath(place, root) if os.path.isabs(inner) else inner))  # noqa: PTH117
+    return [name.replace(os.sep, "/") for name in names]
 
 
 def with_splits(
@@ -301,10 +314,15 @@ def check_names(catalog: Catalog) -> None:
         )
 
 
+def without_images(samples: Iterable[Sample], classes: Sequence[str]) -> list[str]:
+    """The classes of which there is no sample."""
+    known = {sample.label for sample in samples}
+    return [name for label, name in enumerate(classes) if label not in known]
+
+
 def require_training_images(catalog: Catalog) -> None:
     """Refuse a class without training images, whose prototypes could never be real patches, and one class alone."""
-    counts = Counter(sample.label for sample in catalog.split("train"))
-    if missing := [name for label, name in enumerate(catalog.classes) if not counts[label]]:
+    if missing := without_images(catalog.split("train"), catalog.classes):
         raise InputError(f"classes without a training image: {listing(missing)}; add some or leave the class out")
     if len(catalog.classes) < 2:
         raise InputError(f"only one class ({catalog.classes[0]}) under {catalog.root}; expected at least two")

@@ -18,6 +18,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS[:4]}
 
 Box = tuple[int, int, int, int]
+NARROW = 10**8  # pixels of a picture that covers the model's input: of a longer one only what is seen is made
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,13 @@ class EvalTransform:
 
     def visible(self, image: Image.Image) -> Image.Image:
         """The picture that the model sees, before normalisation."""
-        view = self.view(image.size)
-        if view.resized != image.size:
-            image = image.resize(view.resized, RESAMPLING[self.preprocessing.interpolation])
+        view, how = self.view(image.size), RESAMPLING[self.preprocessing.interpolation]
         (x, y), (width, height) = view.offset, view.crop
-        return image.crop((x, y, x + width, y + height))
+        box = (x, y, x + width, y + height)
+        if view.resized[0] * view.resized[1] > NARROW:  # the same but for rounding
+            sizes = zip(box, image.size * 2, view.resized * 2, strict=True)
+            return image.resize(view.crop, how, box=tuple(min(edge * n / m, n) for edge, n, m in sizes))  # type: ignore[arg-type]
+        return (image.resize(view.resized, how) if view.resized != image.size else image).crop(box)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB picture as a normalised float32 tensor (3, H, W)."""

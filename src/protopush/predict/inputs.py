@@ -9,18 +9,18 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.images import read_image, why_unreadable
-from protopush.data.manifest import manifest_rows
+from protopush.data.manifest import DataConfig, manifest_rows
 from protopush.data.transforms import EvalTransform
 from protopush.data.walk import LeftOut, walk_images
 from protopush.distributed import rank_and_size
@@ -33,8 +33,6 @@ from protopush.preserve_state import iterate_outputs
 logger = logging.getLogger("protopush.predict")
 
 TABLES = {".csv", ".tsv", ".tab"}
-# Pixels that a picture may have when it is resized to cover the model's input: a line of 1 x 100,000 has billions.
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 SIGNAL_SECONDS = 0.5  # until the end of a process that has died is known to the one that started it
 DIGITS = 6  # of numbers in the table; what is compared is what is written
 
@@ -144,9 +142,10 @@ def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
 class Pictures(Dataset[tuple[Tensor, str]]):
     """Items are (image (3, H, W), why it could not be read); the image is all zeros where there is a reason."""
 
-    def __init__(self, names: Strings, transform: EvalTransform) -> None:
+    def __init__(self, names: Strings, transform: EvalTransform, max_megapixels: float = inf) -> None:
         self.names = names
         self.transform = transform
+        self.max_megapixels = max_megapixels
 
     def __len__(self) -> int:
         return len(self.names)
@@ -154,11 +153,7 @@ class Pictures(Dataset[tuple[Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         name = self.names[index]
         try:
-            picture = read_image(name)
-            width, height = self.transform.view(picture.size).resized
-            if width * height > MOST_PIXELS:
-                return self._empty(), f"too long and narrow: {picture.width} x {picture.height} pixels"
-            return self.transform(picture), ""
+            return self.transform(read_image(name, self.max_megapixels)), ""
         except InputError as error:
             return self._empty(), why_unreadable(name, error.__cause__ or error)
         except Exception as error:  # whatever one damaged file does to a decoder, the others are still to be predicted
@@ -229,9 +224,8 @@ def run_over(
     Raises:
         InputError: a process that reads images has died, mostly for want of memory.
     """
-    loader: DataLoader[Any] = DataLoader(
-        Pictures(names, run.transform), batch_sampler=batches, num_workers=num_workers  # type: ignore[arg-type]
-    )  # fmt: skip
+    pictures = Pictures(names, run.transform, DataConfig(**run.data).max_megapixels)
+    loader: DataLoader[Any] = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers)  # type: ignore[arg-type]
     try:
         with iterate_outputs(run.model, loader, device, call=lambda images: run_model(run.model, images, top)) as found:
             for indices, (outputs, problems) in zip(batches, found, strict=True):

@@ -65,18 +65,18 @@ def predict(
         raise InputError(f"--out {out} is one of the files to read; choose another --out")
     inputs = broadcast_from_rank_zero(lambda: list_inputs(paths))
     columns = Columns(run, top, inputs.labels is not None)
-    path = (data.path if data is not None else run.data.get("path")) or ""
+    data = data or DataConfig(**run.data)
     size = inference_batch_size(torch.device(device))
 
     def belongs() -> dict[str, str]:
         """What decides every byte of the table, in words that a message can show."""
         names, labels = inputs.names.sha256(), inputs.labels.sha256() if inputs.labels is not None else "none"
-        limit = f"{share} of validation images of {path}" if threshold is None else str(threshold)
+        limit = f"{share} of validation images of {data.path}" if threshold is None else str(threshold)
         return {
             "weights": read_json(run.folder / "config.json")["weights_sha256"][:16],
             "prototypes": sha256_of(run.folder / "prototypes.json")[:16],
             "images": f"{len(inputs.names)}, SHA-256 of their names {names[:12]}, of their labels {labels[:12]}",
-            "options": f"--top {columns.top}, threshold {limit}",
+            "options": f"--top {columns.top}, threshold {limit}, at most {data.max_megapixels:g} megapixels",
             "surroundings": f"protopush {__version__}, {torch.device(device).type}, batches of {size}",
         }
 
@@ -89,7 +89,7 @@ def predict(
         elif threshold is not None:
             limit = Threshold(round(threshold, DIGITS), "given")
         else:
-            limit = calibrate(run, data or DataConfig(**run.data), share, device, num_workers)
+            limit = calibrate(run, data, share, device, num_workers)
             if limit.value is None:
                 logger.warning("no threshold for nothing_similar, which stays empty: %s", limit.problem)
         if kept is None:

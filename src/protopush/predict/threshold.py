@@ -189,6 +189,7 @@ def _cached(run: Run, files: Sequence[str]) -> tuple[Path, list[float | None] | 
         "weights": read_json(run.folder / "config.json")["weights_sha256"],
         "preprocessing": run.transform.preprocessing.to_dict(),
         "crop_pct": run.transform.crop_pct,
+        "max_megapixels": DataConfig(**run.data).max_megapixels,
         "files": [digest(file) for file in files],
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -149,7 +149,7 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)
     if wish.masks or any(made.kind == "mask" for made in holding):
-        unmasked = check_masks(train.samples)
+        unmasked = check_masks(train.samples, DataConfig(**data).max_megapixels)
         named = named or {"min_share": wish.min_share, "unmasked": unmasked}
     decision = new_decision(past, kind, wish.reason, wish.who, **named)
     allowed = Allowed([*holding, decision], run.transform)
@@ -177,7 +177,7 @@ def carry_out(
     ``change`` moves prototypes of the model; ``state`` is of the folder before anything was worked out.
     """
     val = [sample for sample in catalog.samples if sample.split == "val"]
-    check_samples(val)
+    check_samples(val, DataConfig(**run.data).max_megapixels)
     old_head = copy.deepcopy(run.head)
     replaced = tuple(change())
     before, after = None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,9 @@ from protopush.data.dataset import ImageDataset
 from protopush.data.features import inference_batch_size
 from protopush.data.files import read_json
 from protopush.data.images import check_images, sha256_of
-from protopush.data.manifest import Catalog, DataConfig, Sample
+from protopush.data.manifest import Catalog, DataConfig, Sample, without_images
 from protopush.data.transforms import EvalTransform
-from protopush.errors import InputError, first_line
+from protopush.errors import InputError, first_line, listing
 from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run, read_run
@@ -32,6 +33,8 @@ from protopush.runs.split_record import never_trained, open_catalog
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+logger = logging.getLogger("protopush.runs")
 
 # How long a process waits for the others: one of them computes features, which takes hours where images are many.
 PATIENCE = timedelta(hours=12)
@@ -104,14 +107,16 @@ def open_split(
     """
     catalog = open_catalog(data, class_names, folder)
     samples = catalog.split(split)
-    hashes = check_samples(samples)
+    if absent := without_images(samples, catalog.classes):
+        logger.warning("no images of %s in split %r: means are over the other classes", listing(absent), split)
+    hashes = check_samples(samples, data.max_megapixels)
     return ImageDataset(never_trained(samples, hashes, folder, split), transform), catalog
 
 
-def check_samples(samples: Sequence[Sample]) -> dict[str, str]:
-    """Decode every image once; its SHA-256 by its name."""
+def check_samples(samples: Sequence[Sample], max_megapixels: float) -> dict[str, str]:
+    """Decode every image once, if it is not too large; its SHA-256 by its name."""
     with bar("Checking images", len(samples)) as advance:
-        digests = check_images([sample.image for sample in samples], lambda: advance(1))
+        digests = check_images([sample.image for sample in samples], lambda: advance(1), max_megapixels)
     return {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}
 
 

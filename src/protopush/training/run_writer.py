@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from protopush.data.files import atomic
-from protopush.data.manifest import Sample
+from protopush.data.manifest import Catalog
 from protopush.distributed import broadcast_from_rank_zero, rank_and_size
 from protopush.errors import InputError, first_line, listing
 from protopush.models.stored_run import current_versions, version_change
@@ -24,11 +25,17 @@ from protopush.runs.split_record import write_split
 from protopush.training.config import RunConfig
 from protopush.training.tracking import Trackers
 
+logger = logging.getLogger("protopush.training")
+
 FORMAT = 1
 FILE = Path("checkpoints") / "last.pt"
 
-# A run goes on with another of these; with another of any other option it would be another run.
-FREE = {"data.num_workers", *(f"trainer.{key}" for key in ("device", "precision", "compile", "cache_dir", "track"))}
+# A run goes on with another of these, where its images are the same files; with another of any other option it would be
+# another run.
+FREE = {
+    *(f"data.{key}" for key in ("path", "source", "num_workers", "max_megapixels")),
+    *(f"trainer.{key}" for key in ("device", "precision", "compile", "cache_dir", "track")),
+}
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
@@ -89,11 +96,11 @@ class RunWriter:
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, samples: Sequence[Sample] = (), hashes: Mapping[str, str] | None = None
+        self, folder: Path, config: RunConfig, catalog: Catalog | None = None, hashes: Mapping[str, str] | None = None
     ) -> None:
         self.folder = folder
         self.config = config
-        self.samples, self.hashes = samples, hashes or {}
+        self.catalog, self.hashes = catalog, hashes or {}
         self.trackers = Trackers()
 
     def start(self) -> None:
@@ -101,10 +108,9 @@ class RunWriter:
 
         def write() -> None:
             clear_folder(self.folder)
-            with atomic(self.folder / "config.yaml") as file:
-                file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
-            if self.samples:
-                write_split(self.folder, self.samples, self.hashes)
+            self._write_options()
+            if self.catalog is not None:
+                write_split(self.folder, self.catalog, self.hashes)
 
         broadcast_from_rank_zero(write)
         self._track(None)
@@ -124,9 +130,14 @@ class RunWriter:
             os.truncate(self.folder / "metrics.jsonl", saved["metrics_bytes"])
             for left in self.folder.rglob(".*.tmp"):
                 left.unlink(missing_ok=True)
+            self._write_options()
 
         broadcast_from_rank_zero(cut)
         self._track(saved["epoch"])
+
+    def _write_options(self) -> None:
+        with atomic(self.folder / "config.yaml") as file:
+            file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
 
     def _track(self, resumed_at: int | None) -> None:
         if rank_and_size()[0] == 0:
@@ -170,7 +181,8 @@ def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    refuse_other_options(folder, config)
+    if different := refuse_other_options(folder, config):
+        logger.info("Going on with other options: %s", ", ".join(different))
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here
@@ -181,22 +193,22 @@ def load_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     return state
 
 
-def refuse_other_options(folder: Path, config: RunConfig) -> None:
-    """A run goes on with the options that it was started with, but for :data:`FREE`; others are an InputError."""
+def refuse_other_options(folder: Path, config: RunConfig) -> list[str]:
+    """Which of :data:`FREE` are others than those that a run was started with; any other option is an InputError."""
     file = folder / "config.yaml"
     try:
-        before = _options(yaml.safe_load(file.read_text(encoding="utf-8")))
+        given = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise InputError(f"cannot read {file} ({first_line(error)}); train again with --overwrite") from error
-    now = _options(asdict(config))
-    other = [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]
-    if other:
+    before, now = _flat(asdict(RunConfig())) | given, _flat(asdict(config))  # older runs had fewer options
+    differ = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]}
+    if other := [words for key, words in differ.items() if key not in FREE]:
         raise InputError(
             f"the run in {folder} was started with other options ({listing(other, 5)}); give the same, or train again "
             "with --overwrite"
         )
+    return list(differ.values())
 
 
-def _options(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in FREE}
+def _flat(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}

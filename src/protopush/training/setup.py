@@ -18,19 +18,25 @@ from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
 from protopush.data.features import CachedFeatures, inference_batch_size
-from protopush.data.manifest import Catalog, check_names, refuse_duplicates, require_training_images
+from protopush.data.manifest import (
+    Catalog,
+    check_names,
+    refuse_duplicates,
+    require_training_images,
+    without_images,
+)
 from protopush.data.regions import Regions
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
-from protopush.errors import InputError
+from protopush.errors import InputError, listing
 from protopush.models.model import ProtoModel
 from protopush.nn.head import HeadOptimal
 from protopush.nn.losses import PrototypeLoss, balanced_class_weights, effective_class_weights, logit_shift
 from protopush.nn.priors import read_prior, seen_more, shares_of, trained_prior
 from protopush.runs.progress import bar
 from protopush.runs.run import check_samples, make_fabric
-from protopush.runs.split_record import open_catalog
+from protopush.runs.split_record import catalog_to_go_on, refuse_changed
 from protopush.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -188,7 +194,9 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
     config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config, folder))
-    hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples))
+    hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples, config.data.max_megapixels))
+    if folder is not None:
+        raise_on_all_ranks(lambda: refuse_changed(folder, hashes))
     if not config.data.allow_duplicates:
         refuse_duplicates(catalog.samples, hashes)
     fabric.seed_everything(config.train.seed, verbose=False)
@@ -207,6 +215,8 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
     held = [sample for sample in catalog.samples if sample.split == "val"]
     if not held:
         logger.warning("no validation images: the last epoch is taken as the best one")
+    elif absent := without_images(held, catalog.classes):
+        logger.warning("no validation images of %s: the best epoch is chosen by the other classes", listing(absent))
     val = ImageDataset(held, transform) if held else None
     shares = _mask_shares(config, train, model.backbone.regions)
     return Job(config, catalog, model.to(fabric.device), transform, train, val, hashes, fabric, shares, division)
@@ -217,12 +227,23 @@ def _catalog(config: RunConfig, folder: Path | None) -> Catalog:
     if folder is None:
         catalog = load_catalog(data.path, data.source, seed=data.split_seed)
     else:
-        catalog = open_catalog(data, None, folder)
+        catalog = catalog_to_go_on(data, folder)
     require_training_images(catalog)
     check_names(catalog)
+    if config.train.select == "auroc":
+        _require_two_classes(catalog)
     if prior is not None:  # before the images are read
         read_prior(prior, catalog.classes, [], "train.prior")
     return catalog
+
+
+def _require_two_classes(catalog: Catalog) -> None:
+    labels = [sample.label for sample in catalog.samples if sample.split == "val"]
+    if len(set(labels)) == 1:
+        raise InputError(
+            f"train.select is auroc, but all {len(labels)} validation images are of one class; expected two or more; "
+            "give --train.select accuracy, or add images"
+        )
 
 
 def _shares(labels: Sequence[int], catalog: Catalog) -> Tensor:
@@ -233,7 +254,7 @@ def _mask_shares(config: RunConfig, train: ImageDataset, regions: Regions) -> Te
     """How much of each patch of each training image lies on its mask (N, L); None where the run doesn't use masks."""
     if not config.push.min_mask_share and not config.loss.off_mask:
         return None
-    without = check_masks(train.samples)
+    without = check_masks(train.samples, config.data.max_megapixels)
     logger.info("Masks are used in training; %d of %d images have none", without, len(train))
     with bar("Reading masks", len(train)) as advance:
         shares = []

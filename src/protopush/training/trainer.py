@@ -57,7 +57,7 @@ def train(config: RunConfig, out: str | Path, overwrite: bool = False, resume: b
         logger.info("%s is whole: nothing is left to do", out)
         return open_run(out)
     job = prepare(config, fabric, out if saved else None)
-    with RunWriter(out, config, job.catalog.samples, job.hashes) as writer:
+    with RunWriter(out, config, job.catalog, job.hashes) as writer:
         stage = fit(job, writer, saved)
         final_push(job, stage, writer)
         run = _save(job, out)
@@ -79,8 +79,8 @@ def _found(out: Path, config: RunConfig, overwrite: bool, resume: bool) -> tuple
 
 def _save(job: Job, out: Path) -> Run:
     data = job.config.data
-    path = os.path.abspath(data.path) if data.path else ""  # the run may be used from another folder
-    recorded = {"path": path, "source": data.source, "split_seed": data.split_seed}
+    recorded = {name: getattr(data, name) for name in ("path", "source", "split_seed", "max_megapixels")}
+    recorded["path"] = os.path.abspath(data.path) if data.path else ""  # the run may be used from another folder
     model = job.model.cpu().eval()
     model.prior, model.train_shares = job.prior(), job.train_shares()
     run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), recorded, out)
