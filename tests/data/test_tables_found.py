@@ -181,10 +181,11 @@ def test_a_runs_splits_are_known_in_the_other_unicode_form_with_blanks_and_as_no
         (tmp_path / "data" / "x.png").rename(place)
         samples.append(Sample(place, name, 0, ["train", "val", "test"][number % 3], "+g"))
         hashes[name] = f"{number:064d}"
-    write_split(tmp_path, Catalog(tuple(samples), ("a",), tmp_path), hashes)
+    write_split(tmp_path, Catalog(tuple(samples), ("=a",), tmp_path), hashes)
     recorded = read_split(tmp_path)
     assert recorded == {
-        s.name: {"name": s.name, "sha256": hashes[s.name], "split": s.split, "group": "+g"} for s in samples
+        s.name: {"name": s.name, "sha256": hashes[s.name], "split": s.split, "group": "+g", "label": "=a"}
+        for s in samples
     }
     with (tmp_path / "split.csv").open(newline="", encoding="utf-8") as file:
         assert not [cell for row in csv.reader(file) for cell in row if cell[:1] in set("=+-@")]
