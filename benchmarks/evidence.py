@@ -28,14 +28,15 @@ from protopush.runs.run import open_run, open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_MASKS = ["--loss.off_mask", "0", "--push.min_mask_share", "0"]
+ONE_PLACE = ["--model.top_patches", "1", "--train.ema", "null"]
 TEN = ["--model.num_prototypes", "10", "--push.rows", "null"]
 # The recipe of each arm, and what is changed in it.
 ARMS: dict[str, tuple[str, list[str]]] = {
     "whole-image": ("ham10000-global", []),
     "last-map": ("ham10000-live", []),
     "stage": ("ham10000-live", ["--model.stage", "blocks.3"]),
-    "windows": ("ham10000-windows", [*WITHOUT_MASKS, *TEN]),
-    "windows-masks": ("ham10000-windows", TEN),
+    "windows": ("ham10000-windows", [*WITHOUT_MASKS, *TEN, *ONE_PLACE]),
+    "windows-masks": ("ham10000-windows", [*TEN, *ONE_PLACE]),
 }
 MORE: dict[str, tuple[str, list[str]]] = {
     "stage-2": ("ham10000-live", ["--model.stage", "blocks.2"]),
@@ -43,9 +44,11 @@ MORE: dict[str, tuple[str, list[str]]] = {
     "windows-112": ("ham10000-live", ["--model.windows.size", "112"]),
     "windows-64-112": ("ham10000-live", ["--model.windows.size", "[64,112]"]),
     "windows-64-full": ("ham10000-live", ["--model.windows.size", "[64,full]"]),
-    "windows-anchors": ("ham10000-windows", ["--loss.off_mask", "0", *TEN]),
-    "windows-short": ("ham10000-windows", WITHOUT_MASKS),
-    "windows-masks-short": ("ham10000-windows", []),
+    "windows-anchors": ("ham10000-windows", ["--loss.off_mask", "0", *TEN, *ONE_PLACE]),
+    "windows-short": ("ham10000-windows", [*WITHOUT_MASKS, *ONE_PLACE]),
+    "windows-masks-short": ("ham10000-windows", ONE_PLACE),
+    "windows-masks-places": ("ham10000-windows", TEN),
+    "windows-masks-short-places": ("ham10000-windows", []),
     "last-map-short": ("ham10000-live", ["--model.num_prototypes", "20", "--push.rows", "2"]),
 }
 

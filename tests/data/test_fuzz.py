@@ -1,13 +1,14 @@
 """Made folders and tables of images, each from its seed, through ``data audit`` and a training of one epoch.
 
 The maker knows the class of each image it writes, and what is odd. What is not odd must be accepted, with these classes
-and with each image in the run's ``split.csv``; what is odd may be refused, in one line that names it.
+and with each image in the run's ``split.csv``; what is odd must be refused, in one line that names it.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +48,12 @@ SPLIT_WORDS = (("train", "val", "test"), ("Train", "Valid", "Test"), ("training"
 
 @dataclass
 class Made:
-    """What was written: where, the class of each image, and words of which a refusal must name one."""
+    """What was written: where, the class of each image, words of which a refusal must name one, and may name one."""
 
     path: Path
     labels: dict[str, str] = field(default_factory=dict)
     odd: set[str] = field(default_factory=set)
+    doubtful: set[str] = field(default_factory=set)
     others: int = 0
 
 
@@ -83,8 +85,8 @@ def save(random: Random, made: Made, file: Path) -> Path:
     else:
         image.save(file)
     if mode in ("F", "I"):
-        made.odd.add(f"{file.name} .*(floating point|32 bits)")
-    if random.random() < 0.004:
+        made.odd.add(f"{re.escape(file.name)} .*(floating point|32 bits)")
+    if random.random() < 0.01:
         file.write_bytes(random.choice((b"", b"no image", file.read_bytes()[: file.stat().st_size // 2])))
         made.odd.add(re.escape(file.name))
     return file
@@ -107,7 +109,7 @@ def names_of(random: Random, count: int) -> list[str]:
 
 
 def class_names(random: Random) -> list[str]:
-    names = random.sample(CLASSES, random.randint(2, 4))
+    names = random.sample(CLASSES, random.choice((1, 2, 2, 3, 3, 3, 4, 4)) if random.random() < 0.2 else 3)
     return [normalize(random.choice(("NFC", "NFD")), name) for name in names]
 
 
@@ -131,13 +133,29 @@ def folders(random: Random, root: Path) -> Made:
             if random.random() < 0.2:
                 (place / random.choice(OTHERS)).write_text("x")
                 made.others += 1
+    spoil(random, made, root)
     return made
+
+
+def spoil(random: Random, made: Made, root: Path) -> None:
+    """Now and then what no training may take: one class, a file twice, a name that is no text."""
+    if len({normalize("NFC", name) for name in made.labels.values()}) == 1:
+        made.odd.add("only one class")
+    one, *others = list(made.labels)
+    other = next((name for name in others if made.labels[name] != made.labels[one]), None)
+    if other is not None and random.random() < 0.05:
+        (root / other).write_bytes((root / one).read_bytes())
+        made.odd |= {"same as one in another split or with another label", re.escape(Path(other).name)}
+    if made.path.is_dir() and random.random() < 0.03:
+        picture(random, "RGB").save(os.fsencode((root / one).parent) + b"/caf\xe9.png")
+        made.odd.add("no UTF-8")
 
 
 def table(random: Random, root: Path) -> Made:
     """A manifest of some separator, encoding, header and columns, with files anywhere below."""
     made, classes = Made(root / "manifest.csv"), class_names(random)
     has_split, has_group, has_mask = (random.random() < 0.4 for _ in range(3))
+    one_hot, bare = random.random() < 0.15 and len(classes) > 1, random.random() < 0.1
     header = ["image", "label", *(["split"] * has_split), *(["group"] * has_group), *(["mask"] * has_mask), "note"]
     rows = []
     for number, name in enumerate(classes):
@@ -146,6 +164,7 @@ def table(random: Random, root: Path) -> Made:
             place = image.relative_to(root).as_posix()
             made.labels[place] = name
             split = random.choice(("train", "Train", "training")) if has_split else ""
+            place = place.removesuffix(image.suffix) if bare else place
             row = [place.replace("/", "\\") if random.random() < 0.1 else place, name]
             row += [split] * has_split + [random.choice((f"{name}{stem}", ""))] * has_group
             if has_mask and random.random() < 0.7:
@@ -154,7 +173,11 @@ def table(random: Random, root: Path) -> Made:
                 row.append("")
             rows.append([*row, random.choice(("", "seen twice", "x; y, z"))])
     random.shuffle(rows)
-    if random.random() < 0.05:
+    spoil(random, made, root)
+    if one_hot:
+        header = ["image", *classes, *header[2:-1]]
+        rows = [[row[0], *(f"{float(row[1] == name)}" for name in classes), *row[2:-1]] for row in rows]
+    elif random.random() < 0.05:
         rows[0][1] = ""
         made.odd.add("label")
     if random.random() < 0.05:
@@ -169,7 +192,9 @@ def table(random: Random, root: Path) -> Made:
         text.encode(encoding)
     except UnicodeEncodeError:
         encoding = "utf-8"
-    shown = random.choice((str, str.capitalize, str.upper))
+    if encoding == "cp1252" and not text.isascii():
+        made.doubtful.add("is not UTF-8")
+    shown = str if one_hot else random.choice((str, str.capitalize, str.upper))
     with made.path.open("w", newline="", encoding=encoding) as file:
         separator = random.choice(",;\t")
         if random.random() < 0.1:
@@ -196,7 +221,7 @@ def test_what_was_made_is_what_is_trained_on(tmp_path, capsys, monkeypatch, one_
         line = err.splitlines()[-1]
         assert code == 2, err
         assert line.startswith("protopush: error: "), err
-        assert any(re.search(odd, normalize("NFC", line)) for odd in made.odd), line
+        assert any(re.search(odd, normalize("NFC", line)) for odd in made.odd | made.doubtful), line
         assert not (tmp_path / "run").exists()
     else:
         assert made.odd == set(), err
@@ -208,6 +233,6 @@ def test_what_was_made_is_what_is_trained_on(tmp_path, capsys, monkeypatch, one_
     assert main(["data", "audit", *words, "--json"]) in (0, 1, 2)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
-    if not made.odd:
+    if not code:
         counts = json.loads(out)["counts"]
         assert sum(sum(row.values()) for row in counts.values()) == len(made.labels)
