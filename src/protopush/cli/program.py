@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
@@ -113,7 +114,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]  # None: closed by the caller
     for stream in streams:
         if isinstance(stream, TextIOWrapper):  # names that the terminal can't show, or that are no text
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a descriptor that was a file before
+                stream.reconfigure(errors="backslashreplace")
     try:
         if "RANK" not in os.environ:  # torchrun ends its processes itself, also out of a collective that waits
             signal.signal(signal.SIGTERM, STOP)
