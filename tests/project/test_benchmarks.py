@@ -233,7 +233,7 @@ def test_the_docs_show_the_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["arm"] for row in rows} >= {arm for arm in accuracy.ARMS if arm.startswith("frozen")}
     docs = (BENCHMARKS.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert accuracy.markdown(accuracy.summary(rows)) in docs
-    for name in ("accuracy_last_layers", "accuracy_places"):
+    for name in ("accuracy_last_layers", "accuracy_places", "accuracy_with_image"):
         rows = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["rows"]
         assert accuracy.markdown(accuracy.summary(rows)) in docs
 
