@@ -61,13 +61,10 @@ def open_run(
         0.924
     """
     from protopush.distributed import raise_on_all_ranks, rank_and_size
-    from protopush.runs.run import make_fabric, quiet
+    from protopush.runs.run import join_processes
     from protopush.runs.run import open_run as read
 
-    fabric = make_fabric(device)
-    if distributed:
-        with quiet():
-            fabric.launch()
+    where = join_processes(device, distributed)
     first = rank_and_size()[0] == 0  # what is wrong with the run, one process says
     found = raise_on_all_ranks(lambda: read(folder, backbone, check_weights) if first else None)
     found = found or read(folder, backbone, check_weights)
@@ -77,8 +74,8 @@ def open_run(
     if max_megapixels is not None:
         found = replace(found, data=found.data | {"max_megapixels": max_megapixels})
         check_fields(DataConfig(**found.data), "data.")
-    found.model.to(fabric.device)
-    return Run(**vars(found), device=fabric.device, num_workers=num_workers)
+    found.model.to(where)
+    return Run(**vars(found), device=where, num_workers=num_workers)
 
 
 @dataclass(frozen=True)
@@ -439,12 +436,14 @@ class Run(stored_run.Run):
 
     def _check_anchors(self, root: Path) -> list[AnchorCheck]:
         from protopush.push.certificate import verify_anchors
+        from protopush.runs.progress import bar
         from protopush.runs.run import same_weights
 
-        return verify_anchors(
-            self.model, self.head.proto_manager, self.transform, root, self.class_names, self.device,  # type: ignore[arg-type]
-            same_weights=same_weights(self.folder),
-        )  # fmt: skip
+        with bar("Checking anchors", len(self.head.proto_manager.used_slots())) as advance:
+            return verify_anchors(
+                self.model, self.head.proto_manager, self.transform, root, self.class_names, self.device,  # type: ignore[arg-type]
+                same_weights=same_weights(self.folder), advance=advance,
+            )  # fmt: skip
 
     def _measure_locality(self, root: Path, dataset: ImageDataset, images: int) -> list[Locality]:
         from protopush.evaluation.locality import measure_run

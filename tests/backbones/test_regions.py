@@ -145,6 +145,18 @@ def test_features_do_not_depend_on_how_memory_divides_the_windows(monkeypatch: p
     torch.testing.assert_close(whole[0, regions.boxes.index((32.0, 16.0, 64.0, 48.0))], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_black_image_is_seen_by_one_window_of_each_size() -> None:
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet18", pretrained=False, size=(96, 80), windows=[32, 48, "full"]).eval()
+    seen: list[int] = []
+    backbone.model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    black = torch.zeros(1, 3, 96, 80)
+    with torch.no_grad():
+        found = backbone.model.forward_black(black)
+        assert seen == [1, 1, 1]
+        torch.testing.assert_close(found, backbone.model(black), rtol=1e-4, atol=1e-5)
+
+
 def test_windows_are_enlarged_for_a_model_of_one_size() -> None:
     backbone = create_backbone(
         "vit_tiny_patch16_224", pretrained=False, depth=1, windows=[64, "full"], window_input=96

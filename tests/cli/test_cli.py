@@ -39,6 +39,16 @@ def test_parsing_options_does_not_import_torch():
     assert all(option in found.stdout for option in ("--train.epochs", "--share", "--threshold", "--format"))
 
 
+def test_explaining_imports_only_what_it_needs(home, tmp_path):
+    unneeded = {"lightning_fabric", "torchmetrics", "scipy", "matplotlib", "gradio", "transformers", "jinja2", "onnx"}
+    words = ["explain", home / "run", home / "images" / "cat" / "000.png", "--out", tmp_path, "--why_not", "bird"]
+    code = f"import sys; from protopush.cli import main; assert main({[str(word) for word in words]}) == 0\n"
+    found = python("-c", code + f"print({unneeded} & {{name.partition('.')[0] for name in sys.modules}})")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == "set()"
+    assert (tmp_path / "000.png").is_file()
+
+
 def test_evaluate(home, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(home / "run"), "--data.split", "test", "--json", "--device", "cpu"]) == 0
@@ -242,6 +252,8 @@ def test_unknown_backbone_and_device(home, tmp_path, capsys):
     words = ["train", "--data.path", home / "images", "--out", tmp_path / "x", *SMALL]
     assert "resnet18" in refused(capsys, *words, "--model.backbone", "resnet81")
     assert "try --trainer.device cpu" in refused(capsys, *words, "--trainer.device", "abacus")
+    line = refused(capsys, "verify", home / "run", "--device", "abacus")
+    assert "cannot run on device 'abacus'; expected one of those that are here: auto, " in line
     assert not (tmp_path / "x").exists()
 
 

@@ -259,6 +259,35 @@ def test_a_terminal_gets_bars_and_colours():
     assert "Auditing images" in written
 
 
+def test_a_bar_moves_while_a_step_takes_long():
+    written = on_a_terminal(BAR.replace("0.15", "0.75"))
+    assert "0:00:00" in written
+    assert "0:00:01" in written  # between two steps
+
+
+STEPS = """
+import logging, threading, time
+from protopush.runs import progress
+progress.EVERY = 0.3
+with progress.bar("Of a library", 2): time.sleep(0.4)
+assert threading.active_count() == 1
+progress.log_to_stderr(logging.INFO)
+with progress.bar("Short", 9) as advance: time.sleep(0.2)
+with progress.bar("Long", 5) as advance:
+    advance(2); advance(1); time.sleep(0.6)
+try:
+    with progress.bar("Failed", 1): raise KeyboardInterrupt
+except KeyboardInterrupt: time.sleep(0.4)
+assert threading.active_count() == 1
+"""
+
+
+def test_without_a_terminal_there_are_lines_of_a_clock_over_all_bars():
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    assert set(done.stderr.splitlines()) == {"Long: 3 of 5"}
+    assert len(done.stderr.splitlines()) in (1, 2)
+
+
 def test_no_color():
     written = on_a_terminal(BAR, NO_COLOR="1")
     assert "\x1b[3" not in written

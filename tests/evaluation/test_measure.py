@@ -1,6 +1,8 @@
 """What is measured of a run is what a slow look at it finds; runs side by side; wrong words."""
 
 import json
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers import SMALL
 from protopush.cli import main
 from protopush.data.manifest import DataConfig
 from protopush.evaluation.measure import measure, observe
+from protopush.runs import progress
 from protopush.runs.run import open_run, open_split
 from protopush.testing import ProceduralParts
 
@@ -128,6 +131,39 @@ def test_compare_tells_the_same_as_a_table_and_as_json(runs, capsys):
         (line,) = [line for line in table.splitlines() if line.strip().startswith(row["metric"].strip() + "  ")]
         for value in row["values"]:
             assert (str(value) if isinstance(value, int) else f"{value:.3f}") in line
+
+
+def test_every_long_stage_of_a_report_says_how_far_it_is(runs, tmp_path, capsys, monkeypatch):
+    """Without a terminal: lines of each stage, so often that the last one of each is near its end."""
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    counts, lines = {}, progress._lines
+
+    @contextmanager
+    def counted(what, total):
+        with lines(what, total) as advance:
+            counts[what] = [total, 0]
+
+            def count(steps):
+                counts[what][1] += steps
+                advance(steps)
+
+            yield count
+            time.sleep(0.05)  # the last line is due
+
+    monkeypatch.setattr(progress, "_lines", counted)
+    words = ["report", runs / "local", "--out", tmp_path / "report.html", "--faithfulness", "3", "--resamples", "10"]
+    capsys.readouterr()
+    assert main([str(word) for word in (*words, "--data.num_workers", "0", "--device", "cpu")]) == 0
+    log = capsys.readouterr().err.splitlines()
+    stages = [
+        "Checking images", "Reading images", "Metrics", "Masks", "Faithfulness", "Neighbours of the prototypes",
+        "Checking anchors", "Auditing images", "Replacing what lies outside the boxes", "Writing the page",
+    ]  # fmt: skip
+    assert list(counts) == stages
+    for stage in stages:
+        total, done = counts[stage]
+        assert 0 < total == done, stage
+        assert f"{stage}: {total} of {total}" in log
 
 
 @pytest.mark.parametrize(

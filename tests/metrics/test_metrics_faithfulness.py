@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from protopush.errors import InputError
 from protopush.metrics.faithfulness import (
@@ -176,6 +177,9 @@ def test_blur_takes_away_what_is_to_be_seen(drawn):
     assert float(soft.var(dim=(2, 3)).mean()) < 0.5 * float(images.var(dim=(2, 3)).mean())
     torch.testing.assert_close(soft.mean(), images.mean(), atol=0.02, rtol=0)
     assert blur(torch.rand(1, 3, 3, 40)).shape == (1, 3, 3, 40)
+    images = torch.rand(2, 3, 20, 50, dtype=torch.float64)
+    at_once = gaussian_blur(images, [31, 31], [5.0, 5.0])
+    torch.testing.assert_close(blur(images), at_once, atol=1e-12, rtol=0)
 
 
 def boxes_of(truth):

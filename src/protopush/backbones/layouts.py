@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def dry_run(model: nn.Module, size: tuple[int, int], name: str, with_graph: bool
     save_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
     with preserve_state(model), torch.set_grad_enabled(with_graph), save_nothing:
         try:
-            output = features_of(model, image)
+            output = getattr(model, "forward_black", partial(features_of, model))(image)
         except InputError:
             raise
         except Exception as cause:

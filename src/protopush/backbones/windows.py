@@ -114,6 +114,11 @@ class WindowedModel(nn.Module):
         """Images to (B, L, C), in the order of :meth:`regions`."""
         return torch.cat(self.over_windows(images, self._pooled), dim=1)
 
+    def forward_black(self, image: Tensor) -> Tensor:
+        """:meth:`forward` of a black image (1, 3, H, W): its windows of one size are alike, and one of them is run."""
+        runs = _runs(self.windows.regions((image.shape[2], image.shape[3])).boxes)
+        return torch.cat([self._run(image, some[:1], self._pooled).expand(-1, len(some), -1) for some in runs], dim=1)
+
     def over_windows(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """``function`` of the windows, for those of each size (B, windows of that size, ...).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from protopush.runs.progress import bar
 
 STEPS = 10
 RANDOM_ORDERS = 2
+PASSES = (RANDOM_ORDERS + 2) * (STEPS + 1) + STEPS + 3  # over each image: four curves, the peak, and the descent
 CHANGE = 0.02  # of the range of a pixel: about 5 of 255 levels, which nobody sees
 BATCH = 8
 
@@ -43,28 +44,32 @@ def measure_faithfulness(
     if not len(chosen):
         return None
     view, rows, predicted = dataset.eval_view(), list[Tensor](), seen.probabilities.argmax(dim=1)
-    with preserve_state(run.model), bar("Faithfulness", len(chosen)) as advance:
+    with preserve_state(run.model), bar("Faithfulness", PASSES * len(chosen)) as advance:
         for some in torch.split(chosen, BATCH):
             images = torch.stack([view[i][0] for i in some.tolist()]).to(device)
             answers = predicted[some].to(device), seen.strongest[some].to(device)
-            rows.append(_of_batch(run, images, seen.evidence[some], *answers, seed))
-            advance(len(some))
+            rows.append(_of_batch(run, images, seen.evidence[some], *answers, seed, advance))
     names = ("insertion", "deletion", "random_insertion", "relevance_ordering", "location_change", "activation_change")
     means = torch.cat(rows, dim=1).mean(dim=1).tolist()
     return {"images": len(chosen), **dict(zip(names, means, strict=True))}
 
 
-def _of_batch(run: Run, images: Tensor, evidence: Tensor, predicted: Tensor, strongest: Tensor, seed: int) -> Tensor:
-    """The six numbers (6, B) of a batch."""
+def _of_batch(
+    run: Run, images: Tensor, evidence: Tensor, predicted: Tensor, strongest: Tensor, seed: int,
+    advance: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """The six numbers (6, B) of a batch; each pass over its images advances by as many."""
 
     def probability(images: Tensor, places: Tensor) -> Tensor:
         """(B,) of the class that was predicted for the whole image."""
         output: HeadOutput = run.model(images)
+        advance(len(images))
         return output.logits.float().softmax(dim=1)[torch.arange(len(images)), predicted[places]]
 
     def similarities(images: Tensor, places: Tensor) -> Tensor:
         """(B, L): the similarity of every patch to the strongest prototype."""
         features: Features = run.model.backbone(images)
+        advance(len(images))
         prototypes = run.head.prototypes()[predicted[places], strongest[places]]
         return (run.head.embed(features.patches) @ prototypes.unsqueeze(-1)).squeeze(-1)
 
@@ -136,9 +141,10 @@ def measure(
     groups, answers = dataset.groups if any(dataset.groups) else None, (seen.probabilities, seen.labels)
     predicted, manager = seen.probabilities.argmax(dim=1), run.head.proto_manager
     anchors = manager.anchors
-    numbers = {
-        "classification": classification_metrics(*answers, run.class_names, groups, resamples, seed),
-        "prototypes": prototype_metrics(
+    with bar("Metrics", 2) as advance:
+        classification = classification_metrics(*answers, run.class_names, groups, resamples, seed)
+        advance(1)
+        prototypes = prototype_metrics(
             run.head.prototypes().detach().cpu(),
             manager.mask().cpu(),
             [None if anchor is None else (anchor.file or anchor.sample_id, anchor.cell) for anchor in anchors],
@@ -147,7 +153,11 @@ def measure(
             seen.contributions,
             seen.labels,
             predicted,
-        ),
+        )
+        advance(1)
+    numbers = {
+        "classification": classification,
+        "prototypes": prototypes,
         "localization": _localization(run, dataset, known, seen),
         "faithfulness": measure_faithfulness(run, dataset, seen, device, faithfulness, seed),
     }
@@ -200,14 +210,15 @@ def _localization(
 ) -> dict[str, Any] | None:
     """Where maps and anchors lie, on the images that have a mask."""
     rows = []
-    for i, sample in enumerate(dataset.samples):
-        if sample.mask is None:
-            continue
-        mask = seen_mask(sample, run.transform).unsqueeze(0)
-        maps, peak = seen.maps[i : i + 1], seen.peaks[i : i + 1]
-        on_mask = box_share(_whole_pixels(peak), mask)
-        found = (activation_share(maps, mask), pointing_game(peak, mask), on_mask, outside_inside_ratio(maps, mask))
-        rows.append([*(float(value) for value in found), float(mask.double().mean())])
+    masked = [i for i, sample in enumerate(dataset.samples) if sample.mask is not None]
+    with bar("Masks", len(masked)) as advance:
+        for i in masked:
+            mask = seen_mask(dataset.samples[i], run.transform).unsqueeze(0)
+            maps, peak = seen.maps[i : i + 1], seen.peaks[i : i + 1]
+            on_mask = box_share(_whole_pixels(peak), mask)
+            found = activation_share(maps, mask), pointing_game(peak, mask), on_mask, outside_inside_ratio(maps, mask)
+            rows.append([*(float(value) for value in found), float(mask.double().mean())])
+            advance(1)
     if not rows:
         return None
     shares, hits, peaks, ratios, areas = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)

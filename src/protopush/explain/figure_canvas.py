@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy.ndimage import maximum_filter, minimum_filter
 
 from protopush.data.transforms import Box, View
 from protopush.explain import figure_style as style
@@ -300,11 +300,19 @@ def with_outline(picture: Image.Image, boxes: Sequence[Box], size: tuple[int, in
         x0, y0, x1, y1 = (round(edge) for edge in style.scaled(box, size, picture.size))
         inside[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 255
     for ink, grown, shrunk in (((0, 0, 0), 1, line + 1), ((255, 255, 255), 0, line)):
-        # beyond the picture nothing is inside, so that its edge is a border too
-        wide = maximum_filter(inside, 2 * grown + 1, mode="constant")
-        slim = minimum_filter(inside, 2 * shrunk + 1, mode="constant")
+        wide, slim = _over_squares(inside, grown, np.max), _over_squares(inside, shrunk, np.min)
         shown.paste(ink, mask=Image.fromarray(wide & ~slim))
     return shown
+
+
+def _over_squares(
+    inside: NDArray[np.uint8], reach: int, extreme: Callable[..., NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """The extreme over a square around each pixel; beyond the picture nothing is inside: its edge is a border too."""
+    found = np.pad(inside, reach)
+    for axis in (0, 1):
+        found = extreme(sliding_window_view(found, 2 * reach + 1, axis=axis), axis=-1)
+    return found
 
 
 def with_numbers(picture: Image.Image, boxes: Sequence[Rect], badge: int) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -143,6 +143,7 @@ def verify_anchors(
     device: torch.device | str = "cpu",
     tolerance: float = TOLERANCE,
     same_weights: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[AnchorCheck]:
     """Embed the file of every anchor again and compare.
 
@@ -154,11 +155,13 @@ def verify_anchors(
         class_names: for the table.
         tolerance: of the cosine between prototype and patch.
         same_weights: whether the model's weights are those that the anchors were recorded with.
+        advance: called with 1 as the turn comes to each anchor (a progress bar's step).
     """
     embedded: dict[tuple[str, bool], tuple[Tensor | None, str]] = {}  # a file once, however many anchors it has
     checks = []
     for c, k in manager.used_slots():
         anchor = manager.anchor(c, k)
+        advance(1)
         if anchor is None:
             checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
             continue

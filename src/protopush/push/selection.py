@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from protopush.data.dataset import Provenance
@@ -279,6 +278,8 @@ def _assign_class(similarity: np.ndarray, keys: np.ndarray) -> np.ndarray:
     cost[rows, place] = 1.0 - _levelled(similarity)[rows, ranks] + place * (TIE / 2 / len(columns) / len(keys))
     rank_of = np.zeros(cost.shape, dtype=np.int64)
     rank_of[rows, place] = ranks
+    from scipy.optimize import linear_sum_assignment  # here: opening a run needs none of it, and it takes long
+
     taken: np.ndarray = rank_of[linear_sum_assignment(cost)]  # its rows are all prototypes, in order
     return taken
 

@@ -28,6 +28,7 @@ from protopush.models.model_folder import Run
 from protopush.push.certificate import AnchorCheck
 from protopush.report.number_sections import ReportData
 from protopush.report.sections import SECTIONS
+from protopush.runs.progress import bar
 
 FILE = "report.html"
 
@@ -65,10 +66,11 @@ def build_report(
 def render(data: ReportData) -> str:
     """The page's HTML: each section's template with its context, one below the other."""
     templates = environment()
-    sections = [
-        (name, title, Markup(templates.get_template(f"{name}.html.j2").render(context(data))))
-        for name, (title, context) in SECTIONS.items()
-    ]
+    sections = []
+    with bar("Writing the page", len(SECTIONS)) as advance:
+        for name, (title, context) in SECTIONS.items():
+            sections.append((name, title, Markup(templates.get_template(f"{name}.html.j2").render(context(data)))))
+            advance(1)
     page = templates.get_template("report.html.j2")
     today = datetime.now(timezone.utc).date().isoformat()
     return page.render(title=data.run.folder.resolve().name, sections=sections, written=today, version=__version__)

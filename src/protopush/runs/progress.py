@@ -1,27 +1,65 @@
-"""Progress bars on a terminal, nothing elsewhere."""
+"""Progress bars on a terminal; elsewhere, of a command, a line every ten seconds."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
+from types import SimpleNamespace
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger("protopush.runs")
 
 # One console for bars and log lines, on stderr: what a machine reads goes to stdout.
 console = Console(stderr=True)
 
+EVERY = 10.0  # seconds between lines, over all bars of a command
+_LINES = SimpleNamespace(due=math.inf)  # when the next one is; never for those who import protopush
+
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar from 0 to ``total``; the block gets a function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not _can_draw()) as progress:
+    """A bar from 0 to ``total``; the block gets a function that advances it. Its clock moves also where steps are long.
+
+    Where nothing can be drawn, a command's log has a line every ten seconds.
+    """
+    if not _can_draw():
+        with _lines(what, total) as advance:
+            yield advance
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.update(task, advance=steps)
+
+
+@contextmanager
+def _lines(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    done, ended = [0], Event()
+
+    def write() -> None:
+        while not ended.wait(max(0.0, _LINES.due - time.monotonic())):
+            _LINES.due = time.monotonic() + EVERY
+            logger.info("%s: %d of %d", what, sum(done), total)
+
+    writer = Thread(target=write, daemon=True)
+    if _LINES.due < math.inf:
+        writer.start()
+    try:
+        yield done.append
+    finally:
+        ended.set()
+        if writer.ident:
+            writer.join()
 
 
 def log_to_stderr(level: int) -> None:
@@ -34,6 +72,7 @@ def log_to_stderr(level: int) -> None:
     log.handlers = [handler]
     log.setLevel(level)
     log.propagate = False
+    _LINES.due = time.monotonic() + EVERY
 
 
 def _can_draw() -> bool:

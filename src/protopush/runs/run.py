@@ -87,6 +87,25 @@ def make_fabric(device: str, precision: str = "32-true", devices: int = 1, num_n
             ) from error
 
 
+def join_processes(device: str, launch: bool = False) -> torch.device:
+    """The device of this process: its own among those that torchrun started, which it joins if asked to ``launch``.
+
+    Alone it needs no Fabric, whose import takes longer than an explanation.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        fabric = make_fabric(device)
+        if launch:
+            with quiet():
+                fabric.launch()
+        return fabric.device
+    there = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count() > 0, "cpu": True}
+    name = next(name for name, found in there.items() if found) if device == "auto" else device
+    if not there.get(name):
+        known = listing(["auto", *(name for name, found in there.items() if found)])
+        raise InputError(f"cannot run on device {device!r}; expected one of those that are here: {known}")
+    return torch.device(name) if name == "cpu" else torch.device(name, 0)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings that Fabric and its imports give about other people's settings."""
