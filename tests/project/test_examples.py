@@ -18,7 +18,10 @@ DDP = ["--backbone", "test_convnext", "--size", "64", "--epochs", "2", "--push-s
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("examples") / "images", ["bird", "cat", "dog"], 12)
+    root = tmp_path_factory.mktemp("examples") / "images"
+    for split, count in {"train": 9, "val": 1, "test": 2}.items():
+        make_images(root / split, ["bird", "cat", "dog"], count)
+    return root
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

