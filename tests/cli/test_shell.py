@@ -105,7 +105,7 @@ def nobody_left(group: int) -> bool:
 
 @pytest.mark.parametrize(("number", "send"), [
     (signal.SIGTERM, os.kill),
-    (signal.SIGTERM, os.killpg),  # timeout and batch systems end the readers as well
+    pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.slow),  # timeout and batch systems end readers as well
     (signal.SIGINT, os.killpg),  # so does Ctrl-C
 ], ids=["SIGTERM", "SIGTERM to all", "SIGINT"])  # fmt: skip
 def test_a_training_that_is_ended_goes_on_with_resume(home, tmp_path, number, send):

@@ -152,6 +152,7 @@ def manifest(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_accuracy_runs_every_arm_once(manifest, tmp_path, capsys):
     import accuracy
 
@@ -276,6 +277,7 @@ def test_starts_are_what_they_say(monkeypatch):
     assert starts.some_patches(array, ~(chosen | True), 7, random).shape == (0, 2)
 
 
+@pytest.mark.slow
 def test_starts_and_diversity_are_measured(manifest, tmp_path, monkeypatch, capsys):
     import diversity
     import starts
@@ -342,6 +344,7 @@ def test_the_push_page_shows_what_was_measured(monkeypatch, name):
     assert importlib.import_module(name).markdown(rows) in docs
 
 
+@pytest.mark.slow
 def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import receptive_fields
@@ -366,6 +369,7 @@ def test_the_docs_show_the_receptive_fields(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("| resnet18 | 2 | 128 | 28 x 28 |") == 2
 
 
+@pytest.mark.slow
 def test_priors_are_measured_on_shifted_tests(home, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import priors

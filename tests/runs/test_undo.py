@@ -149,7 +149,7 @@ class Oracle:
         return next(i for i, where in enumerate(self.places[key]) if not self.forbidden(where))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_sequence_of_decisions_ends_where_a_slow_look_says(run, capsys, seed):
     choose, oracle, kinds = random.Random(seed), Oracle(run), Counter()
     for number in range(1, 8):

@@ -104,14 +104,20 @@ def cut_off(monkeypatch, at: int, of: str) -> None:
         monkeypatch.setattr(run_writer, "append_metrics", half_a_line)
 
 
-@pytest.mark.parametrize(("options", "of", "at"), [
+CUTS = [
     *((FULL, "file", at) for at in (1, 2, 3, 4, 5, 6, 8, 14)),
     *((FULL, "line", at) for at in (1, 2, 4, 5, 8, 9)),
     *((CHOSEN, "file", at) for at in (2, 3)),
     *((CHOSEN, "line", at) for at in (2, 3, 6)),
     *((FROZEN, "file", at) for at in (1, 3, 5, 12)),
     *((FROZEN, "line", at) for at in (2, 3, 4)),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(  # each second one with the slow tests
+    ("options", "of", "at"),
+    [pytest.param(*cut, marks=[pytest.mark.slow] * (number % 2)) for number, cut in enumerate(CUTS)],
+)
 def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(home, tmp_path, whole, monkeypatch, options, of, at):
     expected = whole(options)
     with monkeypatch.context() as patch:

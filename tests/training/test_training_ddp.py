@@ -60,7 +60,7 @@ def alone(home) -> Path:
     return home / "alone"
 
 
-@pytest.mark.parametrize("how", ["torchrun", "devices"])
+@pytest.mark.parametrize("how", [pytest.param("torchrun", marks=pytest.mark.slow), "devices"])
 def test_two_processes_have_the_curve_of_one_with_twice_the_batch(home, alone, how):
     two = run(home, how, "--train.batch_size", "8")
     assert [row.keys() for row in rows(two)] == [row.keys() for row in rows(alone)]
