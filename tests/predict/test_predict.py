@@ -365,6 +365,7 @@ def test_killed_and_started_again(home, tmp_path, capsys):
     assert left(tmp_path) == {"m.csv", "o.csv", "whole.csv"}
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_write_what_one_writes(home, tmp_path, capsys):
     out, share = tmp_path / "two" / "o.csv", ["--share", "0.4", "--top", "2"]

@@ -58,6 +58,7 @@ def test_your_own_model_prints_what_each_push_did(images, printed):
     assert values[1][3] < values[0][3]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_train_ddp_in_one_process_and_in_two(images, printed):
     two = torchrun(EXAMPLES / "train_ddp.py", images, *DDP)
