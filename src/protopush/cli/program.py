@@ -34,9 +34,13 @@ class Stop:
     """What signals asked of the program: the first one is raised, and all that goes wrong after it is its doing."""
 
     def __init__(self) -> None:
-        self.number, self.raised_at = 0, -ONE_KEYPRESS
+        self.number, self.raised_at, self.process = 0, -ONE_KEYPRESS, os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a process that reads images, just forked: raising would break its start
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self.number = self.number or number
         if hasattr(signal, "SIGCHLD"):  # torch's handler raises where a process that reads images has ended as well
             signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -117,6 +121,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             with suppress(OSError):  # a descriptor that was a file before
                 stream.reconfigure(errors="backslashreplace")
     try:
+        STOP.process = os.getpid()
         if "RANK" not in os.environ:  # torchrun ends its processes itself, also out of a collective that waits
             signal.signal(signal.SIGTERM, STOP)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
