@@ -207,10 +207,8 @@ class Run(stored_run.Run):
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
             neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
-        checks, audited = (
-            self._check_anchors(root),
-            audit_catalog(catalog, max_megapixels=DataConfig(**self.data).max_megapixels) if audit else None,
-        )
+        checks, limit = self._check_anchors(root), DataConfig(**self.data).max_megapixels
+        audited = audit_catalog(catalog, max_megapixels=limit) if audit else None
         images = min(faithfulness, 16)
         locality = self._measure_locality(root, measured.dataset, images) if images else None
         trained = replace(self, data=origin.config["data"]) if origin else self
