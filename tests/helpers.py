@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from forked import Forked
 from protopush import ProtoModel, PushMixin
 from protopush.cli import main
+from protopush.data.manifest import Catalog
 from protopush.data.regions import Regions
 from protopush.data.sources.dermoscopy import CLASSES as ISIC_CLASSES
 from protopush.data.transforms import View
@@ -101,6 +103,21 @@ def write_table(path: Path, header: str, rows: list[list[object]], separator: st
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [header.replace(",", separator), *(separator.join(map(str, row)) for row in rows)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Put new text in the place of old, which is there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def counts(catalog: Catalog) -> dict[str, dict[str, int]]:
+    """Images by split and class."""
+    found: dict[str, Counter[str]] = {}
+    for sample in catalog.samples:
+        found.setdefault(sample.split, Counter())[catalog.classes[sample.label]] += 1
+    return {split: dict(number) for split, number in found.items()}
 
 
 def make_isic(root: Path, parts: tuple[str, ...] = ("Training", "Validation", "Test"), lesions: int = 4) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import CLASSES, make_images, refused, save_turned
+from helpers import CLASSES, counts, make_images, refused, save_turned
 from protopush import InputError
 from protopush.cli import main
 from protopush.cli.tables import metrics_table
@@ -18,15 +18,6 @@ from protopush.data.images import check_images, read_image
 from protopush.data.manifest import Sample
 from protopush.data.sources import load_catalog
 from protopush.data.walk import LeftOut, extensions, walk_images
-
-
-def counts(root: Path) -> dict[str, dict[str, int]]:
-    catalog = load_catalog(str(root))
-    found: dict[str, dict[str, int]] = {}
-    for sample in catalog.samples:
-        per_class = found.setdefault(sample.split, dict.fromkeys(catalog.classes, 0))
-        per_class[catalog.classes[sample.label]] += 1
-    return found
 
 
 @pytest.mark.parametrize(
@@ -42,7 +33,7 @@ def counts(root: Path) -> dict[str, dict[str, int]]:
 def test_split_words_in_any_case_are_splits_and_no_classes(tmp_path, names, splits):
     for name in names:
         make_images(tmp_path / name, CLASSES, 10)
-    found = counts(tmp_path)
+    found = counts(load_catalog(str(tmp_path)))
     assert set(found) == splits
     assert all(set(per_class) == set(CLASSES) for per_class in found.values())
     assert sum(sum(per_class.values()) for per_class in found.values()) == 10 * 3 * len(names)
@@ -53,7 +44,7 @@ def test_folders_beside_splits_are_named(tmp_path, caplog):
     for name in ("train", "test", "extra", "Archive"):
         make_images(tmp_path / name, CLASSES, 3)
     with caplog.at_level(logging.WARNING):
-        counts(tmp_path)
+        load_catalog(str(tmp_path))
     assert "left out beside them: Archive, extra" in caplog.text
 
 

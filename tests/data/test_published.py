@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import SMALL, save_noise, write_table
+from helpers import SMALL, counts, edit, save_noise, write_table
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.images import read_image
@@ -20,14 +20,6 @@ from protopush.data.manifest import Catalog
 from protopush.data.sources import load_catalog, recognise
 
 SKIN_2019 = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
-
-
-def counts(catalog: Catalog) -> dict[str, dict[str, int]]:
-    """Images by split and class."""
-    found: dict[str, Counter[str]] = {}
-    for sample in catalog.samples:
-        found.setdefault(sample.split, Counter())[catalog.classes[sample.label]] += 1
-    return {split: dict(number) for split, number in found.items()}
 
 
 def splits_by_group(catalog: Catalog) -> dict[str, set[str]]:
@@ -115,12 +107,6 @@ def test_isic2019_refuses_in_one_line(tmp_path, spoil, message):
     with pytest.raises(InputError, match=message) as caught:
         load_catalog(str(root), "isic2019")
     assert "\n" not in str(caught.value)
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 # ISIC 2020

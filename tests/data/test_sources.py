@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import SMALL, make_images, make_isic, noise, save_noise, write_table
+from helpers import SMALL, edit, make_images, make_isic, noise, save_noise, write_table
 from protopush import InputError
 from protopush.cli import main
 from protopush.data.images import read_image
@@ -89,12 +89,6 @@ def test_isic2018_leaves_out_a_part_without_ground_truth(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="protopush"):
         assert set(splits_of(load_catalog(str(root)))) == {"train", "val"}
     assert "ISIC2018_Task3_Test_GroundTruth.csv is not under" in caplog.text
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 TRUTH = "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv"
