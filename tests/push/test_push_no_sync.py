@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import ToyNet
 from protopush.push import embedding
+from protopush.push.nearest_patches import nearest_patches
 from protopush.push.options import PushOptions
 from protopush.push.protocol import Slots
 from protopush.push.reader import read_through
-from protopush.push.selection import RULES, nearest_patches
+from protopush.push.selection import RULES
 from protopush.push.top_candidates import TopM
 
 

@@ -18,11 +18,12 @@ from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.guard import Validation, guarded
+from protopush.push.nearest_patches import Candidates
 from protopush.push.options import GUARDS, PushKeywords, PushOptions, PushSettings, resolve
 from protopush.push.protocol import Slots, class_names_of, live_features_of, resolve_device, unwrap
 from protopush.push.push_report import PushedPrototype, PushReport
 from protopush.push.reader import read_through
-from protopush.push.selection import RULES, Candidates, choose
+from protopush.push.selection import RULES, choose
 from protopush.push.update import INTERPOLATIONS, Move
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.facility_location import Gain
+from protopush.push.nearest_patches import Candidates
 from protopush.push.options import OptimizerLike, PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots, connections_of, live_features_of, resolve_device, unwrap
 from protopush.push.reader import Reader, read_by_index
-from protopush.push.selection import Candidates
 
 POOLED = -1  # in place of a cell: the anchor is the pooled feature
 
