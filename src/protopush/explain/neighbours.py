@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from protopush.preserve_state import iterate_outputs
 
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
+
+COMPUTED, STORED = 1e-5, 5e-3  # what a similarity may be off by: batches differ, and stored features are float16
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,104 @@ class Neighbours:
     others: list[Neighbour]
 
 
+class BestImages:
+    """The ``keep`` most similar images of each prototype, and their best cells.
+
+    Order is (similarity, place in the data set), whatever the batches.
+
+    Attributes:
+        similarities: float32 (keep, C, K), of one patch, as it is shown; -inf where there are fewer.
+        cells, ids: int64 (keep, C, K).
+    """
+
+    def __init__(self, similarities: Tensor, cells: Tensor, ids: Tensor) -> None:
+        self.similarities, self.cells, self.ids = similarities, cells, ids
+
+    @classmethod
+    def none(cls, keep: int, shape: tuple[int, int]) -> BestImages:
+        """Nothing yet, for (C, K) prototypes."""
+        cells = torch.zeros((keep, *shape), dtype=torch.int64)
+        return cls(torch.full((keep, *shape), -torch.inf), cells, cells.clone())
+
+    def add(self, similarities: Tensor, cells: Tensor, ids: Tensor) -> None:
+        """A batch: similarities and cells (B, C, K), ids (B,), larger than all before."""
+        every = torch.cat([self.similarities, similarities])
+        order = every.argsort(dim=0, descending=True, stable=True)[: len(self.ids)]  # the earlier first among equals
+        self.similarities = every.gather(0, order)
+        self.cells = torch.cat([self.cells, cells]).gather(0, order)
+        self.ids = torch.cat([self.ids, ids.view(-1, 1, 1).expand_as(cells)]).gather(0, order)
+
+    def neighbours(
+        self, view: ImageDataset, c: int, k: int, regions: Regions, most: int, anchor: str | None = None
+    ) -> list[Neighbour]:
+        """Those of one prototype, with their boxes, but for its ``anchor``'s image."""
+        columns = (some[: most + 1, c, k].tolist() for some in (self.similarities, self.cells, self.ids))
+        found = list[Neighbour]()
+        for similarity, cell, i in zip(*columns, strict=True):
+            sample = view.samples[i]
+            if similarity > -torch.inf and sample.name != anchor and len(found) < most:
+                back = view.eval_transform.view(image_size(sample.image)).original_box
+                box, sees = back(regions.boxes[cell]), back(regions.sees[cell])
+                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, box, sees))
+        return found
+
+
+class RankedImages(NamedTuple):
+    """The images that each prototype likes best.
+
+    Attributes:
+        own: of its class.
+        others: of all other classes.
+        regions: where their patches lie.
+        error: what a similarity may be off by.
+    """
+
+    own: BestImages
+    others: BestImages
+    regions: Regions
+    error: float
+
+    def neighbours(
+        self, model: ProtoModel, dataset: ImageDataset, own: int = 3, others: int = 2
+    ) -> list[list[Neighbours | None]]:
+        """The first of them, as :func:`find_neighbours` gives them: of the own class one fewer than were ranked."""
+        manager, view = model.head.proto_manager, dataset.eval_view()
+        found: list[list[Neighbours | None]] = [[None] * manager.max_prototypes for _ in range(manager.num_classes)]
+        for c, k in manager.used_slots():
+            anchor = manager.anchor(c, k)
+            name = None if anchor is None else str(anchor.sample_id)
+            of_class = self.own.neighbours(view, c, k, self.regions, own, name)
+            found[c][k] = Neighbours(of_class, self.others.neighbours(view, c, k, self.regions, others))
+        return found
+
+
+def rank_images(
+    model: ProtoModel, dataset: ImageDataset, device: str | torch.device, own: int, others: int, num_workers: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> RankedImages:  # fmt: skip
+    """The images that each prototype likes best, in one pass.
+
+    Where a training left features of these images in the cache they are read instead of computed.
+    """
+    device, view, head = torch.device(device), dataset.eval_view(), model.head
+    shape = (head.proto_manager.num_classes, head.proto_manager.max_prototypes)
+    class_of = torch.arange(shape[0]).unsqueeze(1)
+    best, regions = (BestImages.none(own, shape), BestImages.none(others, shape)), Regions.whole((1, 1))
+    stored = stored_features(model.backbone, view)
+    images, backbone = (view, model.backbone) if stored is None else (stored, FeatureReader(stored.regions))
+    loader: DataLoader[Any] = DataLoader(images, inference_batch_size(device), num_workers=num_workers)
+    features: Features
+    with iterate_outputs(model, loader, device, advance, call=backbone) as outputs:
+        for features, labels, ids in outputs:
+            output: HeadOutput = head(features)
+            regions = head.compared(features.regions)
+            similarities, cells = output.maps.amax(dim=-1).float().cpu(), output.cells.cpu()
+            of_class = labels.view(-1, 1, 1) == class_of
+            best[0].add(similarities.masked_fill(~of_class, -torch.inf), cells, ids)
+            best[1].add(similarities.masked_fill(of_class, -torch.inf), cells, ids)
+    return RankedImages(*best, regions, COMPUTED if stored is None else STORED)
+
+
 def find_neighbours(
     model: ProtoModel,
     dataset: ImageDataset,
@@ -84,62 +184,5 @@ def find_neighbours(
     Returns:
         For each class and slot the neighbours, None where the slot isn't in use.
     """
-    device, view = torch.device(device), dataset.eval_view()
-    head = model.head
-    manager = head.proto_manager
-    shape = (manager.num_classes, manager.max_prototypes)
-    place = {sample.name: i for i, sample in enumerate(view.samples)}
-    anchored = [place.get(str(anchor.sample_id), -1) if anchor is not None else -1 for anchor in manager.anchors]
-    anchor_of, class_of = torch.tensor(anchored).view(shape), torch.arange(shape[0]).unsqueeze(1)
-    best = _Best(shape, own), _Best(shape, others)
-    regions = Regions.whole((1, 1))
-    stored = stored_features(model.backbone, view)
-    images, backbone = (view, model.backbone) if stored is None else (stored, FeatureReader(stored.regions))
-    loader: DataLoader[Any] = DataLoader(images, inference_batch_size(device), num_workers=num_workers)
-    features: Features
-    with iterate_outputs(model, loader, device, advance, call=backbone) as outputs:
-        for features, labels, ids in outputs:
-            output: HeadOutput = head(features)
-            regions = head.compared(features.regions)
-            found, cells = output.maps.amax(dim=-1).float().cpu(), output.cells.cpu()  # of one patch, as it is shown
-            of_class = labels.view(-1, 1, 1) == class_of
-            best[0].add(found.masked_fill(~of_class | (ids.view(-1, 1, 1) == anchor_of), -torch.inf), cells, ids)
-            best[1].add(found.masked_fill(of_class, -torch.inf), cells, ids)
-    used = manager.mask().tolist()
-    return [
-        [
-            Neighbours(*(some.neighbours(view, c, k, regions) for some in best)) if used[c][k] else None
-            for k in range(shape[1])
-        ]
-        for c in range(shape[0])
-    ]
-
-
-class _Best:
-    """The ``keep`` most similar images of each prototype, and their best cells: each (keep, C, K)."""
-
-    def __init__(self, shape: tuple[int, int], keep: int) -> None:
-        self.keep = keep
-        self.similarities = torch.full((keep, *shape), -torch.inf)
-        self.cells = torch.zeros((keep, *shape), dtype=torch.int64)
-        self.ids = torch.zeros((keep, *shape), dtype=torch.int64)
-
-    def add(self, similarities: Tensor, cells: Tensor, ids: Tensor) -> None:
-        """A batch: similarities and cells (B, C, K), ids (B,), larger than all before."""
-        every = torch.cat([self.similarities, similarities])
-        order = every.argsort(dim=0, descending=True, stable=True)[: self.keep]  # the earlier first among equals
-        self.similarities = every.gather(0, order)
-        self.cells = torch.cat([self.cells, cells]).gather(0, order)
-        self.ids = torch.cat([self.ids, ids.view(-1, 1, 1).expand_as(cells)]).gather(0, order)
-
-    def neighbours(self, view: ImageDataset, c: int, k: int, regions: Regions) -> list[Neighbour]:
-        """Those of one prototype, with their boxes."""
-        columns = (some[:, c, k].tolist() for some in (self.similarities, self.cells, self.ids))
-        found = []
-        for similarity, cell, i in zip(*columns, strict=True):
-            if similarity > -torch.inf:
-                sample = view.samples[i]
-                back = view.eval_transform.view(image_size(sample.image)).original_box
-                box, sees = back(regions.boxes[cell]), back(regions.sees[cell])
-                found.append(Neighbour(i, sample.name, sample.label, similarity, cell, box, sees))
-        return found
+    ranked = rank_images(model, dataset, device, own + 1, others, num_workers, advance)
+    return ranked.neighbours(model, dataset, own, others)

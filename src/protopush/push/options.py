@@ -75,6 +75,8 @@ class PushOptions(PushSettings):
         prototypes: (class, prototype) of those to push; None for all.
         allow: which patches may become anchors, see :data:`Allow`.
         val_loader: validation images for the guard, as the training images.
+        bounds: of what prototypes can find in samples (:class:`protopush.push.shortlist.Bounds`): only those that can
+            win are read, by their index.
     """
 
     use_local: bool = True
@@ -83,6 +85,7 @@ class PushOptions(PushSettings):
     prototypes: Iterable[tuple[int, int]] | None = None
     allow: Allow | None = None
     val_loader: Iterable[Any] | None = None
+    bounds: Any = None
 
 
 class PushKeywords(TypedDict, total=False):
@@ -97,6 +100,7 @@ class PushKeywords(TypedDict, total=False):
     guard: str | None
     guard_budget: float
     val_loader: Iterable[Any] | None
+    bounds: Any
 
 
 def resolve(registry: Mapping[str, T], value: str | T, name: str) -> T:

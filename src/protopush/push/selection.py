@@ -13,6 +13,7 @@ from protopush.push.nearest_patches import Candidates, Rule, nearest_patches
 from protopush.push.options import PushOptions, resolve
 from protopush.push.protocol import Pushable, Slots
 from protopush.push.reader import Reader
+from protopush.push.shortlist import nearest_on_shortlist
 from protopush.push.top_candidates import TIE, Ranked
 
 _SPREAD = -7046029254386353131  # 2**64 / golden ratio: multiples of it lie far apart, so that cells fit between ids
@@ -50,11 +51,12 @@ def choose(net: Pushable, reader: Reader, slots: Slots, options: PushOptions, cl
         notes.append("the dataset has no groups: anchors are unique by image instead")
         rule = by_image
     chosen, classes = None, list(range(len(slots.rows)))
+    search = nearest_patches if options.bounds is None else nearest_on_shortlist
     while True:
         asked = slots._replace(used=torch.zeros_like(slots.used))
         asked.used[classes] = slots.used[classes]
         depth = 2 if rule is shared else max(2, int(asked.used.sum(dim=1).max()))
-        found = nearest_patches(net, reader, asked, options, rule, depth)
+        found = search(net, reader, asked, options, rule, depth)
         taken, short = (found.taken, []) if rule is shared else assign(found.ranked, asked.used)
         found = replace(found, taken=taken, unique=(_word(rule),) * len(slots.rows))
         chosen = found if chosen is None else chosen.with_classes(classes, found)
