@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ class Origin:
     config: Mapping[str, Any]
 
 
-def save_run(run: Run) -> None:
+def save_run(run: Run, changed: Collection[tuple[int, int]] | None = None, before: Run | None = None) -> None:
     """Write ``model.safetensors``, ``prototypes/*``, ``prototypes.png``, ``prototypes.json``, last ``config.json``.
+
+    Of pictures those of the slots that have ``changed`` alone, where the others are those of the run ``before``.
 
     Raises:
         InputError: the folder can't be written, or the backbone is a module of your own, which no name could reopen.
@@ -51,8 +53,8 @@ def save_run(run: Run) -> None:
     weights = folder / "model.safetensors"
     write_atomic(weights, lambda temporary: save_file(state, temporary))
     digest = sha256_of(weights)
-    save_pictures(run)
-    _save_gallery(run, head.compared(backbone.regions).reach)
+    save_pictures(run, changed)
+    _save_gallery(run, head.compared(backbone.regions).reach, before or run)
     write_json(folder / "prototypes.json", certificate(head.proto_manager, run.class_names, digest))
     manager = head.proto_manager
     write_json(
@@ -86,13 +88,13 @@ def _by_class(shares: Sequence[float] | None, class_names: Sequence[str]) -> dic
     return None if shares is None else dict(zip(class_names, shares, strict=True))
 
 
-def save_pictures(run: Run, crops_only: bool = False) -> None:
-    """Write ``prototypes/*.jpg``, as far as the anchors' files are below the run's root.
+def save_pictures(run: Run, changed: Collection[tuple[int, int]] | None = None, crops_only: bool = False) -> None:
+    """Write ``prototypes/*.jpg`` of the slots that have ``changed``, or all, if the anchors' files are below the root.
 
     Of a local model also the crops (``*.png``); where they are ``crops_only``, no patient's whole image.
     """
     manager, crops = run.head.proto_manager, has_crops(run.model)
-    for c, k in manager.used_slots():
+    for c, k in manager.used_slots() if changed is None else changed:
         anchor = manager.anchor(c, k)
         if anchor is None or anchor.file is None:
             continue
@@ -109,21 +111,21 @@ def save_pictures(run: Run, crops_only: bool = False) -> None:
         write_atomic(target, lambda temporary, p=picture: p.save(temporary, format="JPEG", quality=92))  # type: ignore[misc]
 
 
-def _save_gallery(run: Run, reach: str) -> None:
-    """``prototypes.png``: each class's prototypes as crops, beside their source images."""
+def _save_gallery(run: Run, reach: str, before: Run) -> None:
+    """``prototypes.png``: each class's prototypes as crops, beside their source images; some are there from before."""
     from protopush.explain import draw_gallery  # here, so that opening a model does not import what draws
 
     manager = run.head.proto_manager
     gallery = draw_gallery(
         run.class_names,
         manager.anchor,
-        run.source,
+        lambda c, k: run.source(c, k) or before.source(c, k),
         manager.num_classes,
         manager.max_prototypes,
         per_class=manager.max_prototypes,
         reach=reach,
     )
-    write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG"))
+    write_atomic(run.folder / "prototypes.png", lambda file: gallery.save(file, format="PNG", compress_level=1))
 
 
 def read_run(

@@ -40,8 +40,9 @@ class Bounds(NamedTuple):
 
     def hold(self, found: Candidates) -> bool:
         """Whether what was found in samples stays below their bounds."""
-        same = self.ids.unsqueeze(0) == found.ranked.ids.cpu().unsqueeze(1)  # (found, known, C, K)
-        above = found.ranked.similarity.cpu().unsqueeze(1) > self.similarity.unsqueeze(0) + self.error
+        similarity, ids = (values.cpu().transpose(0, 1).unsqueeze(1) for values in found.ranked[:2])
+        same = ids == self.ids  # (found, known, C, K)
+        above = similarity > self.similarity + self.error
         return not bool((same & above & (self.ids != NO_ID)).any())
 
 

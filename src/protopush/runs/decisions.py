@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -250,9 +249,7 @@ def write_decision(run: Run, decision: Decision, state: list[bytes]) -> None:
     """
     with changing(run.folder) as stage:
         if decision.replaced:
-            if (run.folder / "prototypes").is_dir():  # pictures of images that are gone stay
-                shutil.copytree(run.folder / "prototypes", stage / "prototypes")
-            save_run(replace(run, folder=stage))
+            save_run(replace(run, folder=stage), {one.slot for one in decision.replaced}, run)
         add_decision(run.folder, stage, decision)
         if state_of(run.folder) != state:
             raise InputError(f"{run.folder} was changed by another process meanwhile; it is as that left it; try again")

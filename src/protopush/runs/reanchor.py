@@ -29,11 +29,11 @@ from protopush.nn.prototypes import Anchor, PrototypeManager
 from protopush.push import push_prototypes
 from protopush.push.options import Allow
 from protopush.push.update import POOLED
+from protopush.runs.candidates import Slot, candidates_for
 from protopush.runs.decisions import Decision, Replacement, in_force
 
 logger = logging.getLogger("protopush.training")
 
-Slot = tuple[int, int]  # (class, prototype)
 LEVELS = ("group", "image", "patch")  # of what no two prototypes of a class share one, most to least
 
 
@@ -119,11 +119,15 @@ def replace_anchors(
 ) -> list[Replacement]:
     """Push prototypes onto the nearest patches that are allowed and that no other prototype of their class stands for.
 
+    Of the images those are read that can hold them, by the run's candidates.
+
     Where the run was trained with another image or group for each prototype of a class, that holds on while there are
     enough. A prototype that stood for a pooled feature stands for one again. Connections stay as they are. The run's
     model is changed, its folder isn't. Where no patch is left for some, an InputError names them.
     """
     manager = run.head.proto_manager
+    run.head.sync_prototypes()
+    candidates = candidates_for(run, train, slots, device, num_workers)
 
     def push(slots: Sequence[Slot], use_local: bool, level: str) -> list[Slot]:
         """One hard push, away from what the others of these classes stand for; returns those that found nothing."""
@@ -135,14 +139,14 @@ def replace_anchors(
         size, sampler = inference_batch_size(device), SubsetRandomSampler(images)  # the push reads them in order
         loader: DataLoader[Any] = DataLoader(train, size, sampler=sampler, num_workers=num_workers)
         rule = allowed.rule(train.samples, taken([manager.anchor(*slot) for slot in others], level))
+        bounds = candidates.bounds(slots, rule) if use_local == (run.head.match == "local") else None
         report = push_prototypes(
             run.model, loader, device, use_local=use_local, momentum=0.0, unique=level, prototypes=list(slots),
-            allow=rule,
+            allow=rule, bounds=bounds,
         )  # fmt: skip
         found = {(record.class_index, record.prototype) for record in report.prototypes}
         return [slot for slot in slots if slot not in found]
 
-    run.head.sync_prototypes()
     old = [standing(run, slot) for slot in slots]
     for use_local in (True, False):
         missing = [one.slot for one in old if one.old.pooled != use_local]

@@ -18,6 +18,7 @@ from protopush.data.manifest import Catalog, DataConfig, Sample
 from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
+from protopush.runs.candidates import Slot
 from protopush.runs.decisions import (
     Decision,
     Replacement,
@@ -27,8 +28,9 @@ from protopush.runs.decisions import (
     state_of,
     write_decision,
 )
-from protopush.runs.reanchor import Allowed, Slot, replace_anchors
-from protopush.runs.run import check_samples, open_split, scores_of
+from protopush.runs.embeddings import embeddings_of, logits_of, scores_of
+from protopush.runs.reanchor import Allowed, replace_anchors
+from protopush.runs.split_record import open_catalog
 
 
 def named_prototype(run: Run, words: str) -> dict[str, Any]:
@@ -145,7 +147,8 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
     kind, state, past = wish.kind(), state_of(run.folder), load_decisions(run.folder)
     holding = in_force(past)
     named = named_prototype(run, wish.prototype) if wish.prototype is not None else {}
-    train, catalog = open_split(DataConfig(**data), "train", run.class_names, run.transform, run.folder)
+    catalog = open_catalog(DataConfig(**data), run.class_names, run.folder)
+    train = ImageDataset(catalog.split("train"), run.transform)
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)
     if wish.masks or any(made.kind == "mask" for made in holding):
@@ -176,17 +179,14 @@ def carry_out(
 
     ``change`` moves prototypes of the model; ``state`` is of the folder before anything was worked out.
     """
-    val = [sample for sample in catalog.samples if sample.split == "val"]
-    check_samples(val, DataConfig(**run.data).max_megapixels)
+    val = ImageDataset([sample for sample in catalog.samples if sample.split == "val"], run.transform)
+    embeddings = embeddings_of(run, val, device, num_workers) if len(val) else None
     old_head = copy.deepcopy(run.head)
-    replaced = tuple(change())
-    before, after = None, None
-    if val:
-        heads = [old_head, run.head] if replaced else [old_head]
-        images = ImageDataset(val, run.transform)
-        scores = scores_of(run, images, heads, device, num_workers)
-        before, after = scores[0], scores[-1]
-    decision = replace(decision, replaced=replaced, val_before=before, val_after=after)
+    decision = replace(decision, replaced=tuple(change()))
+    if embeddings is not None:
+        logits = logits_of(embeddings, [old_head, run.head] if decision.replaced else [old_head], device)
+        before, after = (scores_of(some, val, run.class_names) for some in (logits[0], logits[-1]))
+        decision = replace(decision, val_before=before, val_after=after)
     write_decision(run, decision, state)
     return decision
 

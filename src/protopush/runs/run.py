@@ -9,25 +9,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from protopush._compat import ensure_torchvision
 from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
 from protopush.data.files import read_json
 from protopush.data.images import check_images, sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample, without_images
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line, listing
-from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run, read_run
-from protopush.nn.head import HeadOptimal
-from protopush.preserve_state import iterate_outputs
 from protopush.runs.progress import bar
 from protopush.runs.split_record import never_trained, open_catalog
 
@@ -137,24 +132,3 @@ def check_samples(samples: Sequence[Sample], max_megapixels: float) -> dict[str,
     with bar("Checking images", len(samples)) as advance:
         digests = check_images([sample.image for sample in samples], lambda: advance(1), max_megapixels)
     return {sample.name: digest for sample, digest in zip(samples, digests, strict=True)}
-
-
-def scores_of(
-    run: Run, images: ImageDataset, heads: Sequence[HeadOptimal], device: torch.device, num_workers: int
-) -> list[dict[str, Any]]:
-    """``n``, ``balanced_accuracy`` and ``auroc`` of each head, as if the run's model had it: features are made once.
-
-    The model and the heads, in eval mode, are on ``device``.
-    """
-    loader: DataLoader[Any] = DataLoader(images, batch_size=inference_batch_size(device), num_workers=num_workers)
-    probabilities: list[list[Tensor]] = [[] for _ in heads]
-    with (
-        bar("Evaluating", len(images)) as advance,
-        iterate_outputs(run.model, loader, device, advance, call=run.model.backbone) as batches,
-    ):
-        for features, *_ in batches:
-            for head, found in zip(heads, probabilities, strict=True):
-                found.append(head(features).logits.float().softmax(dim=1).cpu())
-    labels = torch.tensor(images.labels)
-    metrics = [classification_metrics(torch.cat(found), labels, run.class_names) for found in probabilities]
-    return [{name: one[name] for name in ("n", "balanced_accuracy", "auroc")} for one in metrics]

@@ -17,8 +17,9 @@ from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
 from protopush.preserve_state import preserve_state
 from protopush.push.certificate import file_within
+from protopush.runs.candidates import Slot
 from protopush.runs.decisions import FORBIDDING, Decision, Replacement, in_force, load_decisions, new_decision, state_of
-from protopush.runs.reanchor import Allowed, Slot, level_of, put_back, standing, taken, text_of
+from protopush.runs.reanchor import Allowed, level_of, put_back, standing, taken, text_of
 from protopush.runs.review import carry_out, holds, refuse_other_images
 from protopush.runs.split_record import open_catalog
 

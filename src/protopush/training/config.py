@@ -129,6 +129,7 @@ class PushConfig(PushSettings):
         prune_cosine: two prototypes of a class more alike than this are duplicates.
         final_decay: no push follows an epoch that ends with the learning rate below this share of its peak: what a push
             moves could not be learned any more, and the final push is near; 0: push there as well.
+        candidates: images kept for each prototype, from which a decision about it is worked out at once; 0: none.
         final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches); live
             prototypes are real patches already: they stay.
     """
@@ -147,6 +148,7 @@ class PushConfig(PushSettings):
     prune: bool = False
     prune_cosine: Cosine = 0.99
     final_decay: Share = 0.1
+    candidates: CountOrZero = 64
     final: Literal["hard", "momentum", "none"] = "hard"
 
 

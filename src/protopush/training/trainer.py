@@ -22,6 +22,7 @@ from protopush.nn.losses import off_mask_loss
 from protopush.nn.prototypes import anchors_from, plain_anchors
 from protopush.push import PushSchedule
 from protopush.push.embedding import NonFinite
+from protopush.runs.candidates import keep_candidates
 from protopush.runs.progress import bar
 from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
@@ -81,10 +82,19 @@ def _save(job: Job, out: Path) -> Run:
     data = job.config.data
     recorded = {name: getattr(data, name) for name in ("path", "source", "split_seed", "max_megapixels")}
     recorded["path"] = os.path.abspath(data.path) if data.path else ""  # the run may be used from another folder
-    model = job.model.cpu().eval()
+    model = job.model.eval()
     model.prior, model.train_shares = job.prior(), job.train_shares()
     run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), recorded, out)
-    broadcast_from_rank_zero(lambda: save_run(run))
+
+    def write() -> None:
+        keep_candidates(
+            run, job.train, job.val, job.fabric.device, job.config.data.num_workers, job.config.push.candidates
+        )
+        model.cpu()
+        save_run(run)
+
+    broadcast_from_rank_zero(write)
+    model.cpu()
     return run
 
 
