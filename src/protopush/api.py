@@ -319,7 +319,8 @@ class Run(stored_run.Run):
 
     def forbid(
         self, *, reason: str, prototype: str | None = None, image: str | None = None, mask_column: bool = False,
-        min_share: float = 0.5, undo: int | None = None, who: str = "",
+        min_share: float = 0.5, undo: int | None = None, who: str = "", dry_run: bool = False,
+        keep_accuracy: float | None = None,
     ) -> Decision:  # fmt: skip
         """Forbid a patch, an image or a region; the next best anchor takes its place in the run's folder.
 
@@ -333,23 +334,29 @@ class Run(stored_run.Run):
             min_share: share of a patch that must lie inside its mask.
             undo: a decision's number: it holds no more.
             who: who decides; by default your login name.
+            dry_run: work out what would be, and change nothing.
+            keep_accuracy: fall of balanced accuracy or AUROC that is allowed on the validation images: of the next
+                anchors the nearest that keeps to it is taken, with biases moved where needed; none: the next.
         """
         from protopush.runs import review
         from protopush.runs import undo as taking_back
         from protopush.runs.decisions import alone
+        from protopush.runs.outcome import Care
         from protopush.runs.run import open_run as read
 
-        wish = review.Wish(prototype, image, mask_column, min_share, reason, who)
+        wish, care = review.Wish(prototype, image, mask_column, min_share, reason, who), Care(dry_run, keep_accuracy)
         if undo is None:
             wish.kind()  # a wish that says nothing is refused first
         elif prototype is not None or image is not None or mask_column:
             raise InputError("--undo takes back one decision; expected no --prototype, --image or --mask_column beside")
+        elif keep_accuracy is not None:
+            raise InputError("--undo brings back what was there; expected no --keep_accuracy beside")
         with alone(self.folder, lambda: logger.info("Somebody else decides about %s; waiting", self.folder)):
             run = read(self.folder)  # as it is now, whoever has decided since
             run.model.to(self.device)
             if undo is not None:
-                return taking_back.undo(run, undo, self.data, self.device, reason, who, self.num_workers)
-            return review.forbid(run, wish, self.data, self.device, self.num_workers)
+                return taking_back.undo(run, undo, self.data, self.device, reason, who, self.num_workers, dry_run)
+            return review.forbid(run, wish, self.data, self.device, self.num_workers, care)
 
     def predict(
         self, paths: Sequence[str], out: str | Path, *, top: int = 3, threshold: float | None = None,

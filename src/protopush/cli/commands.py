@@ -236,7 +236,10 @@ def forbid(
     from protopush.cli.tables import decision_table
 
     decision = _open(run, data, device).forbid(reason=reason, **options)
-    return _answer(json, decision.to_dict(), decision_table(decision, run))
+    dry_run = options["dry_run"]
+    return _answer(
+        json, decision.to_dict() | ({"dry_run": True} if dry_run else {}), decision_table(decision, run, dry_run)
+    )
 
 
 def app(

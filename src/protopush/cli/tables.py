@@ -104,9 +104,11 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
     return f"{verdict}:\n{_text(table)}"
 
 
-def decision_table(decision: Decision, run: str) -> str:
-    """What was decided, which anchors took the places, what that cost, and what to do next."""
-    lines = [f"Decision {decision.id} by {decision.who}: {decision.summary}. Reason: {decision.reason}"]
+def decision_table(decision: Decision, run: str, dry_run: bool) -> str:
+    """What was decided, or would be, which anchors took the places, what that cost, and what to do next."""
+    lines = [
+        f"{'It would be decision' if dry_run else 'Decision'} {decision.id} by {decision.who}: {decision.summary}. Reason: {decision.reason}"
+    ]
     table = Table("prototype", "stood for", "stands for", "similarity", box=None)
     for one in decision.replaced:
         places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))
@@ -114,7 +116,16 @@ def decision_table(decision: Decision, run: str) -> str:
     lines.append(_text(table) if decision.replaced else "No anchor changes: every prototype stays as it is.")
     if decision.val_before and decision.val_after:
         lines.append(f"validation before: {in_short(decision.val_before)}; after: {in_short(decision.val_after)}")
-    return "\n".join([*lines, f"Next: protopush verify {shlex.quote(run)}"])
+    if decision.biases:
+        lines.append("Biases were moved so that each class is as probable as before on the whole.")
+    flips = [f"{one.file} ({one.label}): {one.before} -> {one.after}" for one in decision.flips]
+    if flips:
+        lines.append(f"Other answers for {len(flips)} of {(decision.val_after or {}).get('n')} validation images:")
+        lines += [f"  {flip}" for flip in flips[:SHOWN]] + (
+            [f"  and {len(flips) - SHOWN} more"] if flips[SHOWN:] else []
+        )
+    nothing = "Nothing was written; leave --dry_run out to decide so."
+    return "\n".join([*lines, nothing if dry_run else f"Next: protopush verify {shlex.quote(run)}"])
 
 
 def audit_table(found: Audit) -> str:

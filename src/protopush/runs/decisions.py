@@ -64,6 +64,21 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Flip:
+    """A validation image that the model gives another answer for.
+
+    Attributes:
+        file: relative to the data's root.
+        label, before, after: classes: the image's own, and what the model said and says.
+    """
+
+    file: str
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Decision:
     """One decision. Attributes that say nothing for its kind are None.
 
@@ -80,6 +95,8 @@ class Decision:
         unmasked: for masks: how many of the training images have none, and are not restricted.
         undoes: for an undo: the number of the decision that no longer holds.
         replaced: the prototypes that got another anchor by it.
+        biases: of each class before and after, where they were moved with it.
+        flips: the validation images that the model gives another answer for.
         val_before, val_after: ``n``, ``balanced_accuracy`` and ``auroc`` on the validation images, if there are any.
     """
 
@@ -99,6 +116,8 @@ class Decision:
     unmasked: int | None = None
     undoes: int | None = None
     replaced: tuple[Replacement, ...] = ()
+    biases: dict[str, tuple[float, float]] | None = None
+    flips: tuple[Flip, ...] = ()
     val_before: dict[str, Any] | None = None
     val_after: dict[str, Any] | None = None
 
@@ -128,7 +147,10 @@ class Decision:
             return f"{text} There are no validation images to measure the effect on."
         change = "unchanged" if round(was, 3) == round(now, 3) else f"{100 * (now - was):+.1f} points"
         numbers = f"{metric_text(was)} before, {metric_text(now)} after ({change})"
-        return f"{text} Balanced accuracy on {before.get('n')} validation images: {numbers}."
+        gain = sum((flip.after == flip.label) - (flip.before == flip.label) for flip in self.flips)
+        answers = f"; {len(self.flips)} of them get another answer ({gain:+d} right)" if self.flips else ""
+        biases = " Biases were moved so that each class is as probable as before on the whole." if self.biases else ""
+        return f"{text} Balanced accuracy on {before.get('n')} validation images: {numbers}{answers}.{biases}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -143,6 +165,9 @@ class Decision:
         for name in ("region", "box"):
             plain[name] = tuple(values[name]) if values.get(name) is not None else None
         plain["replaced"] = tuple(Replacement.from_dict(one) for one in values["replaced"])
+        plain["flips"] = tuple(Flip(**one) for one in values.get("flips", ()))
+        if values.get("biases") is not None:
+            plain["biases"] = {name: (old, new) for name, (old, new) in values["biases"].items()}
         return cls(**plain)
 
 

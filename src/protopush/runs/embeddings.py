@@ -87,13 +87,10 @@ def embeddings_of(run: Run, images: ImageDataset, device: torch.device, num_work
 
 
 @torch.no_grad()
-def logits_of(embeddings: CachedFeatures, heads: Sequence[HeadOptimal], device: torch.device) -> list[Tensor]:
-    """The logits (N, num_classes), on the CPU, that each head, in eval mode and on ``device``, gives to images."""
-    found: list[list[Tensor]] = [[] for _ in heads]
-    for patches, *_ in DataLoader(embeddings, AT_ONCE):
-        for head, logits in zip(heads, found, strict=True):
-            logits.append(head.classify(patches.to(device)).logits.float().cpu())
-    return [torch.cat(logits) for logits in found]
+def logits_of(embeddings: CachedFeatures, head: HeadOptimal, device: torch.device) -> Tensor:
+    """The logits (N, num_classes), on the CPU, that a head, in eval mode and on ``device``, gives to images."""
+    batches = DataLoader(embeddings, AT_ONCE)
+    return torch.cat([head.classify(patches.to(device)).logits.float().cpu() for patches, *_ in batches])
 
 
 def scores_of(logits: Tensor, images: ImageDataset, class_names: Sequence[str]) -> dict[str, Any]:

@@ -115,11 +115,13 @@ def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | No
 
 
 def replace_anchors(
-    run: Run, train: ImageDataset, allowed: Allowed, slots: Sequence[Slot], device: torch.device, num_workers: int
-) -> list[Replacement]:
+    run: Run, train: ImageDataset, allowed: Allowed, slots: Sequence[Slot], device: torch.device, num_workers: int,
+    tried: Sequence[Anchor] = (),
+) -> list[Replacement]:  # fmt: skip
     """Push prototypes onto the nearest patches that are allowed and that no other prototype of their class stands for.
 
-    Of the images those are read that can hold them, by the run's candidates.
+    Of the images those are read that can hold them, by the run's candidates; those of anchors that were ``tried`` are
+    left out.
 
     Where the run was trained with another image or group for each prototype of a class, that holds on while there are
     enough. A prototype that stood for a pooled feature stands for one again. Connections stay as they are. The run's
@@ -138,7 +140,10 @@ def replace_anchors(
         others = [slot for slot in manager.used_slots() if slot[0] in classes and slot not in slots]
         size, sampler = inference_batch_size(device), SubsetRandomSampler(images)  # the push reads them in order
         loader: DataLoader[Any] = DataLoader(train, size, sampler=sampler, num_workers=num_workers)
-        rule = allowed.rule(train.samples, taken([manager.anchor(*slot) for slot in others], level))
+        barred = taken([manager.anchor(*slot) for slot in others], level)
+        for anchor in tried:
+            barred.add(anchor, "image")
+        rule = allowed.rule(train.samples, barred)
         bounds = candidates.bounds(slots, rule) if use_local == (run.head.match == "local") else None
         report = push_prototypes(
             run.model, loader, device, use_local=use_local, momentum=0.0, unique=level, prototypes=list(slots),

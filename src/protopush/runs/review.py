@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,21 +13,20 @@ import torch
 
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import sha256_of
-from protopush.data.manifest import Catalog, DataConfig, Sample
+from protopush.data.manifest import DataConfig, Sample
 from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
 from protopush.runs.candidates import Slot
 from protopush.runs.decisions import (
     Decision,
-    Replacement,
     in_force,
     load_decisions,
     new_decision,
     state_of,
     write_decision,
 )
-from protopush.runs.embeddings import embeddings_of, logits_of, scores_of
+from protopush.runs.outcome import AS_ASKED, Care, carry_out
 from protopush.runs.reanchor import Allowed, replace_anchors
 from protopush.runs.split_record import open_catalog
 
@@ -127,7 +125,9 @@ class Wish:
         return kinds[0]
 
 
-def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num_workers: int = 0) -> Decision:
+def forbid(
+    run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num_workers: int = 0, care: Care = AS_ASKED
+) -> Decision:
     """Forbid something, give each prototype that stands for it the next best anchor, and write both into the run.
 
     Everything is computed first; then the run's files change together, or not at all.
@@ -139,6 +139,7 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
         data: where the training images are, as :attr:`Run.data`.
         device: of the model.
         num_workers: processes that read images.
+        care: what is to be true of the decision besides.
 
     Raises:
         InputError: what is named isn't there, is forbidden already, or leaves a class without a patch; the run is as
@@ -168,27 +169,7 @@ def forbid(run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num
     refuse_other_images(run, catalog.root, slots)
     new_run = replace(run, root=catalog.root.resolve(), data=data)
     change = partial(replace_anchors, run, train, allowed, slots, device, num_workers)
-    return carry_out(new_run, decision, change, catalog, device, num_workers, state)
-
-
-def carry_out(
-    run: Run, decision: Decision, change: Callable[[], list[Replacement]], catalog: Catalog, device: torch.device,
-    num_workers: int, state: list[bytes],
-) -> Decision:  # fmt: skip
-    """Change a run's model, measure that on the validation images, and write it and the decision into the run.
-
-    ``change`` moves prototypes of the model; ``state`` is of the folder before anything was worked out.
-    """
-    val = ImageDataset([sample for sample in catalog.samples if sample.split == "val"], run.transform)
-    embeddings = embeddings_of(run, val, device, num_workers) if len(val) else None
-    old_head = copy.deepcopy(run.head)
-    decision = replace(decision, replaced=tuple(change()))
-    if embeddings is not None:
-        logits = logits_of(embeddings, [old_head, run.head] if decision.replaced else [old_head], device)
-        before, after = (scores_of(some, val, run.class_names) for some in (logits[0], logits[-1]))
-        decision = replace(decision, val_before=before, val_after=after)
-    write_decision(run, decision, state)
-    return decision
+    return carry_out(new_run, decision, change, catalog, device, num_workers, state, care)
 
 
 def _refuse_again(decision: Decision, holding: Sequence[Decision]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from protopush.preserve_state import preserve_state
 from protopush.push.certificate import file_within
 from protopush.runs.candidates import Slot
 from protopush.runs.decisions import FORBIDDING, Decision, Replacement, in_force, load_decisions, new_decision, state_of
+from protopush.runs.outcome import Care, carry_out
 from protopush.runs.reanchor import Allowed, level_of, put_back, standing, taken, text_of
-from protopush.runs.review import carry_out, holds, refuse_other_images
+from protopush.runs.review import holds, refuse_other_images
 from protopush.runs.split_record import open_catalog
 
 Move = tuple[int, Replacement]  # away from a place, with its decision's place in the log
@@ -30,7 +30,7 @@ Here = dict[Slot, Replacement]  # where each prototype stands
 
 def undo(
     run: Run, decision_id: int, data: dict[str, Any], device: torch.device, reason: str, who: str = "",
-    num_workers: int = 0,
+    num_workers: int = 0, dry_run: bool = False,
 ) -> Decision:  # fmt: skip
     """Undo one decision, and write that into the run as a decision of its own; the first stays in the log.
 
@@ -52,8 +52,11 @@ def undo(
     catalog = open_catalog(DataConfig(**data), run.class_names, run.folder)
     refuse_other_images(run, catalog.root, [])
     new_run = replace(run, root=catalog.root.resolve(), data=data)
-    change = partial(_go_back, run, [*past, decision], undone, catalog, device)
-    return carry_out(new_run, decision, change, catalog, device, num_workers, state)
+
+    def change(_: Sequence[Anchor]) -> list[Replacement]:
+        return _go_back(run, [*past, decision], undone, catalog, device)
+
+    return carry_out(new_run, decision, change, catalog, device, num_workers, state, Care(dry_run))
 
 
 def _to_undo(past: Sequence[Decision], number: int) -> Decision:
@@ -102,8 +105,19 @@ def _go_back(
         )
     for move in [_with_features(run, move, catalog, device) for move in chosen]:
         put_back(manager, move)
+    if chosen and undone.biases:
+        _move_biases_back(run, undone.biases)
     run.head.sync_prototypes()
     return [replace(here[one.slot], new=standing(run, one.slot).old) for one in chosen]
+
+
+@torch.no_grad()
+def _move_biases_back(run: Run, biases: Mapping[str, tuple[float, float]]) -> None:
+    """Biases as they were, exactly where nothing else has moved them since."""
+    bias = run.head.bias
+    for c, name in enumerate(run.class_names):
+        old, new = biases[name]
+        bias[c] = old if float(bias[c]) == new else bias[c] + (old - new)
 
 
 def _open_places(
