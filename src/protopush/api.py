@@ -194,8 +194,8 @@ class Run(stored_run.Run):
         """
         from protopush.data.dataset import ImageDataset
         from protopush.evaluation.compare import compare, measure_beside
-        from protopush.explain.neighbours import find_neighbours
         from protopush.report.build import build_report
+        from protopush.runs.candidates import neighbours_of
         from protopush.runs.progress import bar
 
         page, where = Path(out) if out else self.folder / "report.html", (self.device, self.num_workers)
@@ -206,7 +206,7 @@ class Run(stored_run.Run):
         root = self.root if self.root.is_dir() else catalog.root  # a shared folder doesn't name where its images were
         train, origin = ImageDataset(catalog.split("train"), self.transform), self.model.origin
         with bar("Neighbours of the prototypes", len(train)) as advance:
-            neighbours = find_neighbours(self.model, train, self.device, num_workers=self.num_workers, advance=advance)
+            neighbours = neighbours_of(self, train, self.device, self.num_workers, advance)
         checks, limit = self._check_anchors(root), DataConfig(**self.data).max_megapixels
         audited = audit_catalog(catalog, max_megapixels=limit) if audit else None
         images = min(faithfulness, 16)
@@ -287,7 +287,9 @@ class Run(stored_run.Run):
             max_patches_per_class: bound the work.
             overwrite: replace the run in ``out``.
         """
+        from protopush.runs.candidates import rank_candidates, save_candidates
         from protopush.runs.decisions import load_decisions
+        from protopush.runs.progress import bar
         from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
         from protopush.training.run_writer import append_metrics
@@ -300,7 +302,11 @@ class Run(stored_run.Run):
             guard_budget=guard_budget, allow=allow_of(load_decisions(self.folder), dataset),
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
-        self._save_as(replace(self, model=model.cpu(), folder=out, root=catalog.root.resolve()))
+        pushed = replace(self, model=model, folder=out, root=catalog.root.resolve())
+        with bar("Candidates of the prototypes", len(dataset)) as advance:
+            ranked = rank_candidates(pushed, dataset, self.device, self.num_workers, advance=advance)
+        self._save_as(replace(pushed, model=model.cpu()))
+        save_candidates(pushed, ranked, dataset)
         append_metrics(out, push_row(report, 0, None, None))
         return report
 

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
-from protopush.data.features import inference_batch_size
 from protopush.data.manifest import Catalog, DataConfig
 from protopush.errors import InputError, listing
-from protopush.explain.neighbours import Neighbours, find_neighbours
+from protopush.explain.neighbours import Neighbours
 from protopush.models.model_folder import Run
-from protopush.nn.head import HeadOutput
 from protopush.nn.prototypes import Anchor
-from protopush.preserve_state import iterate_outputs
+from protopush.runs.candidates import neighbours_of
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
+from protopush.runs.embeddings import embeddings_of, outputs_of
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
 from protopush.runs.split_record import open_catalog
@@ -217,19 +215,17 @@ class UsageWorker:
         self._done, self._total = 0, max(1, len(train or ()) + len(val or ()))
         if train is None:
             raise InputError("The data have no training images.")
-        neighbours = find_neighbours(run.model, train, self.store.device, advance=self._advance)
+        neighbours = neighbours_of(run, train, self.store.device, advance=self._advance, keep=True)
         return _Found(anchors, neighbours, self._uses(run, val) if val is not None else None)
 
     def _uses(self, run: Run, val: ImageDataset) -> list[list[Use]]:
-        device, mask = self.store.device, run.head.proto_manager.mask().cpu()
+        mask = run.head.proto_manager.mask().cpu()
         strongest = torch.zeros(mask.shape, dtype=torch.int64)
-        loader: DataLoader[Any] = DataLoader(val, batch_size=inference_batch_size(device))
-        output: HeadOutput
-        with iterate_outputs(run.model, loader, device, self._advance) as outputs:
-            for output, *_ in outputs:
-                said = output.logits.argmax(dim=1).cpu()
-                own = output.contributions.cpu()[torch.arange(len(said)), said].masked_fill(~mask[said], -torch.inf)
-                strongest.index_put_((said, own.argmax(dim=1)), torch.ones_like(said), accumulate=True)
+        embeddings = embeddings_of(run, val, self.store.device, advance=self._advance)
+        for output in outputs_of(embeddings, run.head, self.store.device):
+            said = output.logits.argmax(dim=1).cpu()
+            own = output.contributions.cpu()[torch.arange(len(said)), said].masked_fill(~mask[said], -torch.inf)
+            strongest.index_put_((said, own.argmax(dim=1)), torch.ones_like(said), accumulate=True)
         # The strongest is one of the predicted class, so that a row counts the images of that answer.
         return [[Use(count, sum(counts), len(val)) for count in counts] for counts in strongest.tolist()]
 

@@ -106,9 +106,8 @@ def anchors_table(checks: Sequence[AnchorCheck]) -> str:
 
 def decision_table(decision: Decision, run: str, dry_run: bool) -> str:
     """What was decided, or would be, which anchors took the places, what that cost, and what to do next."""
-    lines = [
-        f"{'It would be decision' if dry_run else 'Decision'} {decision.id} by {decision.who}: {decision.summary}. Reason: {decision.reason}"
-    ]
+    number = f"{'It would be decision' if dry_run else 'Decision'} {decision.id}"
+    lines = [f"{number} by {decision.who}: {decision.summary}. Reason: {decision.reason}"]
     table = Table("prototype", "stood for", "stands for", "similarity", box=None)
     for one in decision.replaced:
         places = (f"{anchor.file} cell {anchor.cell}" for anchor in (one.old, one.new))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic
 from protopush.data.regions import Regions
-from protopush.errors import listing
+from protopush.errors import InputError, listing
 from protopush.explain.neighbours import BestImages, Neighbours, RankedImages, rank_images
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
@@ -34,6 +35,7 @@ logger = logging.getLogger("protopush.runs")
 
 FILE = "candidates.safetensors"
 MOST, OTHERS = 64, 8  # images kept for each prototype: of its class, and of all others
+NEAREST = 4  # images of its class that show a prototype's neighbours, one of them its anchor's
 SAME = 1e-6  # of a prototype's numbers, computed twice
 LISTS = ("similarities", "cells", "ids")
 KINDS = ("own", "others")
@@ -78,6 +80,7 @@ class Candidates(NamedTuple):
         """As :func:`protopush.explain.neighbours.find_neighbours`; None where some prototype's are not known."""
         used = model.head.proto_manager.mask().cpu()
         known = self.fresh(model) & ~self.ranked.others.similarities.isnan().any(dim=0)
+        known &= (self.counts.clamp(max=NEAREST) <= len(self.ranked.own.ids)).unsqueeze(1)
         return self.ranked.neighbours(model, train) if bool(known[used].all()) else None
 
 
@@ -100,7 +103,8 @@ def keep_candidates(
         with bar("Candidates of the prototypes", len(train)) as advance:
             save_candidates(run, rank_candidates(run, train, device, num_workers, most, advance), train)
         if val is not None:
-            embeddings_of(run, val, device, num_workers)
+            with bar("Embeddings of the validation images", len(val)) as advance:
+                embeddings_of(run, val, device, num_workers, advance)
 
 
 def candidates_for(
@@ -128,6 +132,26 @@ def candidates_for(
     merged = _merged(kept, new._replace(counts=counts), took)
     save_candidates(run, merged, train)
     return merged
+
+
+def neighbours_of(
+    run: Run, train: ImageDataset, device: torch.device, num_workers: int = 0,
+    advance: Callable[[int], None] = lambda _: None, keep: bool = False,
+) -> list[list[Neighbours | None]]:  # fmt: skip
+    """The training images that each prototype likes best: as the run keeps them, else by a pass over all images.
+
+    What was found is kept for later where that is asked for and the folder can be written.
+    """
+    kept = load_candidates(run, train)
+    found = None if kept is None else kept.neighbours(run.model, train)
+    if found is not None:
+        advance(len(train))
+        return found
+    ranked = rank_candidates(run, train, device, num_workers, advance=advance)
+    if keep:
+        with suppress(InputError):
+            save_candidates(run, ranked, train)
+    return ranked.ranked.neighbours(run.model, train)
 
 
 def _merged(old: Candidates | None, new: Candidates, took: Tensor) -> Candidates:

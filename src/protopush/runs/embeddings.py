@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,7 @@ from protopush.errors import InputError
 from protopush.metrics.classification import classification_metrics
 from protopush.models.model import ProtoModel
 from protopush.models.model_folder import Run
-from protopush.nn.head import HeadOptimal
-from protopush.runs.progress import bar
+from protopush.nn.head import HeadOptimal, HeadOutput
 
 logger = logging.getLogger("protopush.runs")
 
@@ -57,7 +56,10 @@ class Embedder(nn.Module):
         return Embedded(F.normalize(self.proj(what), dim=-1), self.compared(features.regions))
 
 
-def embeddings_of(run: Run, images: ImageDataset, device: torch.device, num_workers: int = 0) -> CachedFeatures:
+def embeddings_of(
+    run: Run, images: ImageDataset, device: torch.device, num_workers: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> CachedFeatures:  # fmt: skip
     """The embeddings of images, as float32: computed once for these weights and files, then read from the cache.
 
     The run's model is on ``device``.
@@ -72,11 +74,10 @@ def embeddings_of(run: Run, images: ImageDataset, device: torch.device, num_work
         hashes = check_images(files, max_megapixels=DataConfig(**run.data).max_megapixels)
 
     def kept(folder: Path | None) -> CachedFeatures:
-        with bar("Outputs of the validation images", len(images)) as advance:
-            return cache_features(
-                Embedder(run.model), images, hashes, folder, device, num_workers=num_workers, advance=advance,
-                precision="float32",
-            )  # fmt: skip
+        return cache_features(
+            Embedder(run.model), images, hashes, folder, device, num_workers=num_workers, advance=advance,
+            precision="float32",
+        )  # fmt: skip
 
     try:
         return kept(None)
@@ -86,11 +87,17 @@ def embeddings_of(run: Run, images: ImageDataset, device: torch.device, num_work
             return kept(Path(folder))
 
 
-@torch.no_grad()
+def outputs_of(embeddings: CachedFeatures, head: HeadOptimal, device: torch.device) -> Iterator[HeadOutput]:
+    """What a head, in eval mode and on ``device``, says of images, batch by batch and in their order."""
+    for patches, *_ in DataLoader(embeddings, AT_ONCE):
+        with torch.no_grad():
+            output = head.classify(patches.to(device))
+        yield output
+
+
 def logits_of(embeddings: CachedFeatures, head: HeadOptimal, device: torch.device) -> Tensor:
-    """The logits (N, num_classes), on the CPU, that a head, in eval mode and on ``device``, gives to images."""
-    batches = DataLoader(embeddings, AT_ONCE)
-    return torch.cat([head.classify(patches.to(device)).logits.float().cpu() for patches, *_ in batches])
+    """The logits (N, num_classes), on the CPU, that a head gives to images."""
+    return torch.cat([output.logits.float().cpu() for output in outputs_of(embeddings, head, device)])
 
 
 def scores_of(logits: Tensor, images: ImageDataset, class_names: Sequence[str]) -> dict[str, Any]:

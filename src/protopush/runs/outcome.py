@@ -16,6 +16,7 @@ from protopush.models.model_folder import Run
 from protopush.nn.prototypes import Anchor
 from protopush.runs.decisions import Decision, Flip, Replacement, write_decision
 from protopush.runs.embeddings import embeddings_of, logits_of, scores_of
+from protopush.runs.progress import bar
 from protopush.runs.reanchor import put_back, standing
 
 TRIES = 8  # anchors, one after the other, of which one is to keep the accuracy
@@ -65,7 +66,8 @@ def carry_out(
             raise InputError("--keep_accuracy is measured on validation images, but the data have none; leave it out")
         decision = replace(decision, replaced=tuple(change(())))
     else:
-        embeddings = embeddings_of(run, val, device, num_workers)
+        with bar("Embeddings of the validation images", len(val)) as advance:
+            embeddings = embeddings_of(run, val, device, num_workers, advance)
 
         def again() -> Tensor:
             return logits_of(embeddings, run.head, device)
