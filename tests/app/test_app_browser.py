@@ -120,6 +120,12 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     page.wait_for_selector("#pp-details .facts")
     file = old[CAT, 1]["file"]
     assert file in visit.text("#pp-details")
+    page.click("#pp-ask")
+    page.wait_for_selector("#pp-result .pp-instead img")
+    would = visit.text("#pp-result")
+    assert "Nothing is changed yet" in would
+    assert anchors(server.run) == old
+    page.screenshot(path=tmp_path / "what-if.png", full_page=True)
     page.click("#pp-forbid")
     assert "write your name" in visit.text("#pp-result .pp-bad")
     visit.fill("#pp-who", "Ada")
@@ -132,6 +138,7 @@ def test_from_an_image_to_a_decision_and_back(browser, server, tmp_path):
     new = anchors(server.run)[CAT, 1]
     assert new != old[CAT, 1]
     assert f"now stands for a part of {new['file']}" in done
+    assert f"would stand for a part of {new['file']}" in would
     assert "Balanced accuracy on 6 validation images" in done
     page.wait_for_selector(f"#pp-details >> text={new['file']}")
     page.wait_for_selector("#pp-details .nears img")  # found in the background

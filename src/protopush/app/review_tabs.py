@@ -15,16 +15,19 @@ from PIL import Image
 
 from protopush.app.page import PRIVATE, decision_fields, message, render
 from protopush.app.run_store import RunStore, UsageWorker, Use
+from protopush.data.images import read_image
 from protopush.data.table import spreadsheet_cell
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import part_and_whole
 from protopush.explain.figure_style import COLOURS, REACH
 from protopush.explain.neighbours import Neighbours
 from protopush.models.model_folder import Run
-from protopush.report.prototype_cards import Cards
+from protopush.push.certificate import file_within
+from protopush.report.prototype_cards import Cards, embed, framed, part
 from protopush.runs.decisions import Decision, in_force
 
 TILE, NEAR = 300, 132  # sides in pixels of the page
+FLIPS = 10  # answers that would change, named one by one
 TO_DETAILS = "() => document.querySelector('#pp-details').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 AGAIN = 3.0  # seconds between requests for what is computed in the background
 INTRO = {
@@ -33,6 +36,10 @@ INTRO = {
     "global": "A prototype is a training image that the model compares new images with, each as a whole. Left what it "
     "sees of it, right all of it.",
 }
+SEARCHING = (
+    "Searching the training images of {} for the next best part. Where none is known yet and images are many, this "
+    "takes a few minutes; you may go on with other prototypes meanwhile."
+)
 CHOOSE = "Choose one to see it closer, and to keep or forbid it."
 
 
@@ -68,6 +75,20 @@ def details(
     return render("details", card, why)
 
 
+def would_be(run: Run, made: Decision, root: Path) -> str:
+    """What forbidding would do, as HTML: the part that would take the place, and the answers that would change."""
+    pictures = []
+    for one in made.replaced:
+        file, box = file_within(root, one.new.file or ""), one.new.box
+        if file is not None and file.is_file() and box is not None:
+            picture = read_image(file)
+            whole = framed(
+                embed(picture, TILE, TILE, "its training image"), [box], picture.size, colours=[one.class_index]
+            )
+            pictures.append((part(picture, box, TILE, "the part", one.class_index, sees=one.new.sees), whole))
+    return render("what_if", made, pictures, made.flips[:FLIPS])
+
+
 def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> None:
     """Build the tab on a page."""
     chosen = gr.State(None)
@@ -87,6 +108,7 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
         who, reason = decision_fields("pp")
         with gr.Row():
             keep = gr.Button("Keep", elem_id="pp-keep", min_width=120)
+            ask = gr.Button("What would replace it?", elem_id="pp-ask", min_width=120)
             forbid = gr.Button("Forbid and replace", variant="primary", elem_id="pp-forbid", min_width=120)
     result = gr.HTML(elem_id="pp-result")
 
@@ -113,8 +135,7 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
             return
         class_name, (c, k) = store.run().class_names[place[0]], place
         if forbids and why.strip() and name.strip():
-            text = f"Searching the training images of {class_name} for the next best part. With many images this takes "
-            yield [message(text + "a few minutes; you may go on with other prototypes meanwhile."), *same]
+            yield [message(SEARCHING.format(class_name)), *same]
         try:
             made = (store.forbid if forbids else store.keep)(f"{class_name}:{k}", why, name)
         except InputError as error:
@@ -124,6 +145,18 @@ def prototypes_tab(store: RunStore, worker: UsageWorker, page: gr.Blocks) -> Non
         done += " It can be undone under Decisions." if forbids else ""
         yield [message(done, "good"), gr.Gallery(value=thumbnails(store.run(), c)), *describe(place), ""]
 
+    def what_if(place: tuple[int, int] | None) -> Iterator[str]:
+        if place is None:
+            yield message("Choose a prototype first.", "bad")
+            return
+        run, (c, k) = store.run(), place
+        yield message(SEARCHING.format(run.class_names[c]))
+        try:
+            yield would_be(run, store.what_if(f"{run.class_names[c]}:{k}"), store.root(run))
+        except InputError as error:
+            yield message(str(error), "bad")
+
+    ask.click(what_if, chosen, result, **PRIVATE)
     every = [pictures, chosen, known, form, again]
     kind.input(show_class, kind, every, **PRIVATE).then(lambda: "", None, result, **PRIVATE)
     page.load(show_class, kind, every, **PRIVATE)

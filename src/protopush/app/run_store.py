@@ -20,6 +20,7 @@ from protopush.nn.prototypes import Anchor
 from protopush.runs.candidates import neighbours_of
 from protopush.runs.decisions import Decision, alone, load_decisions, state_of
 from protopush.runs.embeddings import embeddings_of, outputs_of
+from protopush.runs.outcome import Care
 from protopush.runs.review import Wish, forbid, keep
 from protopush.runs.run import open_run
 from protopush.runs.split_record import open_catalog
@@ -50,6 +51,7 @@ class RunStore:
         self._opening = threading.Lock()
         self._state: list[bytes] = []
         self._run: Run | None = None
+        self._catalog: Catalog | None = None
         self._deciding = 0
         self.idle.set()
 
@@ -79,11 +81,13 @@ class RunStore:
         return load_decisions(self.folder)
 
     def catalog(self, run: Run) -> Catalog:
-        """The training and validation images.
+        """The training and validation images, listed once.
 
         Raises:
             InputError: they aren't where they were; the message says what to do.
         """
+        if self._catalog is not None:
+            return self._catalog
         data = run.data | self.data
         try:
             found = open_catalog(DataConfig(**data), run.class_names, run.folder)
@@ -95,6 +99,7 @@ class RunStore:
                 f"The training images can't be found ({error}). To forbid or undo, stop the app and start it again "
                 "with --data.path FOLDER (or MANIFEST.csv), where they are now. Nothing was changed."
             ) from error
+        self._catalog = found
         return found
 
     def root(self, run: Run) -> Path:
@@ -112,21 +117,31 @@ class RunStore:
 
     def forbid(self, prototype: str, reason: str, who: str) -> Decision:
         """Forbid the patch that ``class:number`` stands for; the next best takes its place."""
-        wish, how = Wish(prototype=prototype, reason=reason, who=who), (self.device, self.num_workers)
-        return self._decide(lambda run, data: forbid(run, wish, data, *how), reason, who)
+        wish = Wish(prototype=prototype, reason=reason, who=who)
+        return self._decide(lambda run: forbid(run, wish, *self._where(run), catalog=self.catalog(run)), reason, who)
+
+    def what_if(self, prototype: str) -> Decision:
+        """What :meth:`forbid` would do; nothing is changed."""
+        run, wish = self._open(), Wish(prototype=prototype, reason="what if")
+        return forbid(run, wish, *self._where(run), Care(dry_run=True), self.catalog(run))
 
     def undo(self, number: int, reason: str, who: str) -> Decision:
         """Take a decision back."""
-        how = self.device, reason, who, self.num_workers
-        return self._decide(lambda run, data: undo(run, number, data, *how), reason, who)
+
+        def take_back(run: Run) -> Decision:
+            data, device, workers = self._where(run)
+            return undo(run, number, data, device, reason, who, workers, catalog=self.catalog(run))
+
+        return self._decide(take_back, reason, who)
 
     def keep(self, prototype: str, reason: str, who: str) -> Decision:
         """Record that a prototype is good as it is."""
-        return self._decide(lambda run, _: keep(run, prototype, reason, who), reason, who, needs_images=False)
+        return self._decide(lambda run: keep(run, prototype, reason, who), reason, who)
 
-    def _decide(
-        self, decide: Callable[[Run, dict[str, Any]], Decision], reason: str, who: str, needs_images: bool = True
-    ) -> Decision:
+    def _where(self, run: Run) -> tuple[dict[str, Any], torch.device, int]:
+        return run.data | self.data, self.device, self.num_workers
+
+    def _decide(self, decide: Callable[[Run], Decision], reason: str, who: str) -> Decision:
         if not who.strip():
             raise InputError("Please write your name: the record says who has decided.")
         if not reason.strip():
@@ -136,10 +151,10 @@ class RunStore:
             self.idle.clear()
         try:
             with alone(self.folder):
-                run = self._open()
-                if needs_images:
-                    self.catalog(run)
-                return decide(run, run.data | self.data)
+                return decide(self._open())
+        except InputError:
+            self._catalog = None  # images may lie elsewhere now
+            raise
         finally:
             with self._opening:
                 self._deciding -= 1

@@ -13,7 +13,7 @@ import torch
 
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import sha256_of
-from protopush.data.manifest import DataConfig, Sample
+from protopush.data.manifest import Catalog, DataConfig, Sample
 from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
@@ -126,8 +126,9 @@ class Wish:
 
 
 def forbid(
-    run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num_workers: int = 0, care: Care = AS_ASKED
-) -> Decision:
+    run: Run, wish: Wish, data: dict[str, Any], device: torch.device, num_workers: int = 0, care: Care = AS_ASKED,
+    catalog: Catalog | None = None,
+) -> Decision:  # fmt: skip
     """Forbid something, give each prototype that stands for it the next best anchor, and write both into the run.
 
     Everything is computed first; then the run's files change together, or not at all.
@@ -140,6 +141,7 @@ def forbid(
         device: of the model.
         num_workers: processes that read images.
         care: what is to be true of the decision besides.
+        catalog: of the training images, where it is known already.
 
     Raises:
         InputError: what is named isn't there, is forbidden already, or leaves a class without a patch; the run is as
@@ -148,7 +150,7 @@ def forbid(
     kind, state, past = wish.kind(), state_of(run.folder), load_decisions(run.folder)
     holding = in_force(past)
     named = named_prototype(run, wish.prototype) if wish.prototype is not None else {}
-    catalog = open_catalog(DataConfig(**data), run.class_names, run.folder)
+    catalog = catalog or open_catalog(DataConfig(**data), run.class_names, run.folder)
     train = ImageDataset(catalog.split("train"), run.transform)
     if wish.image is not None:
         named = named_image(run, wish.image, train.samples, catalog.root)

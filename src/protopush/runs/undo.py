@@ -30,7 +30,7 @@ Here = dict[Slot, Replacement]  # where each prototype stands
 
 def undo(
     run: Run, decision_id: int, data: dict[str, Any], device: torch.device, reason: str, who: str = "",
-    num_workers: int = 0, dry_run: bool = False,
+    num_workers: int = 0, dry_run: bool = False, catalog: Catalog | None = None,
 ) -> Decision:  # fmt: skip
     """Undo one decision, and write that into the run as a decision of its own; the first stays in the log.
 
@@ -49,7 +49,7 @@ def undo(
     undone = _to_undo(past, decision_id)
     named = {name: getattr(undone, name) for name in ("class_name", "prototype", "file", "sha256")}
     decision = new_decision(past, "undo", reason, who, undoes=undone.id, **named)
-    catalog = open_catalog(DataConfig(**data), run.class_names, run.folder)
+    catalog = catalog or open_catalog(DataConfig(**data), run.class_names, run.folder)
     refuse_other_images(run, catalog.root, [])
     new_run = replace(run, root=catalog.root.resolve(), data=data)
 
