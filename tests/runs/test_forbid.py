@@ -204,6 +204,20 @@ def test_masks(run, home, tmp_path, capsys):
     assert not (tmp_path / "unmasked").exists()
 
 
+def test_where_training_kept_anchors_on_masks_those_that_follow_are_too(run, capsys):
+    """All that comes after an anchor off its mask, one after the other; without that setting some lie off it too."""
+    after = []
+    for share in ("0.0", "1.0"):
+        copy = Path(shutil.copytree(run, run.parent / share))
+        config = (copy / "config.yaml").read_text()
+        (copy / "config.yaml").write_text(config.replace("min_mask_share: 0.0", f"min_mask_share: {share}"))
+        after.append([forbid(capsys, copy, "--prototype", "cat:1")["replaced"][0]["new"] for _ in range(6)])
+    plain, masked = ([a for a in some if not a["file"].endswith("000.png")] for some in after)
+    assert min(map(inside_share, plain)) < 1.0
+    assert masked
+    assert all(inside_share(anchor) == 1.0 for anchor in masked)
+
+
 def test_bad_masks_are_named_together(run, home, tmp_path, capsys):
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     words = ["forbid", run, "--mask-column", "--reason", "r", "--data.path", data / "manifest.csv"]

@@ -82,12 +82,16 @@ class Allowed:
         self.min_share = max((made.min_share or 0.0 for made in holding if made.kind == "mask"), default=0.0)
         self._digest = lru_cache(maxsize=None)(lambda sample: sha256_of(sample.image))
 
-    def rule(self, samples: Sequence[Sample], more: Barred | None = None) -> Allow:
-        """The ``allow`` of a push over these samples, whose places are the ids; ``more`` is barred as well."""
+    def rule(self, samples: Sequence[Sample], more: Barred | None = None, min_share: float = 0.0) -> Allow:
+        """The ``allow`` of a push over these samples, whose places are the ids; ``more`` is barred as well.
+
+        At least ``min_share`` of a patch lies on its image's mask, whatever was decided.
+        """
+        least = max(self.min_share, min_share)
 
         def cells(sample: Sample, boxes: Sequence[Region]) -> Tensor:
             names = sample.name, self._digest(sample)
-            free = self._inside(self.barred.cells(names, sample.group, boxes), sample, boxes)
+            free = self._inside(self.barred.cells(names, sample.group, boxes), sample, boxes, least)
             return free if more is None else free & more.cells(names, sample.group, boxes)
 
         return lambda ids, regions: torch.stack([cells(samples[i], regions.boxes) for i in ids.tolist()])
@@ -95,13 +99,13 @@ class Allowed:
     def forbids(self, anchor: Anchor, sample: Sample | None) -> bool:
         """Whether an anchor may not stay; ``sample`` is its image, where the data still has it."""
         free = self.barred.cells((anchor.file, anchor.sha256), anchor.group, [anchor.region])
-        return not bool(self._inside(free, sample, [anchor.region]))
+        return not bool(self._inside(free, sample, [anchor.region], self.min_share))
 
-    def _inside(self, free: Tensor, sample: Sample | None, regions: Sequence[Region]) -> Tensor:
-        """Those patches alone of whose box at least ``min_share`` lies where the sample's mask, if any, is not 0."""
-        if sample is None or sample.mask is None or not self.min_share or not bool(free.any()):
+    def _inside(self, free: Tensor, sample: Sample | None, regions: Sequence[Region], least: float) -> Tensor:
+        """Those patches alone of whose box so much lies where the sample's mask, if any, is not 0."""
+        if sample is None or sample.mask is None or not least or not bool(free.any()):
             return free
-        return free & (mask_shares(sample, self.transform, regions) >= self.min_share)
+        return free & (mask_shares(sample, self.transform, regions) >= least)
 
 
 def allow_of(decisions: Sequence[Decision], dataset: ImageDataset) -> Allow | None:
@@ -124,12 +128,14 @@ def replace_anchors(
     left out.
 
     Where the run was trained with another image or group for each prototype of a class, that holds on while there are
-    enough. A prototype that stood for a pooled feature stands for one again. Connections stay as they are. The run's
-    model is changed, its folder isn't. Where no patch is left for some, an InputError names them.
+    enough; where it was trained with anchors on masks, these are too. A prototype that stood for a pooled feature
+    stands for one again. Connections stay as they are. The run's model is changed, its folder isn't. Where no patch is
+    left for some, an InputError names them.
     """
     manager = run.head.proto_manager
     run.head.sync_prototypes()
     candidates = candidates_for(run, train, slots, device, num_workers)
+    level, on_mask = _trained(run.folder)
 
     def push(slots: Sequence[Slot], use_local: bool, level: str) -> list[Slot]:
         """One hard push, away from what the others of these classes stand for; returns those that found nothing."""
@@ -143,7 +149,7 @@ def replace_anchors(
         barred = taken([manager.anchor(*slot) for slot in others], level)
         for anchor in tried:
             barred.add(anchor, "image")
-        rule = allowed.rule(train.samples, barred)
+        rule = allowed.rule(train.samples, barred, on_mask if use_local else 0.0)
         bounds = candidates.bounds(slots, rule) if use_local == (run.head.match == "local") else None
         report = push_prototypes(
             run.model, loader, device, use_local=use_local, momentum=0.0, unique=level, prototypes=list(slots),
@@ -155,8 +161,8 @@ def replace_anchors(
     old = [standing(run, slot) for slot in slots]
     for use_local in (True, False):
         missing = [one.slot for one in old if one.old.pooled != use_local]
-        for level in LEVELS[LEVELS.index(level_of(run.folder)) :]:
-            missing = push(missing, use_local, level) if missing else []
+        for lower in LEVELS[LEVELS.index(level) :]:
+            missing = push(missing, use_local, lower) if missing else []
         if missing:
             names = listing([f"{run.class_names[c]}:{k}" for c, k in missing])
             raise InputError(
@@ -176,11 +182,17 @@ def taken(anchors: Sequence[Anchor | None], level: str) -> Barred:
 
 def level_of(folder: Path) -> str:
     """Of what no two prototypes of a class share one, as the run was trained; at least ``patch``."""
+    return _trained(folder)[0]
+
+
+def _trained(folder: Path) -> tuple[str, float]:
+    """``push.unique``, at least ``patch``, and ``push.min_mask_share``, as the run was trained."""
     try:
-        level = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["push"]["unique"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return "patch"
-    return level if level in LEVELS else "patch"
+        push = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["push"]
+        level, share = push.get("unique"), float(push.get("min_mask_share", 0.0))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return "patch", 0.0
+    return level if level in LEVELS else "patch", share
 
 
 def standing(run: Run, slot: Slot) -> Replacement:
