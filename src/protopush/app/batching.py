@@ -81,7 +81,7 @@ class Batcher:
         """Whether the thread is there and the model works."""
         return self._thread.is_alive() and not self.failed
 
-    def close(self, patience: float = 10.0) -> bool:
+    def close(self, patience: float) -> bool:
         """End the thread after all that waits; whether it has ended."""
         self._waiting.put(None)
         self._thread.join(patience)

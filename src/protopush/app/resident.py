@@ -6,8 +6,11 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -109,6 +112,19 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self.service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals end the service and nothing else; uvicorn would send them again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen no more; answer; end."""

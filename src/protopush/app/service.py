@@ -119,7 +119,7 @@ class Service:
     def close(self) -> bool:
         """End the threads; whether they have ended."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        return self.batcher.close()
+        return self.batcher.close(patience=0.0 if self.cut else 10.0)
 
     async def health(self, response: Response) -> Health:
         """Whether the service answers: 200, or 503 while it ends and after a forward pass that failed."""
@@ -239,7 +239,8 @@ def build_service(service: Service, with_token: bool = False, root_path: str = "
         root_path: where a proxy shows the service, for the OpenAPI page.
     """
     app = FastAPI(
-        title="protopush", version=__version__, docs_url=None, redoc_url=None, servers=[{"url": root_path or "/"}],
+        title="protopush", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        servers=[{"url": root_path or "/"}],
         description="Predictions of a prototype classifier, and the training patches that they rest on.",
     )  # fmt: skip
     known = [Depends(HTTPBearer(auto_error=False))] if with_token else []
