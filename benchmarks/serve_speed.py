@@ -17,9 +17,7 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -37,7 +35,7 @@ from protopush.runs.run import open_run
 
 CLIENTS = (1, 8, 32)
 BATCH = 16  # the default of --max_batch
-CLIENT = "import sys; sys.path.insert(0, sys.argv[1]); from serve_speed import ask_all; ask_all(*sys.argv[2:])"
+CLIENTS_OF = Path(__file__).parent / "asking.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,33 +116,10 @@ def serving(folder: Path) -> Iterator[int]:
 
 def asked(port: int, files: Sequence[str], clients: int, requests: int) -> tuple[float, list[float]]:
     """The seconds that a process of clients takes for all requests, and those of each."""
-    words = [str(Path(__file__).parent), str(port), str(clients), str(requests), *files]
-    done = subprocess.run([sys.executable, "-c", CLIENT, *words], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(CLIENTS_OF), str(port), str(clients), str(requests), *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, *rest = map(float, done.stdout.split())
     return first, rest
-
-
-def ask_all(port: str, clients: str, requests: str, *files: str) -> None:
-    """Print the seconds of all requests, divided among the clients, and of each."""
-    bodies = [Path(file).read_bytes() for file in files]
-
-    def client(number: int) -> list[float]:
-        connection, each = HTTPConnection("127.0.0.1", int(port), timeout=600), []
-        for i in range(number, int(requests), int(clients)):
-            started = time.perf_counter()
-            connection.request("POST", "/predict", bodies[i % len(bodies)], {"Content-Type": "image/jpeg"})
-            answer = connection.getresponse()
-            data = answer.read()
-            each.append(time.perf_counter() - started)
-            if answer.status != 200:
-                raise SystemExit(f"{answer.status}: {data.decode()}")
-        return each
-
-    client(int(requests) - 1)  # the first is not counted
-    with ThreadPoolExecutor(int(clients)) as pool:
-        started = time.perf_counter()
-        each = [seconds for some in pool.map(client, range(int(clients))) for seconds in some]
-        print(time.perf_counter() - started, *each)
 
 
 if __name__ == "__main__":

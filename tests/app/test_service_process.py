@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,12 +22,14 @@ from pathlib import Path
 
 import pytest
 
+from docs_blocks import ROOT, blocks
 from forked import Forked
 from test_app import BOMB, REFUSED, bytes_of, photo
 from test_service import TOKEN, multipart
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install protopush[app]")
 
+DOCS = ROOT / "docs" / "serve.md"
 PNG = bytes_of(photo(), "PNG")
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: image/png\r\n"
 HEAD += b"Content-Length: %d\r\n\r\n" % len(PNG)
@@ -74,12 +78,12 @@ def test_who_has_asked_before_the_end_is_answered(home, number):
     lost, answered, stop = list[str](), list[int](), threading.Event()
 
     def stream(port: int) -> None:
-        """Ask until nobody listens any more; who was connected before the signal is answered."""
+        """Ask until nobody listens any more; who had asked before the signal is answered."""
         while True:
             early, data = False, b""
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as one:
-                early = not stop.is_set()
                 one.sendall(HEAD + PNG)
+                early = not stop.is_set()
                 data = read_all(one)
             if not data:
                 if early or not stop.is_set():
@@ -140,6 +144,27 @@ def test_a_service_for_other_computers_has_a_token(home, tmp_path):
             connection.request("GET", "/version", headers=headers | {"Host": "any.example"})
             assert connection.getresponse().status == status
             connection.close()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_docs_call_it_as_it_is_called(home, tmp_path):
+    lines = [line for block in blocks("bash", DOCS.read_text(encoding="utf-8")) for line in block.splitlines()]
+    calls = [line for line in lines if line.startswith("curl")]
+    (tmp_path / "images").symlink_to(home / "images")
+    (tmp_path / "token").write_text(TOKEN)
+    words = ("serve", home / "run", "--port", 0, "--device", "cpu", "--token_file", tmp_path / "token")
+    answers = list[bytes]()
+    with process(*words) as (_, port):
+        for call in calls:
+            assert "http://127.0.0.1:7861/" in call
+            line = call.replace("7861", str(port)) + f' -sS -H "Authorization: Bearer {TOKEN}"'
+            answers.append(subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, check=True).stdout)
+    one, two, why, drawn, *_ = answers
+    assert [len(json.loads(some)["predictions"]) for some in (one, two)] == [1, 2]
+    assert len(json.loads(why)["classes"]) >= 2
+    assert drawn == b""
+    assert (tmp_path / "panel.png").read_bytes().startswith(b"\x89PNG")
+    assert len(calls) == 7
 
 
 # 10,000 requests.

@@ -127,6 +127,7 @@ def test_live_fine_tuning_and_explanations(monkeypatch, tmp_path):
     assert windows["results"][0]["goal"] == "<= 1.1"
 
 
+@pytest.mark.slow
 def test_a_service_beside_the_bare_forward_pass(monkeypatch, home, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import serve_speed
