@@ -15,7 +15,6 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -72,13 +71,13 @@ class ServiceLimits:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on its way: (3, H, W) for the model, and a copy to draw on where a panel is asked for."""
+    """An image that waits, (3, H, W); a panel is drawn on what is read again from its file, which takes no memory now."""
 
     name: str
     pixels: Tensor
     view: View
     note: str
-    copy: Image.Image | None
+    file: UploadFile
 
 
 class Asked(BaseModel):
@@ -137,7 +136,7 @@ class Service:
         async def finish(picture: Picture, seen: Seen) -> Prediction:
             return self._prediction(picture, seen)
 
-        return Predictions(predictions=await self._answer(request, FILES, False, finish))
+        return Predictions(predictions=await self._answer(request, FILES, finish))
 
     async def explain(self, request: Request, asked: Annotated[Asked, Query()]) -> Response:
         """Why the model says what it says of one image: every term of its logits, as JSON or as a panel (PNG)."""
@@ -147,13 +146,11 @@ class Service:
         drawn = asked.panel == "png" or "image/png" in request.headers.get("accept", "")
 
         async def finish(picture: Picture, seen: Seen) -> Response:
-            return await self._in_pool(self._explanation, picture, seen, asked)
+            return await self._in_pool(self._explanation, picture, seen, asked, drawn)
 
-        return (await self._answer(request, 1, drawn, finish))[0]
+        return (await self._answer(request, 1, finish))[0]
 
-    async def _answer(
-        self, request: Request, most: int, drawn: bool, finish: Callable[[Picture, Seen], Awaitable[T]]
-    ) -> list[T]:
+    async def _answer(self, request: Request, most: int, finish: Callable[[Picture, Seen], Awaitable[T]]) -> list[T]:
         """What ``finish`` makes of each image of a request; all of them, or a refusal."""
         busy = Refusal(503, "too many requests at once; expected fewer, or the same again later", {"Retry-After": "1"})
         if self.requests >= self.limits.requests:
@@ -165,9 +162,7 @@ class Service:
             files = await read_files(request, upload.megabytes, self.limits.body_seconds, most)
             with self.batcher.reserve(len(files)):
                 # Each is waited for, so that no file is closed under a thread that reads it.
-                found = await asyncio.gather(
-                    *(self._one(file, drawn, finish) for file in files), return_exceptions=True
-                )
+                found = await asyncio.gather(*(self._one(file, finish) for file in files), return_exceptions=True)
         except Full as error:
             raise busy from error
         finally:
@@ -179,9 +174,9 @@ class Service:
                 raise one
         return found  # type: ignore[return-value]
 
-    async def _one(self, file: UploadFile, drawn: bool, finish: Callable[[Picture, Seen], Awaitable[T]]) -> T:
+    async def _one(self, file: UploadFile, finish: Callable[[Picture, Seen], Awaitable[T]]) -> T:
         try:
-            picture = await self._in_pool(self._decode, file, drawn)
+            picture = await self._in_pool(self._decode, file)
         except InputError as error:
             raise Refusal(422, str(error)) from error
         seen = await asyncio.wrap_future(self.batcher.submit(picture.pixels))
@@ -192,11 +187,10 @@ class Service:
     def _in_pool(self, call: Callable[..., T], *words: Any) -> Awaitable[T]:
         return asyncio.get_running_loop().run_in_executor(self.pool, call, *words)
 
-    def _decode(self, file: UploadFile, drawn: bool) -> Picture:
+    def _decode(self, file: UploadFile) -> Picture:
         upload = read_upload(file.file, self.limits.upload, file_name(file))
         view = self.run.transform.view(upload.image.size)
-        copy = upload.copy() if drawn else None
-        return Picture(upload.name, self.run.transform(upload.image), view, upload.note, copy)
+        return Picture(upload.name, self.run.transform(upload.image), view, upload.note, file)
 
     def _prediction(self, picture: Picture, seen: Seen) -> Prediction:
         outputs = read_output(seen.output, self.run.head.proto_manager.mask(), 0)
@@ -211,23 +205,23 @@ class Service:
             note=picture.note,
         )
 
-    def _explanation(self, picture: Picture, seen: Seen, asked: Asked) -> Response:
+    def _explanation(self, picture: Picture, seen: Seen, asked: Asked, drawn: bool) -> Response:
         also = [asked.why_not] if asked.why_not is not None else []
         (found,) = explain_output(
             self.run.head, seen.output, seen.regions, [picture.view], [picture.name], self.run.class_names,
             asked.top_classes, also,
         )  # fmt: skip
-        if picture.copy is None:
+        if not drawn:
             values = answers.explanation_values(found, asked.why_not)
             return Response(json.dumps(values, allow_nan=False), media_type="application/json")
         if asked.why_not == found.predicted_name:
             raise Refusal(422, f"why_not {asked.why_not!r} is the predicted class; expected another one")
+        copy, data = read_upload(picture.file.file, self.limits.upload, picture.name).copy(), io.BytesIO()
         if asked.why_not is None:
-            drawn = draw_panel(found, picture.copy, self.run.source)
+            panel = draw_panel(found, copy, self.run.source)
         else:
-            drawn = draw_why_not(found, asked.why_not, picture.copy, self.run.source)
-        data = io.BytesIO()
-        drawn.save(data, format="PNG")
+            panel = draw_why_not(found, asked.why_not, copy, self.run.source)
+        panel.save(data, format="PNG")
         return Response(data.getvalue(), media_type="image/png")
 
 
@@ -248,10 +242,18 @@ def build_service(service: Service, with_token: bool = False, root_path: str = "
         code: {"model": answers.Error, "description": text} for code, text in ERRORS.items()
     }
     unready: dict[int | str, Any] = {503: {"model": Health, "description": "not ready"}}
-    app.add_api_route("/health", service.health, methods=["GET"], responses=unready)
-    app.add_api_route("/version", service.version, methods=["GET"], dependencies=known, responses={401: errors[401]})
+    app.add_api_route("/health", service.health, methods=["GET"], responses=unready, response_description="ready")
+    app.add_api_route(
+        "/version",
+        service.version,
+        methods=["GET"],
+        dependencies=known,
+        responses={401: errors[401]},
+        response_description="the answer",
+    )
     app.add_api_route(
         "/predict", service.predict, methods=["POST"], dependencies=known, responses=errors,
+        response_description="the answer",
         openapi_extra=_body({"type": "array", "items": BINARY, "maxItems": FILES}),
     )  # fmt: skip
     picture = {"image/png": {"schema": BINARY}}

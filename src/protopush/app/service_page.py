@@ -32,6 +32,8 @@ def kind_of(schema: dict[str, Any]) -> str:
         return f"[{', '.join(kind_of(one) for one in schema['prefixItems'])}]"
     if schema.get("type") == "array":
         return f"list of {kind_of(schema.get('items', {}))}"
+    if "properties" in schema:
+        return ", ".join(f"{name}: {kind_of(one)}" for name, one in schema["properties"].items())
     if isinstance(schema.get("additionalProperties"), dict):
         return f"object of {kind_of(schema['additionalProperties'])}"
     return "file" if schema.get("format") == "binary" else str(schema.get("type", "any"))
