@@ -7,10 +7,13 @@ connections that stay open, send the bytes of files that are in memory, each as 
 bare side is the forward pass of the backbone alone over pixels that are decoded already, one by one and in batches of
 the service's size, with as many threads, while no service runs. The time between a question and its whole answer
 includes the other end of the connection: reading the body, decoding, resizing, waiting for the batch, the head, JSON.
+On a machine that others use as well, the processors' time tells more than the clock; so does OMP_NUM_THREADS=1, where
+threads of one pass would wait for each other.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -62,21 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def comparisons(run: Run, files: Sequence[str], requests: int, repetitions: int) -> list[Comparison]:
     """The bare forward pass before and after each round of the service, and what both say together."""
-    bare: dict[int, list[float]] = {1: [], BATCH: []}
+    bare: dict[int, list[tuple[float, float]]] = {1: [], BATCH: []}
     latency: dict[int, list[list[float]]] = {clients: [] for clients in CLIENTS}
-    took: dict[int, list[float]] = {clients: [] for clients in CLIENTS}
+    took: dict[int, list[tuple[float, float]]] = {clients: [] for clients in CLIENTS}
     for _ in range(repetitions):
         for size in bare:
             bare[size].append(forward(run, files[: 2 * BATCH], size))
-        with serving(run.folder) as port:
+        with serving(run.folder) as (port, pid):
             for clients in CLIENTS:
+                before = busy(pid)
                 seconds, each = asked(port, files, clients, requests)
-                took[clients].append(1000 * seconds / requests)
+                took[clients].append((1000 * seconds / requests, 1000 * (busy(pid) - before) / requests))
                 latency[clients].append(each)
     name = getattr(run.model.backbone, "name", "backbone")
     found = []
     for clients in CLIENTS:
-        sides = {f"forward, batches of {size}": values for size, values in bare.items()} | {"service": took[clients]}
+        both = {f"forward, batches of {size}": values for size, values in bare.items()} | {"service": took[clients]}
+        sides = {side: [clock for clock, _ in values] for side, values in both.items()}
         one = Comparison(f"{name}, {clients} client{'s' if clients > 1 else ''}", "ms/image", sides)
         one.add("images a second, service", lambda ms: 1000 / ms["service"], unit="/s")
         best = f"forward, batches of {BATCH if clients > 1 else 1}"
@@ -84,24 +89,28 @@ def comparisons(run: Run, files: Sequence[str], requests: int, repetitions: int)
         for words, of in (("median", median), ("95 of 100 below", lambda each: quantiles(each, n=20)[-1])):
             values = iter([1000 * of(each) for each in latency[clients]])
             one.add(f"latency, {words}", lambda _, values=values: next(values), unit="ms")  # type: ignore[misc]
-        found.append(one)
+        processors = {side: [cpu for _, cpu in values] for side, values in both.items()}
+        two = Comparison(f"{one.setting}, processors", "ms/image", processors)
+        two.add(f"service / {best}", lambda ms, best=best: ms["service"] / ms[best])  # type: ignore[misc]
+        found += [one, two]
     return found
 
 
-def forward(run: Run, files: Sequence[str], size: int) -> float:
-    """The milliseconds that an image takes in the backbone, in batches of a size."""
+def forward(run: Run, files: Sequence[str], size: int) -> tuple[float, float]:
+    """The milliseconds that an image takes in the backbone, in batches of a size, by the clock and of processors."""
     pixels = torch.stack([run.transform(read_image(file)) for file in files])
     with preserve_state(run.model):
         run.model.backbone(pixels[:size])
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         for batch in pixels.split(size):
             run.model.backbone(batch).patches.sum().item()
-        return 1000 * (time.perf_counter() - started) / len(pixels)
+        clock, processors = time.perf_counter() - started[0], time.process_time() - started[1]
+        return 1000 * clock / len(pixels), 1000 * processors / len(pixels)
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[int]:
-    """A service in a process of its own; its port."""
+def serving(folder: Path) -> Iterator[tuple[int, int]]:
+    """A service in a process of its own; its port, and the number of the process."""
     command = [sys.executable, "-m", "protopush", "serve", str(folder), "--port", "0", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -109,9 +118,15 @@ def serving(folder: Path) -> Iterator[int]:
             port = re.search(r":(\d+) ", line)
             if port is None:
                 raise InputError(f"the service did not start; expected its address: {' '.join(command[1:])}")
-            yield int(port[1])
+            yield int(port[1]), process.pid
         finally:
             process.terminate()
+
+
+def busy(pid: int) -> float:
+    """The seconds that processors were busy with a process so far (Linux)."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def asked(port: int, files: Sequence[str], clients: int, requests: int) -> tuple[float, list[float]]:

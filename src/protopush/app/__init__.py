@@ -8,4 +8,4 @@ from protopush.errors import InputError
 def require_extra(what: str) -> None:
     """Refuse, with an InputError, to start what needs gradio, or what gradio brings along, without it."""
     if find_spec("gradio") is None:
-        raise InputError(f'{what} needs gradio; run: pip install "protopush[app]"')
+        raise InputError(f"{what} needs gradio; pip install protopush[app]")
