@@ -206,6 +206,18 @@ def test_images_that_wait_go_through_the_model_together_and_get_their_own_answer
         assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_answers_of_a_connection_that_stays_open_are_not_held_back(client):
+    """By 40 ms each, where the second packet of an answer waits for the first one's acknowledgement."""
+    connection, took = HTTPConnection("127.0.0.1", client.port, timeout=60), list[float]()
+    for _ in range(20):
+        started = time.monotonic()
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"ready":true}'
+        took.append(time.monotonic() - started)
+    connection.close()
+    assert min(took[1:]) < 0.03
+
+
 def test_an_image_alone_waits_for_nobody(home):
     with served(home / "run", ServiceLimits(max_wait_ms=1000)) as slow:
         slow.json("POST", "/predict", PNG)

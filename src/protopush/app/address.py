@@ -26,7 +26,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise InputError(f"--port {port}; expected 0 to 65535 (0: any that is free)")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        door = socket.socket(family)
+        # The protocol by its number: else asyncio leaves the delay of small packets on, and each answer waits 40 ms.
+        door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         with suppress(OSError):
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind((host, port))

@@ -71,7 +71,7 @@ class ServiceLimits:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that waits, (3, H, W); what a panel is drawn on is read again from its file: kept, it would take memory."""
+    """An image that waits, (3, H, W); what a panel is drawn on is read again from its file, as it would take memory."""
 
     name: str
     pixels: Tensor
