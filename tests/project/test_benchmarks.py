@@ -143,6 +143,16 @@ def test_a_service_beside_the_bare_forward_pass(monkeypatch, home, tmp_path):
         check(one)
 
 
+def test_the_docs_show_what_a_service_costs():
+    found = json.loads((BENCHMARKS / "results" / "serve_speed.json").read_text())["comparisons"]
+    text = (BENCHMARKS.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    for clock, processors, clients in zip(found[::2], found[1::2], (1, 8, 32), strict=True):
+        second, _, middle, most = (result["median"] for result in clock["results"])
+        (ratio,) = processors["results"]
+        row = f"| {clients} | {second:.1f} | {middle:.0f} ms | {most:.0f} ms | {ratio['median']:.2f} |"
+        assert row in text
+
+
 def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import anchoring

@@ -238,31 +238,18 @@ def build_service(service: Service, with_token: bool = False, root_path: str = "
         description="Predictions of a prototype classifier, and the training patches that they rest on.",
     )  # fmt: skip
     known = [Depends(HTTPBearer(auto_error=False))] if with_token else []
-    errors: dict[int | str, Any] = {
-        code: {"model": answers.Error, "description": text} for code, text in ERRORS.items()
-    }
+    errors: dict[int | str, Any] = {code: {"model": answers.Error, "description": why} for code, why in ERRORS.items()}
     unready: dict[int | str, Any] = {503: {"model": Health, "description": "not ready"}}
     app.add_api_route("/health", service.health, methods=["GET"], responses=unready, response_description="ready")
-    app.add_api_route(
-        "/version",
-        service.version,
-        methods=["GET"],
-        dependencies=known,
-        responses={401: errors[401]},
-        response_description="the answer",
-    )
-    app.add_api_route(
-        "/predict", service.predict, methods=["POST"], dependencies=known, responses=errors,
-        response_description="the answer",
-        openapi_extra=_body({"type": "array", "items": BINARY, "maxItems": FILES}),
-    )  # fmt: skip
+    closed: dict[str, Any] = {"dependencies": known, "response_description": "the answer"}
+    app.add_api_route("/version", service.version, methods=["GET"], responses={401: errors[401]}, **closed)
+    several = _body({"type": "array", "items": BINARY, "maxItems": FILES})
+    app.add_api_route("/predict", service.predict, methods=["POST"], responses=errors, openapi_extra=several, **closed)
     picture = {"image/png": {"schema": BINARY}}
-    errors_or_explained = errors | {
-        200: {"model": answers.ExplanationAnswer, "description": "JSON or PNG", "content": picture}
-    }
+    explained = {"model": answers.ExplanationAnswer, "description": "JSON or PNG", "content": picture}
     app.add_api_route(
-        "/explain", service.explain, methods=["POST"], dependencies=known, responses=errors_or_explained,
-        response_model=None, openapi_extra=_body(BINARY),
+        "/explain", service.explain, methods=["POST"], responses=errors | {200: explained}, response_model=None,
+        openapi_extra=_body(BINARY), **closed,
     )  # fmt: skip
 
     def docs(request: Request) -> HTMLResponse:
