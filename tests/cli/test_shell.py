@@ -324,7 +324,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.mark.parametrize(("line", "expected"), [
     ("protopush ", ["demo", "train", "push", "evaluate", "predict", "explain", "report", "compare", "verify", "rebuild",
-                    "forbid", "app", "data", "export"]),
+                    "forbid", "app", "serve", "data", "export"]),
     ("protopush ev", ["evaluate "]),
     ("protopush train --train.e", ["--train.epochs", "--train.ema"]),
     ("protopush train --overwrite ", ["true", "false"]),

@@ -127,6 +127,32 @@ def test_live_fine_tuning_and_explanations(monkeypatch, tmp_path):
     assert windows["results"][0]["goal"] == "<= 1.1"
 
 
+@pytest.mark.slow
+def test_a_service_beside_the_bare_forward_pass(monkeypatch, home, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import serve_speed
+
+    words = ["--requests", "32", "--repetitions", "1", "--out", str(tmp_path / "speed.json")]
+    assert serve_speed.main([str(home / "run"), str(home / "images"), *words]) == 0
+    found = json.loads((tmp_path / "speed.json").read_text())["comparisons"]
+    for one, clients in zip(found[::2], ("1 client", "8 clients", "32 clients"), strict=True):
+        check(one)
+        assert one["setting"] == f"test_resnet, {clients}"
+        assert [result["unit"] for result in one["results"]] == ["/s", "", "ms", "ms"]
+    for one in found[1::2]:
+        check(one)
+
+
+def test_the_docs_show_what_a_service_costs():
+    found = json.loads((BENCHMARKS / "results" / "serve_speed.json").read_text())["comparisons"]
+    text = (BENCHMARKS.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    for clock, processors, clients in zip(found[::2], found[1::2], (1, 8, 32), strict=True):
+        second, _, middle, most = (result["median"] for result in clock["results"])
+        (ratio,) = processors["results"]
+        row = f"| {clients} | {second:.1f} | {middle:.0f} ms | {most:.0f} ms | {ratio['median']:.2f} |"
+        assert row in text
+
+
 def test_the_docs_show_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import anchoring

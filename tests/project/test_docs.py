@@ -46,7 +46,7 @@ PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sor
 SLOW = {
     "train": {"dermoscopy", "training", "faq"}, "report": {"dermoscopy"}, "compare": {"dermoscopy"},
     "demo": {"nowhere"},
-    "app": {"nowhere"},
+    "app": {"nowhere"}, "serve": {"nowhere"},
 }  # fmt: skip
 
 every_page = pytest.mark.parametrize("name", PAGES)

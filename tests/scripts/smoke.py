@@ -110,6 +110,7 @@ def missing_extras() -> None:
 
     for extra, module, words in (
         ("app", "gradio", ["app", "run"]),
+        ("app", "gradio", ["serve", "run"]),
         ("export", "onnxscript", ["export", "run"]),
         ("demo", "elpv_dataset", ["demo", "--out", "demo"]),
         ("hf", "transformers", ["train", *MODEL, "--model.backbone", "hf:x/y", "--out", "hf"]),

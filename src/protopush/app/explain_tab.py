@@ -19,7 +19,6 @@ from protopush.explain.explanation import ClassEvidence, Explanation
 from protopush.models.model_folder import Run
 from protopush.report.cases import contribution_rows
 
-SIDE = 1600  # longest side of the copy that pictures are drawn from
 NARROW = 820  # pixels of a screen below which pictures are made for a phone
 TOP, PANEL, LINES = 10, 3, 10  # classes listed, of these in the panel, and prototypes listed
 WITH_WIDTH = "(value, other) => [value, window.innerWidth]"
@@ -38,9 +37,7 @@ class Shown:
     @classmethod
     def of(cls, run: Run, upload: Upload) -> Shown:
         """An upload, as the model sees it."""
-        copy = upload.image.copy()
-        copy.thumbnail((SIDE, SIDE))
-        return cls(upload.name, run.transform(upload.image), run.transform.view(upload.image.size), copy)
+        return cls(upload.name, run.transform(upload.image), run.transform.view(upload.image.size), upload.copy())
 
     def explain(self, store: RunStore, run: Run, also: tuple[str, ...] = ()) -> Explanation:
         """All that counts for the most probable classes, and for others that are asked for."""

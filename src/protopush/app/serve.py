@@ -5,21 +5,19 @@ One address, one folder for uploads, nothing left behind at the end.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from protopush.app.address import address_of, check_public, is_local, known_as, listening, may_call
 from protopush.app.run_store import RunStore, UsageWorker
 from protopush.app.upload import Limits
 from protopush.errors import InputError, listing
@@ -65,18 +63,7 @@ class Guard:
             return False
         if "\\" in path or ".." in path.split("/"):
             return False
-        host = headers.get("host", "")
-        if self.hosts and _name(f"//{host}") not in self.hosts:
-            return False  # a page of another site that has its name point here
-        origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == host or _name(origin) in self.proxies
-
-
-def _name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+        return may_call(headers, self.hosts, self.proxies)
 
 
 def _with_policy(message: Message) -> Message:
@@ -90,7 +77,6 @@ def _with_policy(message: Message) -> Message:
 
 logger = logging.getLogger("protopush.training")
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -114,9 +100,7 @@ def serve(
     Raises:
         InputError: gradio isn't installed, the run can't be opened, or the address isn't free.
     """
-    root_path, names = _public(root_path, allowed_host)
-    if not limits.megabytes > 0:
-        raise InputError(f"--max_megabytes {limits.megabytes:g}; expected a number above 0")
+    root_path, names = check_public(root_path, allowed_host)
     store.run()
     uploads = tempfile.TemporaryDirectory(prefix="protopush-app-", ignore_cleanup_errors=True)
     with uploads as folder, listening(host, port) as door:
@@ -128,9 +112,8 @@ def serve(
             logger.warning(
                 "Everybody who reaches %s may view and decide; there are no passwords", listing([*names]) or host
             )
-        address = f"[{host}]" if ":" in host else host
         try:
-            print(f"Review app: http://{address}:{door.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+            print(f"Review app: {address_of(host, door)} (Ctrl-C ends it)", flush=True)
             uvicorn.Server(config).run(sockets=[door])
         except KeyboardInterrupt:
             pass
@@ -139,18 +122,6 @@ def serve(
     print("Review app ended; every decision is in the run.", flush=True)
     if still:  # a decision that is being worked out has changed nothing yet, and would keep the process for minutes
         os._exit(0)
-
-
-def _public(root_path: str, allowed_host: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """A proxy's path or address without the last slash, and the names of hosts, checked."""
-    if root_path and not root_path.startswith(("/", "http://", "https://")):
-        raise InputError(
-            f"--root_path {root_path}; expected a path (/review) or an address (https://example.org/review)"
-        )
-    names = tuple(_name(f"//{given}") for given in allowed_host)
-    if wrong := [given for given, name in zip(allowed_host, names, strict=True) if not name or {*given} & {*"/*"}]:
-        raise InputError(f"--allowed_host {listing(wrong)}; expected names of hosts, such as hub.example.org")
-    return root_path.rstrip("/"), names
 
 
 def build_app(
@@ -167,8 +138,7 @@ def build_app(
     from protopush.app.page import HEAD, STYLES, theme
     from protopush.app.review_tabs import as_csv, as_json
 
-    closed = is_local(host) or bool(allowed_host)
-    guard = Middleware(Guard, hosts=(*LOCAL, *allowed_host) if closed else (), proxies=allowed_host)
+    guard = Middleware(Guard, hosts=known_as(host, allowed_host), proxies=allowed_host)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, middleware=[guard])
 
     def saved(kind: str, media: str, text: str) -> Response:
@@ -205,34 +175,3 @@ def build_page(store: RunStore, limits: Limits) -> Any:
             with gr.Tab("Decisions", id="decisions") as tab:
                 decisions_tab(store, tab)
     return page
-
-
-def is_local(host: str) -> bool:
-    """Whether only programs of this computer reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that is bound and heard already, so that what is wrong with the address is known first.
-
-    Raises:
-        InputError: it is taken, or none of this computer's.
-    """
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port {port}; expected 0 to 65535 (0: any that is free)")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        door = socket.socket(family)
-        with suppress(OSError):
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind((host, port))
-        door.listen(128)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise InputError(f"cannot listen on {host} port {port} ({why}); choose another --port or --host") from error
-    with door:
-        yield door

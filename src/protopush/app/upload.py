@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,6 +14,7 @@ from protopush.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM")  # by content, no matter what the name says
 KINDS = "JPEG, PNG, TIFF, BMP, WebP or GIF"
+SIDE = 1600  # longest side of the copy that pictures are drawn from
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class Limits:
 
     megabytes: float = 20.0
     megapixels: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.megabytes > 0:
+            raise InputError(f"--max_megabytes {self.megabytes:g}; expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,24 @@ class Upload:
     image: Image.Image
     note: str = ""
 
+    def copy(self) -> Image.Image:
+        """A copy to draw on, no larger than pictures need."""
+        copy = self.image.copy()
+        copy.thumbnail((SIDE, SIDE))
+        return copy
 
-def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
-    """The picture in an uploaded file.
+
+def read_upload(file: str | Path | IO[bytes], limits: Limits = Limits(), name: str = "") -> Upload:
+    """The picture in an uploaded file: its path, or the file itself and its ``name``.
 
     Raises:
         InputError: it is empty, too large, no image, has too many pixels, or is damaged; the message is for the person
             who chose the file.
     """
-    path = Path(path)
-    name, size = path.name, path.stat().st_size
+    if isinstance(file, (str, Path)):
+        name, size = name or Path(file).name, Path(file).stat().st_size
+    else:
+        size = file.seek(0, os.SEEK_END)
     if not size:
         raise InputError(f"{name} is empty (0 bytes). Choose another file.")
     if size > limits.megabytes * 1e6:
@@ -48,13 +63,13 @@ def read_upload(path: str | Path, limits: Limits = Limits()) -> Upload:
         )
     picture, note = None, ""
     try:
-        with opened(path, formats=FORMATS) as image:
+        with opened(file, formats=FORMATS) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels <= limits.megapixels:
-                note, picture = _note(image), read_image(path)
+                note, picture = _note(image), read_image(file)
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image. Choose a {KINDS} file.") from error
-    except (InputError, MemoryError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever a damaged file does to a decoder
         raise InputError(f"{name} is damaged or cut off and can't be read. Choose a whole file.") from error
     if picture is None:
         most = limits.megapixels

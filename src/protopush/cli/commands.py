@@ -256,6 +256,9 @@ def app(
         root_path: where a reverse proxy shows the page: a path such as /review, or the whole address.
         allowed_host: names by which browsers may call the page, besides those of this computer.
     """
+    from protopush.app import require_extra
+
+    require_extra("the review app")
     from protopush.app.run_store import RunStore
     from protopush.app.serve import serve
     from protopush.app.upload import Limits
@@ -265,6 +268,37 @@ def app(
     store = RunStore(opened.folder, opened.data, opened.device, data.num_workers)
     limits = Limits(max_megabytes, DataConfig(**opened.data).max_megapixels)
     serve(store, limits, host, port, root_path, allowed_host or ())
+    return 0
+
+
+def serve(
+    run: str, *, host: str = "127.0.0.1", port: int = 7861, max_megabytes: float = 20.0, max_batch: int = 16,
+    max_wait_ms: float = 5.0, token_file: str = "", root_path: str = "", allowed_host: list[str] | None = None,
+    data: Images = Images(num_workers=0), device: str = "auto",
+) -> int:  # fmt: skip
+    """Answer over HTTP: predictions and explanations for other programs.
+
+    Args:
+        host: the address to listen on; one that other computers reach needs a token.
+        port: 0: any that is free.
+        max_megabytes: of a request.
+        max_batch: images of a forward pass.
+        max_wait_ms: that an image waits for others that are on their way.
+        token_file: what callers have to know; without, the variable PROTOPUSH_TOKEN.
+        root_path: where a reverse proxy shows the service: a path such as /model, or the whole address.
+        allowed_host: names by which the service may be called, besides those of this computer.
+    """
+    from protopush.app import require_extra
+    from protopush.app.upload import Limits
+    from protopush.data.manifest import DataConfig
+
+    require_extra("the service")
+    from protopush.app.resident import run_service
+    from protopush.app.service import ServiceLimits
+
+    opened = _open(run, data, device)
+    limits = ServiceLimits(Limits(max_megabytes, DataConfig(**opened.data).max_megapixels), max_batch, max_wait_ms)
+    run_service(opened, limits, host, port, token_file, root_path, allowed_host or ())
     return 0
 
 
@@ -336,6 +370,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "rebuild": rebuild,
     "forbid": forbid,
     "app": app,
+    "serve": serve,
     "data audit": data_audit,
     "export": export,
 }

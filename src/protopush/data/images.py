@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ _SUSPENDED = _PillowLimit()
 
 @contextmanager
 def opened(
-    file: str | Path | io.BytesIO, max_megapixels: float = inf, formats: tuple[str, ...] | None = None
+    file: str | Path | IO[bytes], max_megapixels: float = inf, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """An image of which the header alone was read; a ValueError beyond the limit. Pillow's own does not count."""
     with _SUSPENDED, Image.open(file, formats=formats) as image:
@@ -63,8 +63,8 @@ def opened(
         yield image
 
 
-def read_image(path: str | Path, max_megapixels: float = inf) -> Image.Image:
-    """The picture in a file, upright (EXIF), in RGB with 8 bits a channel.
+def read_image(path: str | Path | IO[bytes], max_megapixels: float = inf) -> Image.Image:
+    """The picture in a file (a path, or one that is open), upright (EXIF), in RGB with 8 bits a channel.
 
     The limit is for files that :func:`check_images` has not seen.
 
@@ -76,7 +76,8 @@ def read_image(path: str | Path, max_megapixels: float = inf) -> Image.Image:
             white.
     """
     try:
-        refuse_device(path)
+        if isinstance(path, (str, Path)):
+            refuse_device(path)
         with opened(path, max_megapixels) as image:
             image.load()
             refuse_unknown_scale(image)

@@ -257,13 +257,25 @@ def explain_batch(
         views: B, the geometry of each picture (``transform.view``).
         files: B names, for the record.
     """
-    head = model.head
-    _check(head, class_names, top_classes, also)
+    _check(model.head, class_names, top_classes, also)
     with preserve_state(model):
         features: Features = model.backbone(images)
-        output: HeadOutput = head(features)
-        weights = head.weights().tolist()
-    regions = head.compared(features.regions)
+        output: HeadOutput = model.head(features)
+    return explain_output(model.head, output, features.regions, views, files, class_names, top_classes, also)
+
+
+def explain_output(
+    head: HeadOptimal,
+    output: HeadOutput,
+    regions: Regions,
+    views: Sequence[View],
+    files: Sequence[str],
+    class_names: Sequence[str],
+    top_classes: int = 3,
+    also: Sequence[str] = (),
+) -> list[Explanation]:
+    """The same for what the head said already of a batch; ``regions`` are those of the patches that it saw."""
+    regions, weights = head.compared(regions), head.weights().tolist()
     logits, biases = output.logits.double().cpu(), head.bias.tolist()
     # (B, C, K) each, brought over from the device at once
     terms = [some.cpu() for some in (output.similarities, output.contributions, output.cells, output.maps)]

@@ -186,8 +186,13 @@ class Outputs(NamedTuple):
 def run_model(model: ProtoModel, images: Tensor, top: int) -> Outputs:
     """Run a model, in eval mode and without gradients, over images (B, 3, H, W) on its device, for ``top`` slots."""
     output: HeadOutput = model(images)
+    return read_output(output, model.head.proto_manager.mask(), top)
+
+
+def read_output(output: HeadOutput, mask: Tensor, top: int) -> Outputs:
+    """What a head said of B images, for ``top`` slots; ``mask`` (C, K) says which are in use."""
     logits = output.logits.double().cpu() if output.logits.device.type != "mps" else output.logits.cpu().double()
-    used = model.head.proto_manager.mask().cpu().numpy()
+    used = mask.cpu().numpy()
     similarities = np.round(_array(output.similarities), DIGITS)
     predicted = logits.argmax(dim=1).numpy()
     rows = np.arange(len(predicted))
