@@ -157,13 +157,18 @@ class Backbone(nn.Module):
         if self.recipe is not None:
             self.recipe["sees"] = [list(region) for region in sees]
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether the patches are windows, each seen alone."""
+        return isinstance(self.model, WindowedModel)
+
     def embed_crops(self, crops: Tensor) -> Tensor:
         """The feature of each crop (N, 3, h, w), normalised, as of a window of an image: (N, C).
 
         Raises:
             InputError: the backbone has no windows.
         """
-        if not isinstance(self.model, WindowedModel):
+        if not isinstance(self.model, WindowedModel):  # as has_windows says
             raise InputError(f"{self.name} sees images as a whole; expected a backbone with windows; give windows=64")
         return self.model.embed(crops.contiguous(memory_format=torch.channels_last))
 

@@ -92,6 +92,15 @@ class ProtoModel(PushMixin, PretrainedMixin, nn.Module):
         features: Features = self.backbone(images)
         return features.pooled, features.patches
 
+    def embed_cell(self, images: Tensor, cell: int) -> Tensor | None:
+        """The feature (C,) of one patch of one image (1, 3, H, W), from its window alone; None where there is none."""
+        regions = self.regions_of(images)
+        if regions is None or not getattr(self.backbone, "has_windows", False) or not 0 <= cell < len(regions):
+            return None
+        x0, y0, x1, y1 = map(int, regions.boxes[cell])
+        feature: Tensor = self.backbone.embed_crops(images[:, :, y0:y1, x0:x1])[0]
+        return feature
+
     def regions_of(self, images: Tensor) -> Regions | None:
         """Where the patches of such images lie, for the push's records; None where the backbone does not say."""
         known: Callable[[tuple[int, int]], Regions] | None = getattr(self.backbone, "regions_of", None)

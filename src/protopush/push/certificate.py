@@ -145,7 +145,7 @@ def verify_anchors(
     same_weights: bool = True,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[AnchorCheck]:
-    """Embed the file of every anchor again and compare.
+    """Embed the file of every anchor again and compare; of a model of windows, the anchor's window alone.
 
     Args:
         model, device: with ``extract_features`` and ``head.proj``, and where it is.
@@ -157,7 +157,8 @@ def verify_anchors(
         same_weights: whether the model's weights are those that the anchors were recorded with.
         advance: called with 1 as the turn comes to each anchor (a progress bar's step).
     """
-    embedded: dict[tuple[str, bool], tuple[Tensor | None, str]] = {}  # a file once, however many anchors it has
+    read: dict[str, tuple[Tensor | None, str]] = {}  # a file once, however many anchors it has
+    whole: dict[tuple[str, bool], Tensor] = {}
     checks = []
     for c, k in manager.used_slots():
         anchor = manager.anchor(c, k)
@@ -165,20 +166,20 @@ def verify_anchors(
         if anchor is None:
             checks.append(AnchorCheck(class_names[c], k, "", None, None, "no_anchor"))
             continue
-        key = (str(anchor.file), anchor.pooled)
-        if key not in embedded:
-            embedded[key] = _embed(model, transform, root, anchor, torch.device(device))
-        patches, fault = embedded[key]
+        name = str(anchor.file)
+        if name not in read:
+            read[name] = _read(transform, root, anchor)
+        image, fault = read[name]
         measured = None
-        if patches is not None:
-            there = 0 <= anchor.cell < len(patches)
-            if there:
+        if image is not None:
+            patch = _embed(model, image.to(device), anchor, whole)
+            if patch is not None:
                 prototype = manager.prototypes[manager.index(c, k)].detach()
-                measured = float(patches[anchor.cell] @ F.normalize(prototype.to(patches.dtype), dim=0))
+                measured = float(patch @ F.normalize(prototype.to(patch.dtype), dim=0))
                 measured = measured if math.isfinite(measured) else None
             if not same_weights:
                 fault = "weights_changed"
-            elif not there:
+            elif patch is None:
                 fault = "no_such_cell"
             elif measured is None or not abs(measured - anchor.similarity_after) <= tolerance:
                 fault = "similarity_off"
@@ -192,10 +193,8 @@ def file_within(root: Path, name: str) -> Path | None:
     return None if pure.is_absolute() or ".." in pure.parts else root / name
 
 
-def _embed(
-    model: Pushable, transform: EvalTransform, root: Path, anchor: Anchor, device: torch.device
-) -> tuple[Tensor | None, str]:
-    """The unit embeddings (L, D) of an anchor's file, or what is wrong with it."""
+def _read(transform: EvalTransform, root: Path, anchor: Anchor) -> tuple[Tensor | None, str]:
+    """The image (1, 3, H, W) of an anchor, or what is wrong with its file."""
     if anchor.file is None:
         return None, "no_file"
     file = file_within(root, anchor.file)
@@ -206,10 +205,25 @@ def _embed(
     if anchor.sha256 is not None and sha256_of(file) != anchor.sha256:
         return None, "file_changed"
     try:
-        picture = read_image(file)
+        return transform(read_image(file)).unsqueeze(0), ""
     except InputError:
         return None, "file_unreadable"
+
+
+def _embed(model: Pushable, image: Tensor, anchor: Anchor, whole: dict[tuple[str, bool], Tensor]) -> Tensor | None:
+    """The unit embedding (D,) of an anchor's patch; None where its image has no such patch.
+
+    What a model makes of whole images is kept in ``whole``, for other anchors of the same one.
+    """
+    alone: Callable[[Tensor, int], Tensor | None] = getattr(model, "embed_cell", lambda *_: None)
+    key = (str(anchor.file), anchor.pooled)
     with preserve_state(model):  # type: ignore[arg-type]
-        pooled, patches = model.extract_features(transform(picture).unsqueeze(0).to(device))
-        projected = model.head.proj(pooled if anchor.pooled else patches)[0]
-    return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1), ""
+        features = None if anchor.pooled else alone(image, anchor.cell)
+        if features is None:
+            if key not in whole:
+                whole[key] = model.extract_features(image)[0 if anchor.pooled else 1][0]
+            if not 0 <= anchor.cell < len(whole[key]):
+                return None
+            features = whole[key][anchor.cell]
+        projected = model.head.proj(features)
+    return F.normalize(projected.to(exact_dtype(projected.device)), dim=-1)
