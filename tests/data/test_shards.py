@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from helpers import CLASSES, SMALL, anchors, make_masked_images, noise, refused, start_ranks
 from protopush import open_run, push_prototypes
 from protopush.cli import main
-from protopush.data import shards
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Catalog
-from protopush.data.shards import Tar, in_shard, is_file, open_shard
+from protopush.data.shards import in_shard, is_file, open_shard
 from protopush.data.sources import load_catalog, recognise
 from protopush.data.table import read_table
+from protopush.data.tar_shards import Names, Tar
 from protopush.errors import InputError
 from protopush.predict.inputs import list_inputs
 
@@ -256,7 +256,7 @@ class TestNames:
         assert len(set(check_images([sample.image for sample in found.samples]))) == 2
 
     def test_a_million_members_take_little_memory(self):
-        names = shards.Names((f"{i:09d}.jpg" for i in range(20_000)), "x.tar")
+        names = Names((f"{i:09d}.jpg" for i in range(20_000)), "x.tar")
         assert names.sorted.nbytes + names.order.nbytes <= 20_000 * 21
         assert [names.place(f"{i:09d}.jpg") for i in (0, 777, 19_999, 20_000)] == [0, 777, 19_999, None]
         assert names.place("0" * 500) is None

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from protopush.data.shards import in_shard, member, open_file
+from protopush.data.shards import in_shard, is_file, member, open_file
 from protopush.errors import InputError, first_line, listing
 
 # What Pillow raises for files that are no image, truncated, damaged, or too large for the memory.
@@ -200,9 +200,11 @@ def why_unreadable(path: str | Path, error: BaseException) -> str:
     """A few words for what reading an image raised, the same each time."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    with suppress(OSError, InputError), open_file(path) as file:
-        if not file.read(1):
-            return "empty file"
+    with suppress(OSError, InputError):  # a pipe would never open
+        if is_file(path):
+            with open_file(path) as file:
+                if not file.read(1):
+                    return "empty file"
     text = str(error)
     if "cannot identify" in text:
         return "not an image"
