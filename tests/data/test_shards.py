@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ from torch.utils.data import DataLoader
 from helpers import CLASSES, SMALL, anchors, make_masked_images, noise, refused, start_ranks
 from protopush import open_run, push_prototypes
 from protopush.cli import main
+from protopush.data import shards
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Catalog
-from protopush.data.shards import in_shard, is_file, open_shard
+from protopush.data.shards import in_shard, index_shards, is_file, open_shard
 from protopush.data.sources import load_catalog, recognise
 from protopush.data.table import read_table
 from protopush.data.tar_shards import Names, Tar
@@ -260,6 +262,13 @@ class TestNames:
         assert names.sorted.nbytes + names.order.nbytes <= 20_000 * 21
         assert [names.place(f"{i:09d}.jpg") for i in (0, 777, 19_999, 20_000)] == [0, 777, 19_999, None]
         assert names.place("0" * 500) is None
+
+    def test_what_is_where_is_found_once_before_processes_are_forked(self, tmp_path, monkeypatch):
+        tars = [write_tar(tmp_path / f"{i}.tar", {"a.png": png(0, i), "b.png": png(1, i)}) for i in range(2)]
+        index_shards([tars[0] / "a.png", tars[1] / "b.png", tars[0] / "b.png", tmp_path / "c.png"])
+        monkeypatch.setattr(shards, "Tar", None)
+        loader = DataLoader([tars[0] / "b.png", tars[1] / "a.png"], num_workers=2, collate_fn=lambda b: sha256_of(b[0]))
+        assert list(loader) == [sha256(png(1, 0)).hexdigest(), sha256(png(0, 1)).hexdigest()]
 
     def test_a_shard_that_was_written_again_is_read_again(self, tmp_path):
         tar = write_tar(tmp_path / "x.tar", {"a.png": png(0, 0)})

@@ -6,6 +6,7 @@ import io
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +79,12 @@ def member(path: str | Path) -> Member | None:
 def open_file(path: str | Path) -> BinaryIO:
     """A file, or what lies in a shard, opened to be read."""
     return member(path) or open(path, "rb")
+
+
+def index_shards(paths: Iterable[str | Path]) -> None:
+    """Know what is where in the shards of files before processes that read them are forked: else each finds out."""
+    for shard in sorted({place[0] for place in map(in_shard, paths) if place is not None}):
+        open_shard(shard)
 
 
 def is_file(path: str | Path) -> bool:

@@ -108,7 +108,7 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
 
     Args:
         paths: folders, manifests (.csv, .tsv or .tab, with a column ``image``, relative to the manifest, and
-            perhaps ``label``), and image files; of the latter any name will do.
+            perhaps ``label``), shards (.tar, .parquet), and image files; of the latter any name will do.
 
     Raises:
         InputError: a path that isn't there, a folder without images, or no manifest.
