@@ -134,12 +134,15 @@ def begin(job: Job, features: CachedFeatures, start: str, seed: int) -> None:
         )
 
 
-def some_patches(features: CachedFeatures, chosen: NDArray[np.bool_], most: int, random: np.random.Generator) -> Tensor:
-    """So many patches (n, C) of the chosen images, each once; all where there are no more."""
-    images, cells = np.flatnonzero(chosen), len(features.patches(0))
+def some_patches(
+    features: Sequence[Any] | CachedFeatures, chosen: NDArray[np.bool_], most: int, random: np.random.Generator
+) -> Tensor:
+    """So many patches (n, C) of the chosen items, (patches (L, C), ...) each, once; all where there are no more."""
+    images, (cells, channels) = np.flatnonzero(chosen), features[0][0].shape
     count = len(images) * cells
     drawn = np.sort(random.choice(count, min(most, count), replace=False))
-    return torch.stack([features.patches(int(images[one // cells]))[one % cells] for one in drawn]).float()
+    found = [features[int(images[one // cells])][0][one % cells] for one in drawn]
+    return torch.stack(found).float() if found else torch.empty(0, channels)
 
 
 def k_means(patches: NDArray[np.float64], count: int, random: np.random.Generator) -> NDArray[np.float64]:

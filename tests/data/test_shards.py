@@ -333,9 +333,10 @@ class TestSource:
                 assert read_image(found.samples[i].image).tobytes() == noise(i % 2, i).tobytes()
 
     def test_shards_beside_images_are_left_alone(self, image_folder):
-        write_tar(image_folder / "all.tar", {"a.png": b"broken"})
+        write_tar(image_folder / "all.tar", {"a.png": png(0, 0), "a.cls": b"x"})
         assert recognise(str(image_folder)) == "folder"
         assert len(list_inputs([str(image_folder)]).names) == 30
+        assert [sample.name for sample in load_catalog(str(image_folder), "shards").samples] == ["all.tar/a.png"]
 
 
 LABELLED = {"a.png": png(0, 0), "a.cls": b"x", "b.png": png(1, 1), "b.cls": b"y"}

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from protopush.data.parquet_shards import Table
 from protopush.data.tar_shards import Tar, compressed
-from protopush.data.walk import is_dropping, walk_images
+from protopush.data.walk import extensions, is_dropping
 
 ENDINGS = (".tar", ".parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")  # no place in them can be read alone
@@ -101,10 +101,16 @@ def is_shard(path: str | Path) -> bool:
     return name.endswith((*ENDINGS, *PACKED)) and name != METADATA and os.path.isfile(path)  # noqa: PTH113
 
 
-def shards_below(folder: Path) -> list[Path]:
-    """The shards anywhere below a folder, in order; none where there are images as well: then these are meant."""
+def shards_below(folder: Path, alone: bool = True) -> list[Path]:
+    """The shards anywhere below a folder, in order.
+
+    ``alone``: none where there are images as well, which are meant then.
+    """
     found = []
-    for top, folders, names in os.walk(folder):
+    for top, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_dropping(name)]
-        found += [Path(top, name) for name in names if not is_dropping(name) and is_shard(Path(top, name))]
-    return sorted(found) if found and next(walk_images(folder), None) is None else []
+        names = [name for name in files if not is_dropping(name)]
+        if alone and any(os.path.splitext(name)[1].lower() in extensions() for name in names):  # noqa: PTH122
+            return []
+        found += [Path(top, name) for name in names if is_shard(os.path.join(top, name))]  # noqa: PTH118
+    return sorted(found)

@@ -33,9 +33,9 @@ def shards(path: str, classes: Sequence[str] | None = None) -> Catalog:
     """
     place = Path(path)
     root = place if place.is_dir() else place.parent
-    files = shards_below(root) if place.is_dir() else [place] if path and is_shard(place) else []
+    files = shards_below(root, alone=False) if place.is_dir() else [place] if path and is_shard(place) else []
     if not files:
-        raise InputError(f"no shards: {place if path else '(none given)'}; expected {EXPECTED}, without other images")
+        raise InputError(f"no shards: {place if path else '(none given)'}; expected {EXPECTED}")
     names, found, lacking = _class_names(root), list[tuple[Sample, str]](), list[str]()
     ordered = dict.fromkeys(names)
     for file in files:
