@@ -208,7 +208,7 @@ def cache(count: int, channels: int, folder: Path) -> dict[str, Any]:
             "ms to read one at random": each * 1e3,
             "largest 1 - cosine of a patch": float(1 - cosines.min()),
         }
-    return rows | {"channels": channels, "peak MB": peak()}
+    return rows | {"channels": channels}
 
 
 def peak() -> float:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from helpers import CLASSES, SMALL, anchors, make_masked_images, noise, refused, start_ranks
+from helpers import CLASSES, SMALL, anchors, make_masked_images, noise, refused, start_ranks, write_tar
 from protopush import open_run, push_prototypes
 from protopush.cli import main
 from protopush.data import shards
@@ -42,17 +42,6 @@ def png(label: int, number: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(noise(label, number)).save(stream, "PNG")
     return stream.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A plain tar, in this order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return path
 
 
 def as_webdataset(manifest: Path, folder: Path) -> Path:
