@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +21,12 @@ from PIL import Image
 from torch import distributed
 from torch.utils.data import DataLoader
 
+from forked import Forked
 from helpers import CLASSES, SMALL, anchors, make_masked_images, noise, refused, start_ranks, write_tar
 from protopush import open_run, push_prototypes
+from protopush.backbones.create import Backbone
 from protopush.cli import main
-from protopush.data import shards
+from protopush.data import feature_shards, features, shards
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import check_images, image_size, read_image, sha256_of
 from protopush.data.manifest import Catalog
@@ -441,6 +445,41 @@ def test_parquet_without_pyarrow_is_one_line_and_tar_needs_nothing(tmp_path, mon
     line = refused(capsys, "train", "--data.path", path, "--out", tmp_path / "run")
     assert "needs pyarrow to be read; pip install 'protopush[shards]'" in line
     assert len(load_catalog(str(tar)).samples) == 2
+
+
+def train_slowly(folder: str, seconds: float) -> None:
+    """Train on shards, with features in shards of four images."""
+    feature_shards.SHARD = features.SHARD = 4
+    backbone, forward = Backbone, Backbone.forward
+    backbone.forward = lambda self, images: (time.sleep(seconds), forward(self, images))[1]
+    place, cache, out = (f"{folder}/{name}" for name in ("webdataset", "cache", "run"))
+    words = ["train", "--data.path", place, "--out", out, *SMALL, "--trainer.cache_dir", cache]
+    assert main(words) == 0
+
+
+def test_a_training_killed_while_it_stores_features_of_shards_ends_as_if_it_had_not_been(home, tmp_path):
+    shutil.copytree(home / "webdataset", tmp_path / "webdataset")
+    code = (
+        f"import sys; sys.path[:] = {sys.path}; from {__name__} import train_slowly; train_slowly({str(tmp_path)!r}, "
+    )
+    process = Forked(program=code + "0.3)")
+    while len(list(tmp_path.glob("cache/*/*.npy"))) < 2:
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stored = {file: file.stat().st_ino for file in tmp_path.glob("cache/*/*.npy")}
+    assert 2 <= len(stored) < 5
+    assert not (tmp_path / "run").exists()
+    again = Forked(program=code + "0)")
+    assert again.wait() == 0, again.stderr
+    assert {file: file.stat().st_ino for file in stored} == stored
+    assert len(list(tmp_path.glob("cache/*/*.npy"))) == 5 + 2  # 18 images to train on, 6 for validation
+    assert not list(tmp_path.glob("cache/*/.*"))
+    trained = home / "runs" / "webdataset-trained"
+    for name in ("model.safetensors", "prototypes.json", "split.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes(), name
+    assert main(["verify", str(tmp_path / "run")]) == 0
 
 
 def rank_main(rank: int, world: int, folder: str) -> None:
