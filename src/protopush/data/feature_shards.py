@@ -118,7 +118,7 @@ class Claims:
             raise InputError(f"cannot make {folder} ({error.strerror}); choose another --trainer.cache_dir") from error
         self.folder, self.numbers, self.images, self.batch = folder, numbers, images, batch
         self.locks: dict[int, FileLock] = {}
-        self.left: dict[str, list[Path]] = defaultdict(list)  # what killed processes have begun
+        self.left: dict[str, list[Path]] = defaultdict(list)  # unfinished, of killed processes
         for file in folder.glob(".*.tmp"):
             self.left[file.name.split(".")[1]].append(file)
 
