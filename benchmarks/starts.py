@@ -123,8 +123,8 @@ def begin(job: Job, features: CachedFeatures, start: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     job.head.eval()  # without dropout; an epoch begins with train()
     for c, (first, end) in enumerate(manager.get_prototype_indices()) if start != "random" else ():
-        patches = some_patches(features.array, labels == c, MOST, random)
-        embedded = job.head.embed(torch.from_numpy(patches).float().to(job.fabric.device)).cpu().double().numpy()
+        patches = some_patches(features, labels == c, MOST, random)
+        embedded = job.head.embed(patches.to(job.fabric.device)).cpu().double().numpy()
         chosen = class_means if start.startswith("class mean") else k_means
         found = torch.from_numpy(chosen(embedded, end - first, random)).to(manager.prototypes)
         manager.prototypes[first : first + len(found)] = found  # a class without patches keeps its random ones
@@ -135,13 +135,14 @@ def begin(job: Job, features: CachedFeatures, start: str, seed: int) -> None:
 
 
 def some_patches(
-    array: NDArray[np.float16], chosen: NDArray[np.bool_], most: int, random: np.random.Generator
-) -> NDArray[np.float16]:
-    """So many patches (n, C) of the chosen images of (N, L, C), each once; all where there are no more."""
-    images, cells = np.flatnonzero(chosen), array.shape[1]
+    features: Sequence[Any] | CachedFeatures, chosen: NDArray[np.bool_], most: int, random: np.random.Generator
+) -> Tensor:
+    """So many patches (n, C) of the chosen items, (patches (L, C), ...) each, once; all where there are no more."""
+    images, (cells, channels) = np.flatnonzero(chosen), features[0][0].shape
     count = len(images) * cells
     drawn = np.sort(random.choice(count, min(most, count), replace=False))
-    return np.asarray(array[images[drawn // cells], drawn % cells])
+    found = [features[int(images[one // cells])][0][one % cells] for one in drawn]
+    return torch.stack(found).float() if found else torch.empty(0, channels)
 
 
 def k_means(patches: NDArray[np.float64], count: int, random: np.random.Generator) -> NDArray[np.float64]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -103,6 +105,17 @@ def write_table(path: Path, header: str, rows: list[list[object]], separator: st
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [header.replace(",", separator), *(separator.join(map(str, row)) for row in rows)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A plain tar, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
 
 
 def edit(path: Path, old: str, new: str) -> None:

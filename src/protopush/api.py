@@ -371,7 +371,7 @@ class Run(stored_run.Run):
         """Write a CSV of predictions for any number of images; after a kill, the same call goes on with it.
 
         Args:
-            paths: folders, manifests (CSV ``image[,label]``) or image files.
+            paths: folders, manifests (CSV ``image[,label]``), shards (.tar, .parquet) or image files.
             out: the CSV file; after a kill, the same words go on with it.
             top: prototypes named for each image; 0: none.
             threshold: similarity below which nothing in training is like an image; None: set on validation images.

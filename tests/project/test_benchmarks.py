@@ -294,13 +294,13 @@ def test_starts_are_what_they_say(monkeypatch):
         starts.frequency_bias(torch.tensor([1, 5, 0])), -torch.tensor([1 / 2, 5 / 2, 1 / 2]).log(), atol=1e-6
     )
     array = np.arange(5 * 3 * 2, dtype=np.float16).reshape(5, 3, 2)
-    chosen = np.array([False, True, False, True, True])
-    rows = {tuple(row) for row in array[chosen].reshape(-1, 2)}
-    drawn = [tuple(row) for row in starts.some_patches(array, chosen, 7, random)]
+    chosen, items = np.array([False, True, False, True, True]), [(torch.from_numpy(patches), 0) for patches in array]
+    rows = {tuple(row) for row in array[chosen].reshape(-1, 2).tolist()}
+    drawn = [tuple(row) for row in starts.some_patches(items, chosen, 7, random).tolist()]
     assert len(set(drawn)) == 7
     assert set(drawn) < rows
-    assert {tuple(row) for row in starts.some_patches(array, chosen, 100, random)} == rows
-    assert starts.some_patches(array, ~(chosen | True), 7, random).shape == (0, 2)
+    assert {tuple(row) for row in starts.some_patches(items, chosen, 100, random).tolist()} == rows
+    assert starts.some_patches(items, ~(chosen | True), 7, random).shape == (0, 2)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import protopush
 from browser import CONTRASTS, Visit
 from docs_blocks import ROOT, blocks, commands
-from helpers import SMALL, make_isic
+from helpers import SMALL, make_isic, write_tar
 from protopush.backbones.create import BUILDERS
 from protopush.cli import main
 from protopush.cli.commands import COMMANDS
@@ -120,6 +120,9 @@ def test_commands_run(name, workshop, capsys):
         make_isic(workshop / "ISIC2018")
         first = workshop / "ISIC2018/ISIC2018_Task3_Training_Input/ISIC_0000000.jpg"
         shutil.copyfile(first, workshop / "ISIC_0024306.jpg")
+    if name == "scale":
+        first = (workshop / "images" / "bird" / "000.png").read_bytes()
+        write_tar(workshop / "shards" / "test-0000.tar", {"abc.png": first})
     for command in commands(text_of(name)):
         words = command[command.index("protopush") + 1 :]
         parser_of(words, read=True)

@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
-from helpers import make_images
+from helpers import SMALL, make_images, refused
 from protopush import InputError, ProtoModel, load
 from protopush.backbones.create import create_backbone
+from protopush.cli import main
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import cache_features
 from protopush.data.images import check_images
@@ -213,7 +215,7 @@ def test_cache_is_used_again_and_never_when_stale(tmp_path, image_folder):
 
     first, passes = cached()
     assert passes == 2
-    assert first.array.dtype == np.float16
+    assert first[5][0].dtype == torch.float16
     assert first.regions == backbone.regions
     with torch.no_grad():
         image = ImageDataset(samples, first.eval_transform)[5][0].unsqueeze(0)
@@ -241,7 +243,7 @@ def test_a_broken_cache_computation_leaves_no_cache(tmp_path, image_folder):
     images = ImageDataset(samples, EvalTransform(backbone.preprocessing))
     with pytest.raises(InputError, match=r"in at least 2\d samples: bird/000.png, .* and 1\d more"):
         cache_features(backbone, images, ["x"] * 30, tmp_path / "c")
-    assert list((tmp_path / "c").iterdir()) == []
+    assert [path for path in (tmp_path / "c").rglob("*") if path.is_file()] == []
 
 
 def test_every_image_with_nan_features_is_named(tmp_path, image_folder):
@@ -258,6 +260,29 @@ def test_every_image_with_nan_features_is_named(tmp_path, image_folder):
     expected = ", ".join([*bright, samples[3].name, samples[25].name])
     with pytest.raises(InputError, match=rf"in 2 samples: {expected};"):
         cache_features(backbone, images, ["x"] * 30, tmp_path / "c")
+
+
+def test_nothing_is_stored_where_the_cache_is_off(tmp_path, image_folder, capsys):
+    """The same run as with exact stored features, with a frozen backbone that runs in each epoch."""
+    ends = {}
+    for precision in ("float32", "off", "float8"):
+        cache, out = tmp_path / f"cache-{precision}", tmp_path / precision
+        words = ["--trainer.cache_dir", str(cache), "--trainer.cache_precision", precision, "--push.unique", "image"]
+        options = ["--push.start_epoch", "1", "--push.interval", "1", "--train.epochs", "3", "--model.dropout", "0"]
+        assert main(["train", "--data.path", str(image_folder), "--out", str(out), *SMALL, *words, *options]) == 0
+        ends[precision] = load_file(out / "model.safetensors")
+        assert cache.exists() == (precision != "off")
+        assert main(["verify", str(out)]) == 0
+    for name, value in ends["float32"].items():
+        torch.testing.assert_close(ends["off"][name], value, atol=1e-4, rtol=1e-4)
+    caches = [(tmp_path / f"cache-{precision}").rglob("*.npy") for precision in ("float32", "float8")]
+    exact, short = (sum(file.stat().st_size for file in files) for files in caches)
+    assert 3.5 < exact / short < 4.1
+    line = refused(
+        capsys, "train", "--data.path", image_folder, "--out", tmp_path / "run", *SMALL,
+        "--trainer.cache_precision", "off", "--data.cached_views", "2",
+    )  # fmt: skip
+    assert "data.cached_views is 2, but trainer.cache_precision is off" in line
 
 
 @pytest.mark.parametrize("what", ["biases", "connections"])

@@ -13,6 +13,7 @@ import torch
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.manifest import Catalog, DataConfig
+from protopush.data.shards import is_file
 from protopush.errors import InputError, listing
 from protopush.explain.neighbours import Neighbours
 from protopush.models.model_folder import Run
@@ -92,7 +93,7 @@ class RunStore:
         try:
             found = open_catalog(DataConfig(**data), run.class_names, run.folder)
             needed = [sample for sample in found.samples if sample.split in ("train", "val")]
-            if missing := [sample.name for sample in needed if not sample.image.is_file()]:
+            if missing := [sample.name for sample in needed if not is_file(sample.image)]:
                 raise InputError(f"{len(missing)} of {len(needed)} are missing, such as {listing(missing, 2)}")
         except InputError as error:
             raise InputError(

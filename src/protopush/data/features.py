@@ -5,27 +5,33 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from protopush.data.dataset import ImageDataset
-from protopush.data.files import atomic, default_cache_dir, write_json
+from protopush.data.feature_shards import SHARD, Claims, Format, file_of, ids_of, missing, refuse_full_disk
+from protopush.data.files import atomic, default_cache_dir
 from protopush.data.images import sha256_of
 from protopush.data.regions import Regions
 from protopush.data.transforms import oriented
+from protopush.distributed import rank_and_size
 from protopush.errors import InputError, listing
 from protopush.preserve_state import preserve_state
 
-FORMAT = 2
+FORMAT = 3
+LAYOUT = "layout.json"  # of a folder of shards: regions, shape and precision
 MANY_BAD = 20  # samples with NaN after which the search for more ends
+
+
+class _NotFinite(Exception):
+    """A shard has NaN or infinite features: it is not kept, and the search for more goes on."""
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -65,23 +71,28 @@ class Orientations(nn.Module):
 
 
 class CachedFeatures(ImageDataset):
-    """The same samples as their images, but items are (patches, label, index), as they are stored.
+    """The same samples as their images, but items are (patches, label, index), each read alone from its shard.
 
     Of several ``views`` of an image each item is a random one, drawn by torch; ``eval_view()`` has the first.
     """
 
-    def __init__(self, images: ImageDataset, file: Path, regions: Regions, views: int = 1) -> None:
+    def __init__(self, images: ImageDataset, folder: Path, views: int = 1) -> None:
         super().__init__(images.samples, images.eval_transform)
-        self.file = file
-        self.regions = regions
-        self.array = np.load(file, mmap_mode="r")
+        self.folder = folder
+        layout = json.loads((folder / LAYOUT).read_text())
+        self.regions = Regions.from_dict(layout["regions"])
+        self.format = Format(layout["precision"], layout["shape"])
         self.views, self.random = views, views > 1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        stored = self.array[index]
-        if self.views > 1:
-            stored = stored[int(torch.randint(self.views, ())) if self.random else 0]
-        return torch.from_numpy(np.array(stored)), self.samples[index].label, index
+        view = int(torch.randint(self.views, ())) if self.random else 0
+        return self.patches(index, view), self.samples[index].label, index
+
+    def patches(self, index: int, view: int = 0) -> Tensor:
+        """The patches of one view of an image."""
+        number, place = divmod(index, SHARD)
+        records = len(ids_of(number, len(self))) * self.views
+        return self.format.read(file_of(self.folder, number), place * self.views + view, records)
 
     def eval_view(self) -> CachedFeatures:
         """The same samples, each as its first view."""
@@ -102,32 +113,41 @@ def cache_features(
 ) -> CachedFeatures:  # fmt: skip
     """The features of all images, from disk where they were computed before from these weights, transform and files.
 
+    They lie in shards of 512 images. What a process has finished when it is killed is there for the next one, and
+    processes that want the same features at once (the ranks of a run, or several runs) share the work: each computes
+    those that no other does.
+
     Args:
         backbone: returns an object with ``patches`` (B, ...) and ``regions``.
         images: read through its deterministic view.
         hashes: SHA-256 of each image file, from :func:`protopush.data.images.check_images`.
-        folder: where the files are kept; by default :func:`default_cache_dir`.
+        folder: where they are kept, in a folder of their own; by default :func:`default_cache_dir`.
         device: where the backbone is.
         batch_size, num_workers: of the pass over the images; by default :func:`inference_batch_size`.
-        advance: called with the number of images done.
+        advance: called with the number of images done, here or elsewhere.
         views: orientations of each image that are kept (:class:`Orientations`).
-        precision: float16 or float32, of what is kept.
+        precision: float16, float32 or float8, of what is kept.
 
     Raises:
         InputError: features aren't finite (the images are named), or the disk is too full.
     """
-    device = torch.device(device)
-    view = images.eval_view()
+    device, view = torch.device(device), images.eval_view()
     backbone = backbone if views == 1 else Orientations(backbone, views)
-    stem = (folder or default_cache_dir()) / _key(backbone, view, hashes, precision)
-    stored = _read(view, stem, views)
-    if stored is not None:
-        return stored
-    loader = DataLoader(view, batch_size=batch_size or inference_batch_size(device), num_workers=num_workers)
-    array = stem.with_suffix(".npy")
-    regions = _compute(backbone, view, loader, array, device, advance, precision)
-    write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
-    return CachedFeatures(view, array, Regions.from_dict(regions), views)
+    place = (folder or default_cache_dir()) / _key(backbone, view, hashes, precision)
+    batch, counted = batch_size or inference_batch_size(device), 0
+    while left := missing(place, len(view)):
+        there = len(view) - sum(len(ids_of(number, len(view))) for number in left)
+        advance(there - counted)  # of an earlier run, or of another process
+        counted = there
+        rank, ranks = rank_and_size()
+        first = len(left) * rank // ranks  # each begins where no other does
+        with Claims(place, left[first:] + left[:first], len(view), batch) as claims:
+            loader: DataLoader[Any] = DataLoader(view, batch_sampler=claims, num_workers=num_workers)
+            done = _compute(backbone, view, loader, claims, views, precision, device, advance)
+            if not done:  # others compute all that is left
+                claims.claim(left[0], wait=True)
+        counted += done
+    return CachedFeatures(view, place, views)
 
 
 def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:
@@ -141,14 +161,8 @@ def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures
         hashes = [sha256_of(sample.image) for sample in view.samples]
     except OSError:  # who reads the images says so
         return None
-    return _read(view, default_cache_dir() / _key(backbone, view, hashes))
-
-
-def _read(view: ImageDataset, stem: Path, views: int = 1) -> CachedFeatures | None:
-    array, meta = stem.with_suffix(".npy"), stem.with_suffix(".json")
-    if not (array.is_file() and meta.is_file()):  # the description is written last: it says that the array is whole
-        return None
-    return CachedFeatures(view, array, Regions.from_dict(json.loads(meta.read_text())["regions"]), views)
+    place = default_cache_dir() / _key(backbone, view, hashes)
+    return None if missing(place, len(view)) else CachedFeatures(view, place)
 
 
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str], precision: str = "float16") -> str:
@@ -170,36 +184,43 @@ def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str], precisi
 
 
 def _compute(
-    backbone: nn.Module, view: ImageDataset, loader: DataLoader[Any], file: Path, device: torch.device,
-    advance: Callable[[int], None], precision: str,
-) -> dict[str, Any]:  # fmt: skip
-    regions, done, bad = dict[str, Any](), 0, list[str]()
-    with preserve_state(backbone), atomic(file) as temporary:
-        array: np.memmap[Any, Any] | None = None
-        for images, _, ids in loader:
-            features: Any = backbone(images.to(device))
-            patches = features.patches.to(getattr(torch, precision)).cpu()
-            bad += [view.samples[i].name for i in ids[~patches.isfinite().flatten(1).all(dim=1)].tolist()]
+    backbone: nn.Module, view: ImageDataset, loader: DataLoader[Any], claims: Claims, views: int, precision: str,
+    device: torch.device, advance: Callable[[int], None],
+) -> int:  # fmt: skip
+    """Compute the shards that can be claimed; the number of images."""
+    count, bad = 0, list[str]()
+    with preserve_state(backbone):
+        for number, batches in groupby(loader, lambda batch: int(batch[2][0]) // SHARD):
+            ids, known = ids_of(number, len(view)), len(bad)
+            with suppress(_NotFinite), atomic(file_of(claims.folder, number)) as temporary:
+                with temporary.open("wb") as file:
+                    for images, _, indices in batches:
+                        features: Any = backbone(images.to(device))
+                        patches = features.patches.flatten(0, 1) if views > 1 else features.patches
+                        form = Format(precision, patches.shape[1:])
+                        if not file.tell():
+                            left = sum(len(ids_of(n, len(view))) for n in missing(claims.folder, len(view)))
+                            refuse_full_disk(claims.folder, left * views * form.size)
+                            form.write_header(file, len(ids) * views)
+                        data, finite = form.pack(patches)
+                        finite = finite.view(-1, views).all(dim=1)
+                        bad += [view.samples[i].name for i in indices[~finite].tolist()]
+                        file.write(data)
+                        advance(len(indices))
+                        if len(bad) >= MANY_BAD:
+                            break
+                if len(bad) > known:
+                    raise _NotFinite
+                layout = {"regions": features.regions.to_dict(), "precision": precision, "shape": list(form.shape)}
+                claims.write_once(LAYOUT, layout)  # before the shard, so that no shard is without
             if len(bad) >= MANY_BAD:
                 break
-            if array is None:
-                regions, shape = features.regions.to_dict(), (len(view), *patches.shape[1:])
-                needed, free = math.prod(shape) * patches.element_size(), shutil.disk_usage(temporary.parent).free
-                if needed > free:
-                    raise InputError(
-                        f"the features need {needed / 2**30:.1f} GiB but {temporary.parent} has {free / 2**30:.1f} GiB "
-                        "free; make room or choose --trainer.cache_dir"
-                    )
-                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=precision, shape=shape)
-            array[done : done + len(patches)] = patches.numpy()
-            done += len(patches)
-            advance(len(patches))
-        if bad:
-            count = f"{len(bad)} samples" if len(bad) < MANY_BAD else f"at least {len(bad)} samples"
-            raise InputError(
-                f"NaN or infinite features in {count}: {listing(bad)}; expected finite ones; "
-                "check these images and the backbone's weights"
-            )
-        if array is not None:
-            array.flush()
-    return regions
+            claims.release(number)
+            count += len(ids)
+    if bad:
+        what = f"{len(bad)} samples" if len(bad) < MANY_BAD else f"at least {len(bad)} samples"
+        raise InputError(
+            f"NaN or infinite features in {what}: {listing(bad)}; expected finite ones; "
+            "check these images and the backbone's weights"
+        )
+    return count

@@ -9,7 +9,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import IO, TypeVar
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from protopush.data.shards import in_shard, is_file, member, open_file
 from protopush.errors import InputError, first_line, listing
 
 # What Pillow raises for files that are no image, truncated, damaged, or too large for the memory.
@@ -56,7 +57,8 @@ def opened(
     file: str | Path | IO[bytes], max_megapixels: float = inf, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """An image of which the header alone was read; a ValueError beyond the limit. Pillow's own does not count."""
-    with _SUSPENDED, Image.open(file, formats=formats) as image:
+    source = (member(file) or file) if isinstance(file, (str, Path)) else file
+    with _SUSPENDED, Image.open(source, formats=formats) as image:
         if image.width * image.height > max_megapixels * 1e6:
             what = f"{image.width} x {image.height} pixels"
             raise ValueError(f"{what}, more than data.max_megapixels {max_megapixels:g}")
@@ -104,6 +106,8 @@ def refuse_unknown_scale(image: Image.Image) -> None:
 
 def refuse_device(path: str | Path) -> None:
     """Refuse, in an OSError, what isn't there, and pipes and devices (CON or NUL on Windows): they may never end."""
+    if in_shard(path):
+        return
     mode = os.stat(path).st_mode  # noqa: PTH116 - strings are paths as well
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError("a pipe or device, no file")
@@ -144,7 +148,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def sha256_of(path: str | Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -182,7 +186,8 @@ def in_threads(read: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 def _check(path: Path, max_megapixels: float) -> tuple[str, str]:
     try:
         refuse_device(path)
-        data = path.read_bytes()
+        with open_file(path) as file:
+            data = file.read()
         with opened(io.BytesIO(data), max_megapixels) as image:
             image.draft("RGB", (64, 64))  # JPEG: the whole stream is still parsed, but decoded small
             image.load()
@@ -196,8 +201,11 @@ def why_unreadable(path: str | Path, error: BaseException) -> str:
     """A few words for what reading an image raised, the same each time."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    if os.path.isfile(path) and Path(path).stat().st_size == 0:  # noqa: PTH113 - of Path it raises for long names
-        return "empty file"
+    with suppress(OSError, InputError):  # a pipe would never open
+        if is_file(path):
+            with open_file(path) as file:
+                if not file.read(1):
+                    return "empty file"
     text = str(error)
     if "cannot identify" in text:
         return "not an image"

@@ -27,8 +27,8 @@ class DataConfig:
     """Data of a run: which images, and how they are seen.
 
     Args:
-        path: a folder of class folders or a manifest (CSV image,label[,split][,group][,mask]).
-        source: auto, folder, manifest, imagefolder, isic2018, isic2019, isic2020, ham10000, medmnist or elpv
+        path: a folder of class folders, a manifest (CSV image,label[,split][,group][,mask]), or shards (tar, Parquet).
+        source: auto, folder, manifest, imagefolder, isic2018, isic2019, isic2020, ham10000, shards, medmnist or elpv
             (docs/data.md).
         crop_pct: share of the resized short side that the centre crop keeps.
         augment: random crops, flips and colour, where the backbone is trained.

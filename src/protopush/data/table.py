@@ -17,6 +17,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from protopush.data.shards import is_file as _is_file
 from protopush.data.walk import extensions, walk_images
 from protopush.errors import InputError, did_you_mean, listing
 
@@ -237,10 +238,6 @@ class NamedFiles:
         if folder not in self._known:
             self._known[folder] = _by_name(sorted(folder.iterdir()))
         return self._known[folder]
-
-
-def _is_file(path: str | Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where a name is too long
 
 
 def _by_name(files: Iterable[Path]) -> ByName:

@@ -15,6 +15,7 @@ from protopush.backbones.create import Features
 from protopush.data.dataset import ImageDataset
 from protopush.data.images import read_image
 from protopush.data.regions import Region
+from protopush.data.shards import is_file
 from protopush.models.stored_run import Run
 from protopush.nn.head import HeadOutput
 from protopush.preserve_state import preserve_state
@@ -134,7 +135,7 @@ def measure_run(
     for c, k in manager.used_slots():
         anchor = manager.anchor(c, k)
         file = file_within(root, anchor.file) if anchor is not None and anchor.file is not None else None
-        if anchor is not None and file is not None and file.is_file():
+        if anchor is not None and file is not None and is_file(file):
             image = run.transform(read_image(file))
             places.append(Place(f"{run.class_names[c]}:{k} {anchor.file}", image, anchor.cell, (c, k)))
     view = dataset.eval_view()

@@ -14,6 +14,7 @@ from protopush.backbones.create import Backbone, create_backbone
 from protopush.backbones.weights import misfit
 from protopush.data.files import finish_change, read_json, write_atomic, write_json
 from protopush.data.images import read_image, sha256_of
+from protopush.data.shards import is_file
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError, first_line
 from protopush.models.crops import has_crops, save_crop
@@ -99,7 +100,7 @@ def save_pictures(run: Run, changed: Collection[tuple[int, int]] | None = None, 
         if anchor is None or anchor.file is None:
             continue
         file = file_within(run.root, anchor.file)
-        if file is None or not file.is_file():
+        if file is None or not is_file(file):
             continue
         picture = read_image(file)
         if crops:

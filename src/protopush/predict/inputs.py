@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from protopush.data.images import read_image, why_unreadable
 from protopush.data.manifest import DataConfig, manifest_rows
+from protopush.data.shards import is_file, is_shard, open_shard, shards_below
 from protopush.data.transforms import EvalTransform
 from protopush.data.walk import LeftOut, walk_images
 from protopush.distributed import rank_and_size
@@ -107,7 +108,7 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
 
     Args:
         paths: folders, manifests (.csv, .tsv or .tab, with a column ``image``, relative to the manifest, and
-            perhaps ``label``), and image files; of the latter any name will do.
+            perhaps ``label``), shards (.tar, .parquet), and image files; of the latter any name will do.
 
     Raises:
         InputError: a path that isn't there, a folder without images, or no manifest.
@@ -124,13 +125,18 @@ def list_inputs(paths: Sequence[str]) -> Inputs:
 
 def _images_of(path: str) -> Iterator[tuple[str, str | None]]:
     """Names and labels of the images of one path."""
-    if Path(path).is_dir():
+    folder = Path(path).is_dir()
+    if shards := shards_below(Path(path)) if folder else [Path(path)] if is_shard(path) else []:
+        for shard in shards:
+            for name in open_shard(shard).images():
+                yield os.path.join(shard, name), None  # noqa: PTH118 - a million of them
+    elif folder:
         left_out = LeftOut()
         for name in walk_images(path, left_out):
             yield name, None
         for words in left_out.in_words():
             logger.warning("%s: %s", path, words)
-    elif not os.path.lexists(path):
+    elif not (os.path.lexists(path) or is_file(path)):
         raise InputError(f"no such file: {path}; expected a folder, a manifest (CSV) or an image")
     elif Path(path).suffix.lower() in TABLES:
         for row in manifest_rows(Path(path), "a manifest (CSV with a column image)", label_needed=False):

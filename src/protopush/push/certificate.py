@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protopush.data.images import read_image, sha256_of
+from protopush.data.shards import is_file
 from protopush.data.transforms import EvalTransform
 from protopush.errors import InputError
 from protopush.nn.prototypes import Anchor, PrototypeManager
@@ -200,7 +201,7 @@ def _read(transform: EvalTransform, root: Path, anchor: Anchor) -> tuple[Tensor 
     file = file_within(root, anchor.file)
     if file is None:
         return None, "outside_root"
-    if not file.is_file():
+    if not is_file(file):
         return None, "file_missing"
     if anchor.sha256 is not None and sha256_of(file) != anchor.sha256:
         return None, "file_changed"

@@ -14,6 +14,7 @@ import torch
 from protopush.data.dataset import ImageDataset, check_masks
 from protopush.data.images import sha256_of
 from protopush.data.manifest import Catalog, DataConfig, Sample
+from protopush.data.shards import is_file
 from protopush.errors import InputError, did_you_mean, listing
 from protopush.models.model_folder import Run
 from protopush.push.certificate import file_within
@@ -77,7 +78,7 @@ def named_image(run: Run, words: str, samples: Sequence[Sample], root: Path) -> 
         hint = did_you_mean(inside[0], classes, f"expected a path below {root}")
         raise InputError(f"{words} is none of the {len(samples)} training images; {hint}")
     file = root / name
-    digest = sha256_of(file) if file.is_file() else digests.get(name)
+    digest = sha256_of(file) if is_file(file) else digests.get(name)
     return {"file": name, "sha256": digest, "class_name": run.class_names[classes[name]]}
 
 
@@ -208,7 +209,7 @@ def refuse_other_images(run: Run, root: Path, leaving: Sequence[Slot]) -> None:
 def holds(root: Path, name: str, digest: str | None) -> bool:
     """Whether an anchor's file is below the root, and the same as it was."""
     file = file_within(root, name)
-    return file is not None and file.is_file() and digest in (None, sha256_of(file))
+    return file is not None and is_file(file) and digest in (None, sha256_of(file))
 
 
 def keep(run: Run, prototype: str, reason: str, who: str = "") -> Decision:

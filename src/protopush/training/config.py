@@ -229,7 +229,8 @@ class TrainerConfig:
         channels_last: weights of the backbone in the order that convolutions like best.
         compile: torch.compile for the backbone.
         cache_dir: where computed features are kept; by default the user's cache folder.
-        cache_precision: of what is kept: float16, or float32 (exact, twice the room).
+        cache_precision: of what is kept: float16, float32 (exact, twice the room) or float8 (half of it, errors up to a
+            sixteenth); off: nothing is kept, and the frozen backbone runs in each epoch.
         track: where metrics.jsonl is mirrored: tensorboard, wandb, or both.
     """
 
@@ -240,7 +241,7 @@ class TrainerConfig:
     channels_last: bool = True
     compile: bool = False
     cache_dir: str = ""
-    cache_precision: Literal["float16", "float32"] = "float16"
+    cache_precision: Literal["float16", "float32", "float8", "off"] = "float16"
     track: list[str] = field(default_factory=list)
 
 
@@ -274,6 +275,11 @@ class RunConfig:
             raise InputError(
                 f"data.cached_views is {views}, but all of the backbone is trained; expected first layers that are "
                 "frozen; give --train.trainable_stages 1, or leave it out"
+            )
+        if views and self.trainer.cache_precision == "off":
+            raise InputError(
+                f"data.cached_views is {views}, but trainer.cache_precision is off: nothing is stored; leave one of "
+                "them out"
             )
         if views > 2 and not self.data.flip_vertical:
             raise InputError(

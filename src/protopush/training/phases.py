@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from protopush.backbones.create import FeatureReader
+from protopush.backbones.create import Backbone, FeatureReader, Features
 from protopush.backbones.division import Tail, Trunk
 from protopush.data.dataset import ImageDataset
 from protopush.data.features import CachedFeatures, cache_features
@@ -72,9 +73,14 @@ class Stored(Stage):
         val = self.features(job, job.val, "validation") if job.val else None
         super().__init__(job, ProtoModel(rest, job.head).to(job.fabric.device), train, val)
 
-    def features(self, job: Job, images: ImageDataset, what: str, views: int = 1) -> CachedFeatures:
-        """The outputs for a data set, from the cache where they are there; else the first process computes them."""
+    def features(self, job: Job, images: ImageDataset, what: str, views: int = 1) -> ImageDataset:
+        """The outputs for a data set, from the cache where they are there; else the processes compute them together.
+
+        Where nothing is to be stored, the images themselves.
+        """
         config = job.config
+        if config.trainer.cache_precision == "off":
+            return images.eval_view()
 
         def cached() -> CachedFeatures:
             hashes = [job.hashes[sample.name] for sample in images.samples]
@@ -85,16 +91,31 @@ class Stored(Stage):
                     num_workers=workers, advance=advance, views=views, precision=config.trainer.cache_precision,
                 )  # fmt: skip
 
-        raise_on_all_ranks(lambda: cached() if job.fabric.local_rank == 0 else None)
         return raise_on_all_ranks(cached)
 
 
+class Unstored(nn.Module):
+    """Stands in for the frozen backbone where its outputs are not stored: what it makes of images, without learning."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.hidden = (backbone.eval(),)  # no part of what is trained, averaged and saved
+        self.regions, self.regions_of = backbone.regions, backbone.regions_of
+
+    def forward(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to features."""
+        with torch.no_grad():
+            found: Features = self.hidden[0](images)
+        return found
+
+
 class Frozen(Stored):
-    """What is trained when the backbone is frozen: the head, on features."""
+    """What is trained when the backbone is frozen: the head, on features, stored or computed in each epoch."""
 
     def __init__(self, job: Job) -> None:
         views = job.config.data.cached_views if job.config.train.freeze_backbone else 1
-        super().__init__(job, job.model.backbone, FeatureReader(job.model.backbone.regions), max(1, views))
+        backbone, off = job.model.backbone, job.config.trainer.cache_precision == "off"
+        super().__init__(job, backbone, Unstored(backbone) if off else FeatureReader(backbone.regions), max(1, views))
 
     def refresh(self) -> None:
         """Nothing: features of a frozen backbone don't grow old."""

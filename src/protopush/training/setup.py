@@ -26,6 +26,7 @@ from protopush.data.manifest import (
     without_images,
 )
 from protopush.data.regions import Regions
+from protopush.data.shards import index_shards
 from protopush.data.sources import load_catalog
 from protopush.data.transforms import EvalTransform, TrainTransform
 from protopush.distributed import broadcast_from_rank_zero, raise_on_all_ranks, rank_and_size
@@ -194,6 +195,7 @@ def prepare(config: RunConfig, fabric: Fabric | None = None, folder: Path | None
     config.check()
     fabric = fabric or make_fabric(config.trainer.device, config.trainer.precision)
     catalog = broadcast_from_rank_zero(lambda: _catalog(config, folder))
+    raise_on_all_ranks(lambda: index_shards(sample.image for sample in catalog.samples))
     hashes = broadcast_from_rank_zero(lambda: check_samples(catalog.samples, config.data.max_megapixels))
     if folder is not None:
         raise_on_all_ranks(lambda: refuse_changed(folder, hashes))

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protopush.data.manifest import Catalog, read_manifest, with_splits
+from protopush.data.shards import is_shard
 from protopush.data.sources.dermoscopy import ham10000, is_ham10000, is_isic2018, isic2018
 from protopush.data.sources.folder import folder, imagefolder, is_imagefolder
 from protopush.data.sources.isic_challenges import is_isic2019, is_isic2020, isic2019, isic2020
 from protopush.data.sources.packaged import elpv, medmnist
+from protopush.data.sources.sharded import is_shards, shards
 from protopush.errors import InputError
 
 Source = Callable[[str, Sequence[str] | None], Catalog]
@@ -23,6 +25,7 @@ SOURCES: dict[str, Source] = {
     "isic2019": isic2019,
     "isic2020": isic2020,
     "ham10000": ham10000,
+    "shards": shards,
     "medmnist": medmnist,
     "elpv": elpv,
 }
@@ -34,6 +37,7 @@ LAYOUTS: dict[str, Callable[[Path], bool]] = {
     "isic2020": is_isic2020,
     "ham10000": is_ham10000,
     "imagefolder": is_imagefolder,
+    "shards": is_shards,
 }
 
 
@@ -70,7 +74,7 @@ def recognise(path: str) -> str:
         raise InputError("no data given; expected --data.path FOLDER or MANIFEST.csv")
     place = Path(path)
     if not os.path.isdir(place):  # noqa: PTH112 - Path.is_dir raises where a name is too long
-        return "medmnist" if place.suffix == ".npz" else "manifest"
+        return "medmnist" if place.suffix == ".npz" else "shards" if is_shard(place) else "manifest"
     fitting = [name for name, fits in LAYOUTS.items() if fits(place)]
     if len(fitting) > 1:
         raise InputError(f"{place} could be {' or '.join(fitting)}; say which with --data.source")
