@@ -16,6 +16,7 @@ from PIL import Image
 from protopush.app.page import PRIVATE, decision_fields, message, render
 from protopush.app.run_store import RunStore, UsageWorker, Use
 from protopush.data.images import read_image
+from protopush.data.shards import is_file
 from protopush.data.table import spreadsheet_cell
 from protopush.errors import InputError
 from protopush.explain.figure_canvas import part_and_whole
@@ -80,7 +81,7 @@ def would_be(run: Run, made: Decision, root: Path) -> str:
     pictures = []
     for one in made.replaced:
         file, box = file_within(root, one.new.file or ""), one.new.box
-        if file is not None and file.is_file() and box is not None:
+        if file is not None and is_file(file) and box is not None:
             picture = read_image(file)
             whole = framed(
                 embed(picture, TILE, TILE, "its training image"), [box], picture.size, colours=[one.class_index]

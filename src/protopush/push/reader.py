@@ -168,10 +168,9 @@ class DatasetReader(Reader):
         loader: DataLoader[Any] = self.loader
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         rank, ranks = rank_and_size() if self.divided else (0, 1)
-        starts = range(0, len(self.ids), size)[rank::ranks]
         again: DataLoader[Any] = DataLoader(
             self.items,
-            batch_sampler=[list(self.ids[start : start + size]) for start in starts],
+            batch_sampler=_Batches(self.ids, size, range(0, len(self.ids), size)[rank::ranks]),
             num_workers=loader.num_workers,
             collate_fn=_CollateWithIds(loader.collate_fn),
             pin_memory=loader.pin_memory,
@@ -214,25 +213,39 @@ def _order_free_number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _reading_order(loader: DataLoader[Any], seed: int | None) -> list[int]:
+def _reading_order(loader: DataLoader[Any], seed: int | None) -> Sequence[int]:
     """The indices that the loaders of all ranks may draw, each once: ascending, or in a seeded random order."""
     own = hasattr(loader.batch_sampler, "sampler")
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     if hasattr(sampler, "indices"):  # SubsetRandomSampler: the others may be validation images
-        indices = sorted({int(i) for i in sampler.indices})
+        indices: Sequence[int] = sorted({int(i) for i in sampler.indices})
     elif hasattr(sampler, "weights"):  # WeightedRandomSampler never draws a weight of 0
         indices = [i for i, weight in enumerate(sampler.weights.tolist()) if weight > 0]
     elif isinstance(sampler, WHOLE):
-        indices = list(range(len(loader.dataset)))  # type: ignore[arg-type]
+        indices = range(len(loader.dataset))  # type: ignore[arg-type]
     else:  # one of somebody's own, perhaps of batches: only what it draws may be chosen
         drawn = sampler if own else chain.from_iterable(sampler)
         indices = sorted({int(i) for i in drawn})
-    if len(set(all_gather_objects(hash(tuple(indices))))) > 1:
+    same = indices if isinstance(indices, range) else hash(tuple(indices))
+    if len(set(all_gather_objects(same))) > 1:
         indices = sorted(set().union(*all_gather_objects(indices)))
     if seed is None:
         return indices
     shuffled = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
     return [indices[i] for i in shuffled.tolist()]
+
+
+class _Batches:
+    """Batches of ids, made as they are read: ten million ids in lists would take more memory than all else."""
+
+    def __init__(self, ids: Sequence[int], size: int, starts: range) -> None:
+        self.ids, self.size, self.starts = ids, size, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.ids[start : start + self.size]) for start in self.starts)
 
 
 class _CollateWithIds:
