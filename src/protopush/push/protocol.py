@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -217,31 +218,33 @@ class Items(Dataset[tuple[Any, int]]):
     def layout(self) -> Any:
         """Equal where the items are: what ranks compare."""
         kinds = tuple((type(part).__name__, len(part)) for part in self.parts)
-        return kinds, hash(tuple(self.where.flatten().tolist()))
+        return kinds, hashlib.sha256(self.where.numpy().tobytes()).hexdigest()
 
     def labels(self) -> Tensor | None:
         """The label of every item, int64 (N,), where it is known without reading an image."""
-        labels = self._of_items(_labels_of)
-        return None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        of_parts = [_labels_of(part) for part in self.parts]
+        labels = torch.zeros(len(self.where), dtype=torch.int64)
+        for number, found in enumerate(of_parts):
+            if found is None:
+                return None
+            here = self.where[:, 0] == number
+            labels[here] = found.cpu()[self.where[here, 1]]
+        return labels
 
     def groups(self) -> Tensor | None:
         """A number, int64 (N,), for the group (lesion, patient) of every item, another for each item without one.
 
         None where not all parts have ``groups``, or no item has one.
         """
-        groups = self._of_items(lambda part: getattr(part, "groups", None))
-        names = sorted({str(group) for group in groups or () if group is not None})
-        if groups is None or not names:
+        of_parts = [getattr(part, "groups", None) for part in self.parts]
+        if any(found is None for found in of_parts):
+            return None
+        groups = [of_parts[part][place] for part, place, _ in self.where.tolist()]
+        names = sorted({str(group) for group in groups if group is not None})
+        if not names:
             return None
         number = {name: place for place, name in enumerate(names)}
         return torch.tensor([len(names) + i if one is None else number[str(one)] for i, one in enumerate(groups)])
-
-    def _of_items(self, values_of: Callable[[Any], Sequence[Any] | None]) -> list[Any] | None:
-        """A value for each item, from those of its part; None where a part has none."""
-        found = [values_of(part) for part in self.parts]
-        if any(values is None for values in found):
-            return None
-        return [found[part][place] for part, place, _ in self.where.tolist()]
 
     def describe(self, index: int) -> Provenance:
         """Where an item comes from: as its dataset says, else its third element or its index as the name."""
@@ -298,10 +301,10 @@ def _image_of(item: Any) -> Any:
     return unpack(item)[0] if isinstance(item, Mapping) else item[0]
 
 
-def _labels_of(dataset: Any) -> list[int] | None:
+def _labels_of(dataset: Any) -> Tensor | None:
     if isinstance(dataset, TensorDataset):
         labels = dataset.tensors[1] if len(dataset.tensors) > 1 else torch.empty(0, 0)
-        return labels.tolist() if labels.ndim == 1 and not labels.is_floating_point() else None
+        return labels.long() if labels.ndim == 1 and not labels.is_floating_point() else None
     # Our protocol; others' attributes of this name may mean more.
     has = hasattr(dataset, "describe") and hasattr(dataset, "labels")
-    return torch.as_tensor(dataset.labels, dtype=torch.int64).tolist() if has else None
+    return torch.as_tensor(dataset.labels, dtype=torch.int64) if has else None
