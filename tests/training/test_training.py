@@ -402,6 +402,43 @@ def test_a_run_chooses_few_prototypes_once(tmp_path, options, training):
     assert torch.equal(out.logits, run.model(inputs).logits)
 
 
+@pytest.mark.parametrize("training", [{}, TUNED | {"ema": None}])
+def test_live_prototypes_are_their_own_nearest_patches(tmp_path, training):
+    """Without looking at everything again: the same anchors and weights, from the anchors' images alone."""
+    images, runs, reads = make_images(tmp_path / "images", ["bird", "cat", "dog"], 12), [], []
+    for shortlist in (False, True):
+        config = small(images, epochs=4, **training)
+        config.push = replace(
+            config.push,
+            anchoring="live",
+            start_epoch=1,
+            interval=1,
+            final_decay=0.0,
+            unique="image",
+            shortlist=shortlist,
+        )
+        out = tmp_path / str(shortlist)
+        runs.append(train(config, out))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        reads.append(
+            [note for row in rows if row.get("push", 1) > 1 for note in row.get("notes", ()) if "instead" in note]
+        )
+    assert reads[0] == []
+    assert len(reads[1]) == 3
+    anchors = [[(a.file, a.cell) for a in run.head.proto_manager.anchors] for run in runs]
+    assert anchors[0] == anchors[1]
+    states = [run.model.state_dict() for run in runs]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_other_prototypes_have_no_shortlist(tmp_path):
+    config = small(tmp_path)
+    config.push = replace(config.push, shortlist=True)
+    with pytest.raises(InputError, match=r"push\.shortlist reads the anchors of live prototypes alone"):
+        config.check()
+
+
 @pytest.mark.parametrize("options", [{"prune": True}, {"grow": True}])
 def test_a_choice_has_nothing_beside_it(tmp_path, options):
     config = small(tmp_path)

@@ -129,6 +129,8 @@ class PushConfig(PushSettings):
         prune_cosine: two prototypes of a class more alike than this are duplicates.
         final_decay: no push follows an epoch that ends with the learning rate below this share of its peak: what a push
             moves could not be learned any more, and the final push is near; 0: push there as well.
+        shortlist: a push of live prototypes, once each has an anchor, embeds the anchors' images alone: no other patch
+            can be nearer than a prototype's own. For others there is no such bound: each push reads every image.
         candidates: images kept for each prototype, from which a decision about it is worked out at once; 0: none.
         final: the push of the best model: hard (real patches), momentum, or none (only name the nearest patches); live
             prototypes are real patches already: they stay.
@@ -148,6 +150,7 @@ class PushConfig(PushSettings):
     prune: bool = False
     prune_cosine: Cosine = 0.99
     final_decay: Share = 0.1
+    shortlist: bool = False
     candidates: CountOrZero = 64
     final: Literal["hard", "momentum", "none"] = "hard"
 
@@ -265,6 +268,11 @@ class RunConfig:
         from protopush.push import check_settings  # here: it needs torch
 
         check_settings(self.push, self.push.anchoring == "live", "push.")
+        if self.push.shortlist and self.push.anchoring != "live":
+            raise InputError(
+                "push.shortlist reads the anchors of live prototypes alone, but push.anchoring is 'off': their patches "
+                "may have moved anywhere (docs/push.md); leave it out, or give --push.anchoring live"
+            )
         train, views = self.train, self.data.cached_views
         if train.trainable_stages is not None and train.freeze_backbone:
             raise InputError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from protopush.nn.priors import log_ratio
 from protopush.push import PushReport, grow_prototypes, prune_prototypes, push_prototypes, refresh_anchors
 from protopush.push.choice import choose_prototypes, most_per_class
 from protopush.push.options import Allow
+from protopush.push.push_report import PushedPrototype
 from protopush.push.update import move_out
 from protopush.training.phases import Stage, on_validation
 from protopush.training.prior_fit import fit_prior
@@ -49,6 +51,37 @@ def push_now(
         model, loader, device, use_local=local, optimizer=optimizer, val_loader=val_loader, allow=_on_masks(job),
         **settings,
     )  # fmt: skip
+
+
+def push_shortlisted(job: Job, stage: Stage) -> PushReport | None:
+    """A push of live prototypes that each have an anchor: these are embedded again and stay; else None.
+
+    Invariant: a live prototype is the embedding of its anchor, so that the cosine of the two is 1 and that of no other
+    patch is larger. Anchors were taken by the rules (another image each, on masks) that hold in every push.
+    """
+    manager, started = job.head.proto_manager, time.perf_counter()
+    slots = manager.used_slots()
+    own = [(c, k, anchor) for c, k in slots if (anchor := manager.anchor(c, k)) is not None]
+    if not job.config.push.shortlist or len(own) < len(slots):
+        return None
+    stage.refresh()
+    images, classes = [0] * manager.num_classes, list(job.catalog.classes)
+    for c, _ in {(c, anchor.file) for c, _, anchor in own}:
+        images[c] += 1
+    return PushReport(
+        use_local=_use_local(job),
+        momentum=0.0,
+        max_patches_per_class=None,
+        prototypes=[PushedPrototype(c, k, 0.0, 0.0, replace(one, similarity_after=1.0)) for c, k, one in own],
+        patches_per_class=images,
+        images_per_class=images,
+        kept_classes=[],
+        verified=True,
+        notes=[f"each live prototype is nearest to its own anchor: {sum(images)} images instead of {len(job.train)}"],
+        seconds=time.perf_counter() - started,
+        class_names=classes,
+        unique=[str(job.config.push.unique)] * len(classes),
+    )
 
 
 def _on_masks(job: Job) -> Allow | None:

@@ -26,7 +26,7 @@ from protopush.runs.candidates import keep_candidates
 from protopush.runs.progress import bar
 from protopush.runs.run import make_fabric, open_run, quiet
 from protopush.training.config import RunConfig
-from protopush.training.final_push import choose, final_push, push_now, push_row, resize
+from protopush.training.final_push import choose, final_push, push_now, push_row, push_shortlisted, resize
 from protopush.training.optim import Ema, learning_rate_factor, make_optimizer, set_rate
 from protopush.training.phases import Best, Phase, Stage, Stored, on_validation, phases
 from protopush.training.run_writer import RunWriter, fresh_folder, load_checkpoint, refuse_other_options
@@ -255,7 +255,9 @@ class Trainer:
         """A push after an epoch, counted from 1, guarded; its line of ``metrics.jsonl``."""
         with self.fabric.autocast():
             momentum, stage = self.job.config.push.momentum, self.stage
-            report = push_now(self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader)
+            report = push_shortlisted(self.job, stage) or push_now(
+                self.job, stage.model, stage.train_loader, momentum, self.optimizer, stage.val_loader
+            )
             resized = resize(self.job, stage, self.optimizer)
             chosen = choose(self.job, stage) if epoch else {}  # nothing is known yet before the first one
             if self.job.head.proto_manager.anchor_crops is not None:
