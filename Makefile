@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types layers unit slow docs dist compat clean
+.PHONY: setup demo test lint types layers unit slow bench docs dist compat clean
 
 setup: $(READY)
 
@@ -38,6 +38,11 @@ unit: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -q -m "slow"
+
+# Each benchmark of speed in short, held against the committed figures, alone on the machine. Those that need a run are
+# left out without `make bench DATA=manifest.csv`.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 # The guide as a site, in site/index.html; a warning is an error. (The variable silences a notice about another program.)
 docs: $(READY)

@@ -8,7 +8,9 @@ a reason to run the benchmark as a whole, not a result.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,19 +25,23 @@ from showing import Parser
 
 HERE = Path(__file__).parent
 MOVED = 0.1
+SIZES = re.compile(r"batch(es)? of \d+, |\d+ images, |\d+ crops, ")  # words of a setting that a quick run has otherwise
 
 # Script, its quick options, and the files of its committed figures.
 QUICK: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "push": (
         "push_speed.py",
-        "--cases a b e f --images 32 --maps 512 --windowed 8 --repetitions 3",
+        "--cases a b e f --images 16 --maps 256 --windowed 4 --repetitions 3",
         ("push_speed.json", "push_speed_windows.json"),
     ),
-    "explain": ("explain_speed.py", "--batch 8 --repetitions 5", ("explain_speed.json",)),
-    "live": ("live_speed.py", "--batch 8 --repetitions 3 --backbones tf_efficientnet_lite0", ("live_speed.json",)),
-    "predict": ("predict_speed.py", "--images 64 --repetitions 3", ("predict_speed.json",)),
-    "onnx": ("onnx_speed.py", "--images 8 --repetitions 5", ("onnx_speed.json",)),
+    "explain": ("explain_speed.py", "--batch 4 --repetitions 5", ("explain_speed.json",)),
+    "live": ("live_speed.py", "--batch 4 --repetitions 3 --backbones tf_efficientnet_lite0", ("live_speed.json",)),
+    "predict": ("predict_speed.py", "RUN DATA --images 64 --repetitions 3", ("predict_speed.json",)),
+    "onnx": ("onnx_speed.py", "RUN --images 8 --repetitions 5", ("onnx_speed.json",)),
+    "serve": ("serve_speed.py", "RUN DATA --requests 32 --repetitions 1", ("serve_speed.json",)),
 }
+TRAINING = "--model.backbone tf_efficientnet_lite0 --model.windows null --train.epochs 1 --trainer.device cpu"
+ROWS = {"train": 100, "val": 30, "test": 30}  # of the data that the run is trained on
 
 
 class Figure(NamedTuple):
@@ -50,9 +56,7 @@ class Figure(NamedTuple):
     @property
     def key(self) -> tuple[str, str, str]:
         """The same for another number of images."""
-        words = [word for word in self.setting.split(", ") if not any(digit.isdigit() for digit in word.split()[0][:1])]
-        kept = [word for word in words if not word.startswith("batch")]
-        return self.case, ", ".join(kept) or self.setting, self.name
+        return self.case, SIZES.sub("", self.setting), self.name
 
 
 def figures(found: dict[str, Any]) -> Iterator[Figure]:
@@ -64,49 +68,89 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
                 yield Figure(case, comparison["setting"], one["name"], one["unit"], one["median"])
 
 
+def held_against(here: dict[str, Any], committed: Sequence[dict[str, Any]]) -> list[tuple[Figure, Figure]]:
+    """Each figure of a quick run that is among the committed ones, behind that one."""
+    before = {one.key: one for found in committed for one in figures(found)}
+    return [(before[now.key], now) for now in figures(here) if now.key in before]
+
+
+def has_moved(before: Figure, now: Figure) -> bool:
+    """Whether a ratio is another one; what depends on the machine says nothing."""
+    return not now.unit and not 1 - MOVED <= now.median / before.median <= 1 + MOVED
+
+
+def small_run(data: Path, folder: Path) -> tuple[Path, Path]:
+    """A run on a few images of a manifest with splits, and the manifest of these."""
+    left, rows = dict(ROWS), list[list[str]]()
+    with data.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if left.get(row["split"], 0) > 0:
+                left[row["split"]] -= 1
+                rows.append([str(data.parent.resolve() / row["image"]), row["label"], row["split"]])
+    few, run = folder / "few.csv", folder / "run"
+    with few.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["image", "label", "split"], *rows])
+    command = [sys.executable, "-m", "protopush", "train", "--data.source", "manifest", "--data.path", str(few)]
+    subprocess.run([*command, "--out", str(run), *TRAINING.split()], check=True, capture_output=True)
+    return run, few
+
+
+def quick(name: str, given: dict[str, str], folder: Path) -> dict[str, Any] | str:
+    """What the quick form of a benchmark has found, or its last line where it failed."""
+    script, options, _ = QUICK[name]
+    out = folder / f"{name}.json"
+    words = [given.get(word, word) for word in options.split()]
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *words, "--out", str(out)], capture_output=True, text=True
+    )
+    if out.is_file():  # a goal that so few images miss is no failure
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, nothing was printed"])[-1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for; 1 where a benchmark failed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(QUICK)} (default: all)")
-    names = parser.parse_args(argv).names or list(QUICK)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(QUICK)} (default: all)")
+    parser.add_argument("--data", type=Path, help="a manifest with splits, for those that need a run; else left out")
+    args = parser.parse_args(argv)
+    names = args.names or [name for name, (_, words, _) in QUICK.items() if args.data or "RUN" not in words]
     if unknown := [name for name in names if name not in QUICK]:
         parser.error(f"no benchmark {unknown[0]!r}; expected some of {', '.join(QUICK)}")
-    table, failed = Table("what", "committed", "here", "here / committed", title="Ratios"), list[str]()
-    plain = Table("what", "committed", "here", title="Numbers that depend on the machine")
-    moved = list[str]()
+    if not args.data and (without := [name for name in names if "RUN" in QUICK[name][1]]):
+        parser.error(f"{without[0]} needs images; give --data MANIFEST")
+    ratios = Table("what", "committed", "here", "here / committed", title="Ratios")
+    numbers = Table("what", "committed", "here", title="What depends on the machine")
+    moved, failed, given = list[str](), list[str](), dict[str, str]()
+    scratch = tempfile.TemporaryDirectory(prefix="protopush-bench-")
+    if args.data:
+        run, few = small_run(args.data, Path(scratch.name))
+        given = {"RUN": str(run), "DATA": str(few)}
     for name in names:
-        script, options, files = QUICK[name]
-        started = time.perf_counter()
+        started, (script, options, files) = time.perf_counter(), QUICK[name]
         print(f"{name}: python benchmarks/{script} {options}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="protopush-bench-") as folder:
-            out = Path(folder) / "quick.json"
-            command = [sys.executable, str(HERE / script), *options.split(), "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if not out.is_file():  # a goal that is missed by so few images is no failure
-                failed.append(f"{name}: {(done.stderr.strip().splitlines() or ['nothing was printed'])[-1]}")
-                continue
-            here = {one.key: one for one in figures(json.loads(out.read_text(encoding="utf-8")))}
-        committed = {
-            one.key: one
-            for file in files
-            for one in figures(json.loads((HERE / "results" / file).read_text(encoding="utf-8")))
-        }
-        for key, now in here.items():
-            if (before := committed.get(key)) is None:
-                continue
-            what = f"{name}{f' {now.case}' if now.case else ''}: {now.setting}: {now.name}"
-            if now.unit:
-                plain.add_row(what, f"{before.median:.4g} {now.unit}", f"{now.median:.4g} {now.unit}")
-                continue
-            ratio = now.median / before.median
-            table.add_row(what, f"{before.median:.3g}", f"{now.median:.3g}", f"{ratio:.2f}")
-            if abs(ratio - 1) > MOVED:
-                moved.append(f"{what}: {before.median:.3g} -> {now.median:.3g}")
+        found = quick(name, given, Path(scratch.name))
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-    console = Console(width=160)
-    console.print(table, plain)
-    print("\n".join([f"Moved by more than {MOVED:.0%}:", *moved]) if moved else "Nothing moved by more than a tenth.")
-    print("\n".join(f"failed: {one}" for one in failed), end="\n" if failed else "")
+        if isinstance(found, str):
+            failed.append(f"failed: {name}: {found}")
+            continue
+        committed = [json.loads((HERE / "results" / file).read_text(encoding="utf-8")) for file in files]
+        for before, now in held_against(found, committed):
+            what = f"{name} {now.case}: {now.setting}: {now.name}".replace(" :", ":")
+            if now.unit:
+                numbers.add_row(what, f"{before.median:.4g} {now.unit}", f"{now.median:.4g} {now.unit}")
+                continue
+            ratios.add_row(what, f"{before.median:.3g}", f"{now.median:.3g}", f"{now.median / before.median:.2f}")
+            moved += [f"{what}: {before.median:.3g} -> {now.median:.3g}"] if has_moved(before, now) else []
+    Console(width=160).print(ratios, numbers)
+    print(
+        "\n".join(
+            [f"Moved by more than {MOVED:.0%}:", *moved] if moved else [f"Nothing moved by more than {MOVED:.0%}."]
+        )
+    )
+    print("".join(f"{one}\n" for one in failed), end="")
+    scratch.cleanup()
     return 1 if failed else 0
 
 

@@ -6,7 +6,7 @@ import importlib
 import json
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -438,3 +438,41 @@ def test_last_layers_on_stored_outputs_are_measured_beside_all(tmp_path, monkeyp
         assert row["seconds"] > 0
         assert row["megabytes"] > 100
     assert capsys.readouterr().out.count("s an epoch") == 3
+
+
+def test_the_quick_form_finds_what_has_moved(monkeypatch, tmp_path, capsys):
+    """Fewer images make another setting of the same figure; only ratios can move."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("bench")
+    for name, (script, _, files) in bench.QUICK.items():
+        assert (BENCHMARKS / script).is_file()
+        committed = [json.loads((BENCHMARKS / "results" / file).read_text()) for file in files]
+        text = json.dumps(committed[0]).replace("batch of 32, ", "batch of 4, ").replace("500 images, ", "64 images, ")
+        pairs = bench.held_against(json.loads(text.replace("70 crops, ", "9 crops, ")), committed)
+        assert len(pairs) == len(list(bench.figures(committed[0])))
+        assert len({before.key for before, _ in pairs}) == len(pairs)
+        assert not any(bench.has_moved(before, now) for before, now in pairs)
+        ratios = [pair for pair in pairs if not pair[0].unit]
+        assert ratios, name
+        for factor, moved in ((1.09, False), (1.11, True), (0.89, True)):
+            assert all(bench.has_moved(old, now._replace(median=factor * now.median)) == moved for old, now in ratios)
+
+    asked = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        out = Path(command[-1])
+        if "explain" in out.name:
+            found = json.loads((BENCHMARKS / "results" / "explain_speed.json").read_text())
+            found["comparisons"][0]["results"][0]["median"] *= 2
+            out.write_text(json.dumps(found))
+        return SimpleNamespace(returncode=1, stderr="push_speed.py: no such case")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert bench.main(["explain", "push"]) == 1
+    said = capsys.readouterr().out
+    assert "Moved by more than 10%:\nexplain: batch of 32, 224 pixels: explained / forward: 1.03 -> 2.06" in said
+    assert "failed: push: push_speed.py: no such case" in said
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["serve"])
+    assert "serve needs images; give --data MANIFEST" in capsys.readouterr().err
