@@ -74,7 +74,7 @@ def test_run_folder_holds_what_the_design_says(trained):
     pictures = {f"prototypes/class{c:02d}-prototype{k:02d}.jpg" for c in range(3) for k in range(2)}
     assert names == pictures | {
         "config.yaml", "config.json", "model.safetensors", "prototypes.json", "prototypes.png", "metrics.jsonl",
-        "split.csv", "checkpoints/last.pt",
+        "split.csv", "candidates.safetensors", "checkpoints/last.pt",
     }  # fmt: skip
     assert yaml.safe_load((trained / "config.yaml").read_text())["push"]["start_epoch"] == 2
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
