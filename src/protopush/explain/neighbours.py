@@ -22,7 +22,8 @@ from protopush.preserve_state import iterate_outputs
 if TYPE_CHECKING:
     from protopush.models.model import ProtoModel
 
-COMPUTED, STORED = 1e-5, 5e-3  # what a similarity may be off by: batches differ, and stored features are float16
+# What a similarity may be off by: batches differ, and stored features are float16 (at most 0.0003 on HAM10000).
+COMPUTED, STORED = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)

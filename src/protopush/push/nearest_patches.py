@@ -67,6 +67,16 @@ class Candidates:
         mine = self.of_taken(self.mine & self.ranked.similarity.isfinite())
         return describe_all(reader, self.of_taken(self.ranked.ids)[mine].tolist())
 
+    def and_others(self, other: Candidates) -> Candidates:
+        """The nearest of these and of those of other samples, as many for each prototype as here."""
+        both = (torch.cat(pair, dim=1) for pair in zip(self.ranked, other.ranked, strict=True))
+        ranked, keep = Ranked(*both).best(self.ranked.ids.shape[1])
+        at = keep.unsqueeze(3).expand_as(self.vectors)
+        vectors = torch.cat([self.vectors, other.vectors], dim=1).gather(1, at)
+        mine = torch.cat([self.mine, other.mine], dim=1).gather(1, keep)
+        patches, images = self.patches + other.patches, self.images + other.images
+        return replace(self, ranked=ranked, mine=mine, vectors=vectors, patches=patches, images=images)
+
     def with_classes(self, classes: list[int], other: Candidates) -> Candidates:
         """These candidates, but for some classes those of another search, which has as many of them or fewer."""
 

@@ -16,7 +16,7 @@ from protopush.push.top_candidates import NO_ID
 
 logger = logging.getLogger("protopush.push")
 
-MORE = 4  # times as many images are read where the first ones do not settle it
+MORE = 2  # times as many images are read where the first ones do not settle it
 
 
 class Bounds(NamedTuple):
@@ -55,19 +55,20 @@ def nearest_on_shortlist(
     that a pass over all of the class finds the same ones. Where they do not, more samples are read, at last all.
     """
     bounds: Bounds = options.bounds
-    used, count = slots.used.cpu(), depth + 1
+    used, count, read, found = slots.used.cpu(), depth + 1, set[int](), None
     while True:
-        known = set(bounds.ids[:count].masked_fill(~used, NO_ID).flatten().tolist())
-        some = sorted(known - {NO_ID})
-        if not some:
+        new = set(bounds.ids[:count].masked_fill(~used, NO_ID).flatten().tolist()) - {NO_ID} - read
+        if new:
+            more = nearest_patches(net, reader.subset(sorted(new)), slots, options, rule, depth)
+            found, read = more if found is None else found.and_others(more), read | new
+        if found is None:
             break
-        found = nearest_patches(net, reader.subset(some), slots, options, rule, depth)
         if not bounds.hold(found):
             logger.warning("An image is nearer than its recorded similarity allows; the classes are read as a whole")
             break
         last, unread = found.ranked.similarity[:, depth - 1].cpu(), bounds.unread(count)
         if bool(((last > unread + bounds.error) | unread.isneginf())[used].all()):
-            logger.info("  %d images settle it; the others cannot win", len(some))
+            logger.info("  %d images settle it; the others cannot win", len(read))
             return found
         if count >= len(bounds.ids):
             logger.info("The %d candidates do not settle it: the classes are read as a whole", len(bounds.ids))
