@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.files import atomic, default_cache_dir, write_json
@@ -128,6 +128,12 @@ def cache_features(
     regions = _compute(backbone, view, loader, array, device, advance, precision)
     write_json(stem.with_suffix(".json"), {"regions": regions, "images": len(view)})
     return CachedFeatures(view, array, Regions.from_dict(regions), views)
+
+
+def collate_stored(items: list[Any]) -> Any:
+    """A batch of stored features in their own precision: autocast on a CPU refuses to stack float16."""
+    with torch.autocast("cpu", enabled=False):
+        return default_collate(items)
 
 
 def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:
