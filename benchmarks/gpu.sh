@@ -67,7 +67,7 @@ if [ -n "$QUICK" ]; then
   images=60
 else
   workers=$(($(nproc) - 1))
-  only="" push="" memory="--few 1000 --many 10000 --repetitions 2" live="" explain="" serve="--requests 512" images=600
+  only="" push="" memory="--few 1000 --many 10000 --repetitions 2" live="" explain="" serve="--requests 512" images=1500
   predict="--images 600 --workers $workers"
   tuned="--workers $workers --throughput 3"
   trained="--train.epochs 3 --data.num_workers $workers"
