@@ -52,7 +52,7 @@ def restart(model: Any, prototypes: Tensor) -> None:
     model.classifier.prototypes.data.copy_(prototypes.view(*prototypes.shape, 1, 1))
 
 
-def found_by(model: Any, loader: Any, columns: int) -> list[tuple[int, int]]:
+def found_by(model: Any, loader: Any, columns: int, device: str) -> list[tuple[int, int]]:
     """The (sample, cell) that each prototype is nearest to, where samples are read in order."""
-    records = model.project(loader, "cpu", update_prototypes=False)
+    records = model.project(loader, device, update_prototypes=False)
     return [(record["img_idx"], record["h"] * columns + record["w"]) for record in records]

@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 import yaml
-from measuring import save
+from measuring import save, synchronize
 from peak_memory import peak_megabytes
 
 from protopush.data.manifest import DataConfig
@@ -76,12 +76,15 @@ def _epochs(name: str, options: argparse.Namespace) -> str:
     job.train.samples = job.train.samples[: options.images]
     start = time.perf_counter()
     stage = (LastLayers if job.config.data.cached_views else Joint)(job)
+    synchronize()
     before = time.perf_counter() - start
     trainer = Trainer(job, stage, 0, 2)
     trainer.push(0, None)
     trainer.epoch(0)
+    synchronize()
     start = time.perf_counter()
     trainer.epoch(1)
+    synchronize()
     row = {"seconds": time.perf_counter() - start, "before": before, "megabytes": peak_megabytes()}
     return json.dumps(row)
 

@@ -9,23 +9,22 @@ The whole model on windows is trained, live, by the same steps on the same image
 
 Both are refreshed every 100 steps (``push.anchor_refresh``): a hundredth of a refresh is charged to each step. The
 limit is the forward and backward pass of the images through the backbone alone. The time is the processors': others may
-use them as well.
+use them as well; on a GPU it is the clock's.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import Comparison, Repetition, paired, save, timed
+from measuring import Comparison, Repetition, clock_of, paired, save, timed
 from ready_maps import labelled, plain_loader
 from rich.console import Console
-from showing import Parser, count, surroundings, table
+from showing import Parser, count, device_name, surroundings, table
 
 from protopush import HeadOptimal, ProtoModel, create_backbone, refresh_anchors
 from protopush.backbones import Backbone
@@ -42,36 +41,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=count, default=32, metavar="N", help="images of a step (default: 32)")
     parser.add_argument("--repetitions", type=count, default=7, metavar="N", help="(default: 7)")
     parser.add_argument("--pixels", type=count, default=224, metavar="N", help="of a side (default: 224)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="(default: cpu)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "live_speed.json")
     options = parser.parse_args(argv)
-    record = surroundings() | {"sizes": SIZES | {"batch": options.batch, "pixels": options.pixels}}
+    record = surroundings(options.device) | {"sizes": SIZES | {"batch": options.batch, "pixels": options.pixels}}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
     for name in options.backbones:
-        comparisons.append(fine_tuning(name, options.batch, options.pixels, options.repetitions))
+        comparisons.append(fine_tuning(name, options.batch, options.pixels, options.repetitions, options.device))
         save(record | {"comparisons": [comparison.to_dict() for comparison in comparisons]}, options.out)
     Console(width=None if sys.stdout.isatty() else 120).print(table("live anchors in fine-tuning", comparisons))
     return 0
 
 
-def fine_tuning(name: str, batch: int, pixels: int, repetitions: int) -> Comparison:
+def fine_tuning(name: str, batch: int, pixels: int, repetitions: int, device: str) -> Comparison:
     """A step of each side, its refresh, and the bare pass of the images."""
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, pixels, pixels), torch.arange(batch) % SIZES["classes"]
+    images = torch.randn(batch, 3, pixels, pixels).to(device)
+    labels = (torch.arange(batch) % SIZES["classes"]).to(device)
     anchored = torch.randn(SIZES["classes"] * SIZES["prototypes"], 3, pixels, pixels)
     loader = plain_loader(labelled(anchored, SIZES["classes"]))
 
     def backbone_of() -> Backbone:
         windows = {"size": SIZES["window"], "stride": SIZES["stride"]}
-        return create_backbone(name, pretrained=False, size=(pixels, pixels), windows=windows).eval()
+        return create_backbone(name, pretrained=False, size=(pixels, pixels), windows=windows).eval().to(device)
 
     def model_of(crop_size: int | None) -> ProtoModel:
         backbone, sizes = backbone_of(), (SIZES["classes"], SIZES["prototypes"])
-        model = ProtoModel(
-            backbone, HeadOptimal(backbone.channels, *sizes, anchoring="live", crop_size=crop_size)
-        ).eval()
-        model.push_prototypes(loader, "cpu", unique="image")  # each anchor on an image of its own
-        refresh_anchors(model, loader, "cpu")
+        head = HeadOptimal(backbone.channels, *sizes, anchoring="live", crop_size=crop_size)
+        model = ProtoModel(backbone, head).eval().to(device)
+        model.push_prototypes(loader, device, unique="image")  # each anchor on an image of its own
+        refresh_anchors(model, loader, device)
         return model
 
     def step_of(model: ProtoModel) -> Callable[[], None]:
@@ -91,11 +91,12 @@ def fine_tuning(name: str, batch: int, pixels: int, repetitions: int) -> Compari
         "crops: step": step_of(crops),
         "stored: step": step_of(stored),
         "images alone": lambda: bare(images).patches.sum().backward(),
-        "crops: refresh": partial(refresh_anchors, crops, loader, "cpu"),
-        "stored: refresh": partial(refresh_anchors, stored, loader, "cpu"),
+        "crops: refresh": partial(refresh_anchors, crops, loader, device),
+        "stored: refresh": partial(refresh_anchors, stored, loader, device),
     }
-    sides = {side: timed(work, clock=time.process_time) for side, work in works.items()}
-    found = paired(f"{name}, batches of {batch}, {len(anchored)} crops, processors", "s", sides, repetitions)
+    of, clock = clock_of(device)
+    sides = {side: timed(work, clock=clock) for side, work in works.items()}
+    found = paired(f"{name}, batches of {batch}, {len(anchored)} crops, {of}", "s", sides, repetitions)
 
     def seconds(side: str, took: Repetition) -> float:
         return took[f"{side}: step"] + took[f"{side}: refresh"] / SIZES["refresh"]

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import torch
+
 Side = Callable[[], float]  # does the work once and tells what it took
 Repetition = Mapping[str, float]  # what each side took in one repetition
 
@@ -101,11 +103,24 @@ def timed(
         if before is not None:
             before()
         gc.collect()
+        synchronize()
         started = clock()
         work()
+        synchronize()
         return (clock() - started) / per
 
     return side
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done all that it was given; on a CPU there is nothing to wait for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def clock_of(device: str) -> tuple[str, Callable[[], float]]:
+    """The time that counts: the processors' on a CPU that others use too, the clock's where a GPU does the work."""
+    return ("processors", time.process_time) if device == "cpu" else ("clock", time.perf_counter)
 
 
 def paired(setting: str, unit: str, sides: Mapping[str, Side], repetitions: int, warm_up: bool = True) -> Comparison:

@@ -1,4 +1,7 @@
-"""The peak memory of a process that pushes a given number of maps: ``python peak_memory.py COUNT`` prints megabytes."""
+"""The peak memory of a process that pushes maps: ``python peak_memory.py COUNT [DEVICE]`` prints megabytes.
+
+On a GPU it is the memory that tensors took there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from ready_maps import GeneratedMaps, ReadyMaps, training_loader
 
 import protopush
@@ -14,10 +18,11 @@ CLASSES, PROTOTYPES, CELLS, DIM = 7, 10, 49, 64
 WARM_UP = 512
 
 
-def push_generated(count: int) -> None:
+def push_generated(count: int, device: str = "cpu") -> None:
     """Push maps of which none is kept."""
     dataset = GeneratedMaps(count, CLASSES, CELLS, DIM)
-    protopush.push_prototypes(ReadyMaps(CLASSES, PROTOTYPES, DIM), training_loader(dataset), "cpu")
+    model = ReadyMaps(CLASSES, PROTOTYPES, DIM).to(device)
+    protopush.push_prototypes(model, training_loader(dataset), device)
 
 
 def peak_megabytes() -> float:
@@ -34,13 +39,14 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(count: int) -> float:
+def in_fresh_process(count: int, device: str = "cpu") -> float:
     """The peak of a process of its own that pushes ``count`` maps."""
-    done = subprocess.run([sys.executable, __file__, str(count)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, str(count), device], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout)
 
 
 if __name__ == "__main__":
-    push_generated(WARM_UP)
-    push_generated(int(sys.argv[1]))
-    print(peak_megabytes())
+    device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+    push_generated(WARM_UP, device)
+    push_generated(int(sys.argv[1]), device)
+    print(peak_megabytes() if device == "cpu" else torch.cuda.max_memory_allocated(device) / 2**20)

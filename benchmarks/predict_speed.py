@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.model.to(device)
     files = [names[i] for i in range(min(options.images, len(names)))]
     found = comparisons(run, files, device, options.workers, options.repetitions)
-    record = surroundings() | {"device": device.type, "images": len(files), "workers": options.workers}
+    record = surroundings(str(device)) | {"images": len(files), "workers": options.workers}
     Console(width=None if sys.stdout.isatty() else 120).print(table("predictions", found))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save(record | {"comparisons": [comparison.to_dict() for comparison in found]}, options.out)

@@ -17,13 +17,13 @@ import torch
 from cases import CASES, Sizes
 from measuring import save
 from rich.console import Console
-from showing import Parser, count, surroundings, table
+from showing import Parser, count, device_name, surroundings, table
 
 TITLES = {
     "a": "a. push against the bare forward pass of the same backbone",
     "b": "b. the push alone, on ready-made maps of 49x256",
     "c": "c. peak memory against the number of images",
-    "d": "d. one process against two gloo ranks, one thread each",
+    "d": "d. one process against two ranks",
     "e": "e. beside other pushes, on the same ready-made maps",
     "f": "f. live prototypes on windows: push against the bare forward pass of all windows",
 }
@@ -36,11 +36,12 @@ cases:
      Goals: 0.05 for 7x10, 0.10 for 200x10. Beside it the limit: one batched matrix product over the same maps.
   c  peak memory of fresh processes that push few and many maps (49x64, made when they are read). Goal: at most 10 MB
      apart.
-  d  one process against two ranks that share the work, real images through Lite0. Goal: 1.6 times faster.
+  d  one process against two ranks that share the work, real images through Lite0: of gloo with a thread each, or of
+     NCCL with a GPU each. Goal: 1.6 times faster.
   e  push alone beside the straightforward algorithm (collect, cdist, loop) and, where it is installed, cabrnet's
      ProtoPNet.project. Goal: 5 times faster than cabrnet.
   f  as a, with Lite0 on windows (64 pixels, stride 32) and live prototypes (7x10), which keep the features of their
-     patches, by the processors' time. Goal: a ratio of at most 1.1.
+     patches, by the processors' time (on a GPU: the clock's). Goal: a ratio of at most 1.1.
 """
 
 
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         number = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=count, default=number, metavar="N", help=f"{meaning} (default: {number})")
-    out = Path(__file__).parent / "results" / "push_speed.json"
+    parser.add_argument("--device", type=device_name, default=default.device, help="(default: cpu)")
     parser.add_argument(
         "--out", type=Path, default=out, help="where the JSON goes (default: results/ beside this file)"
     )
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
     console = Console(width=None if sys.stdout.isatty() else 120)
-    record: dict[str, Any] = surroundings() | {"sizes": vars(sizes), "cases": {}}
+    record: dict[str, Any] = surroundings(options.device) | {"sizes": vars(sizes), "cases": {}}
     if (record["load"] or 0) > 0.5:
         console.print(f"{record['load']:.1f} other processes were busy in the last minute: do not trust the timings")
     for case in sorted(set(options.cases)):

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
+from measuring import synchronize
 from ready_maps import labelled, training_loader
 from torch import distributed
 
@@ -25,10 +26,11 @@ class Work(NamedTuple):
     pixels: int
     classes: int
     prototypes: int
+    device: str = "cpu"
 
 
 class Team:
-    """One process, or several that form a gloo group."""
+    """One process, or several that form a group: of gloo, or of NCCL with a GPU each."""
 
     def __init__(self, lines: list[Connection]) -> None:
         self.lines = lines
@@ -64,14 +66,19 @@ def team(size: int, work: Work) -> Iterator[Team]:
 
 def _rank(rank: int, size: int, meeting: str, work: Work, line: Connection) -> None:
     torch.set_num_threads(1)
+    if work.device != "cpu":
+        torch.cuda.set_device(rank)
     if size > 1:
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+        backend = "gloo" if work.device == "cpu" else "nccl"
+        distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size)
     torch.manual_seed(0)
     model = ProtoModel.create(work.backbone, work.classes, pretrained=False, num_prototypes=work.prototypes)
+    model.to(work.device)
     loader = training_loader(labelled(torch.randn(work.images, 3, work.pixels, work.pixels), work.classes))
     while line.recv() == "go":
         if size > 1:
             distributed.barrier()
         started = time.perf_counter()
-        model.push_prototypes(loader, "cpu")
+        model.push_prototypes(loader, work.device)
+        synchronize()
         line.send(time.perf_counter() - started)

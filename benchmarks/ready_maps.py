@@ -57,7 +57,7 @@ def plain_loader(dataset: Dataset[tuple[Tensor, int]]) -> DataLoader[tuple[Tenso
     return DataLoader(dataset, BATCH)
 
 
-def read_all(loader: Iterable[object]) -> None:
-    """Iterate and do nothing else."""
-    for _ in loader:
-        pass
+def read_all(loader: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -> None:
+    """Iterate, bring the maps where they are needed, and do nothing else."""
+    for maps, _ in loader:
+        maps.to(device)

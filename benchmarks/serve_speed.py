@@ -27,7 +27,7 @@ from statistics import median, quantiles
 import torch
 from measuring import Comparison, save
 from rich.console import Console
-from showing import Parser, count, surroundings, table
+from showing import Parser, count, device_name, surroundings, table
 
 from protopush.data.images import read_image
 from protopush.errors import InputError
@@ -48,30 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images_of", metavar="FOLDER_OR_MANIFEST", help="images")
     parser.add_argument("--requests", type=count, default=96, metavar="N", help="a client and repetition (default: 96)")
     parser.add_argument("--repetitions", type=count, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="of both sides (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve_speed.json")
     options = parser.parse_args(argv)
     try:
         run, names = open_run(options.run), list_inputs([options.images_of]).names
     except InputError as error:
         parser.error(str(error))
-    record = surroundings() | {"device": "cpu", "requests": options.requests, "max_batch": BATCH}
+    record = surroundings(options.device) | {"requests": options.requests, "max_batch": BATCH}
     files = [names[i] for i in range(min(options.requests, len(names)))]
-    found = comparisons(run, files, options.requests, options.repetitions)
+    run.model.to(options.device)
+    found = comparisons(run, files, options.requests, options.repetitions, options.device)
     Console(width=None if sys.stdout.isatty() else 120).print(table("the service", found))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save(record | {"comparisons": [comparison.to_dict() for comparison in found]}, options.out)
     return 0
 
 
-def comparisons(run: Run, files: Sequence[str], requests: int, repetitions: int) -> list[Comparison]:
+def comparisons(run: Run, files: Sequence[str], requests: int, repetitions: int, device: str) -> list[Comparison]:
     """The bare forward pass before and after each round of the service, and what both say together."""
     bare: dict[int, list[tuple[float, float]]] = {1: [], BATCH: []}
     latency: dict[int, list[list[float]]] = {clients: [] for clients in CLIENTS}
     took: dict[int, list[tuple[float, float]]] = {clients: [] for clients in CLIENTS}
     for _ in range(repetitions):
         for size in bare:
-            bare[size].append(forward(run, files[: 2 * BATCH], size))
-        with serving(run.folder) as (port, pid):
+            bare[size].append(forward(run, files[: 2 * BATCH], size, device))
+        with serving(run.folder, device) as (port, pid):
             for clients in CLIENTS:
                 before = busy(pid)
                 seconds, each = asked(port, files, clients, requests)
@@ -96,22 +98,22 @@ def comparisons(run: Run, files: Sequence[str], requests: int, repetitions: int)
     return found
 
 
-def forward(run: Run, files: Sequence[str], size: int) -> tuple[float, float]:
+def forward(run: Run, files: Sequence[str], size: int, device: str) -> tuple[float, float]:
     """The milliseconds that an image takes in the backbone, in batches of a size, by the clock and of processors."""
     pixels = torch.stack([run.transform(read_image(file)) for file in files])
     with preserve_state(run.model):
-        run.model.backbone(pixels[:size])
+        run.model.backbone(pixels[:size].to(device)).patches.sum().item()
         started = time.perf_counter(), time.process_time()
         for batch in pixels.split(size):
-            run.model.backbone(batch).patches.sum().item()
+            run.model.backbone(batch.to(device)).patches.sum().item()  # .item() waits for a GPU
         clock, processors = time.perf_counter() - started[0], time.process_time() - started[1]
         return 1000 * clock / len(pixels), 1000 * processors / len(pixels)
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[int, int]]:
+def serving(folder: Path, device: str) -> Iterator[tuple[int, int]]:
     """A service in a process of its own; its port, and the number of the process."""
-    command = [sys.executable, "-m", "protopush", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "protopush", "serve", str(folder), "--port", "0", "--device", device]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = next((line for line in process.stdout or () if line.startswith("Service: ")), "")

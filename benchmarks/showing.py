@@ -32,9 +32,18 @@ def count(text: str) -> int:
     return int(text)
 
 
-def surroundings() -> dict[str, Any]:
+def device_name(text: str) -> str:
+    """A device that is here: cpu or cuda."""
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if text not in here:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device that is here; expected {' or '.join(here)}")
+    return text
+
+
+def surroundings(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on; ``load`` is how many processes were busy before we began."""
     return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "protopush": protopush.__version__,
         "python": sys.version.split()[0],

@@ -1,6 +1,6 @@
 """Training and pushing in several processes, in plain PyTorch: each of them calls the push, all end alike.
 
-    torchrun --nproc_per_node 2 examples/train_ddp.py images  # gloo on CPUs, NCCL where each process has a GPU
+    torchrun --nproc_per_node 2 examples/train_ddp.py images  # gloo on CPUs; NCCL (not run yet) where each has a GPU
     python examples/train_ddp.py images  # the same in one process
 
 ``images`` is a folder of class folders, or a manifest (CSV image,label[,split]). What to look at: the loader has a

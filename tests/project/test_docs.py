@@ -201,6 +201,24 @@ def test_every_option_is_told(site):
     assert "--model.windows.stride" in shown  # behind an option that may be null
 
 
+GPU = re.compile(r"cuda|nccl|bf16|16-mixed|torch\.compile|\bGPUs\b|\b(on|with) a GPU", re.IGNORECASE)
+
+
+def test_what_is_said_of_gpus_leads_to_what_was_run():
+    papers = [*PAGES.values(), *ROOT.glob("*.md"), *(ROOT / "recipes").glob("*.yaml")]
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in papers}
+    about = {name for name, text in texts.items() if GPU.search(text)}
+    assert about >= {"README.md", "docs/gpus.md", "docs/training.md", "docs/zh/push.md", "recipes/folder.yaml"}
+    marks = {name: "gpus.md" if name.startswith("recipes/") else "(gpus.md#what-was-run)" for name in about}
+    marks |= {"docs/gpus.md": "(#what-was-run)", "docs/zh/push.md": "(../gpus.md#what-was-run)"}
+    marks |= {name: "(docs/gpus.md" for name in about if "/" not in name}
+    assert {name for name in about if marks[name] not in texts[name]} == set()
+    table = texts["docs/gpus.md"].partition("## What was run")[2]
+    named = re.findall(r"`((?:tests|benchmarks)/[\w/.]+)`", table)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_report_is_told():
     text = text_of("report")
     for title, _ in SECTIONS.values():

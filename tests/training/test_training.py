@@ -161,8 +161,9 @@ def test_a_model_that_matches_the_pooled_feature_is_pushed_onto_pooled_features(
     assert all(check.holds for check in checks)
 
 
-def test_mixed_precision_trains_and_still_ends_on_exact_anchors(tmp_path, image_folder):
-    config = small(image_folder, epochs=1, freeze_backbone=False, precision="bf16-mixed")
+@pytest.mark.parametrize("frozen", [True, False])  # frozen: features stored in float16
+def test_mixed_precision_trains_and_still_ends_on_exact_anchors(tmp_path, image_folder, frozen):
+    config = small(image_folder, epochs=1, freeze_backbone=frozen, precision="bf16-mixed")
     config.push = replace(config.push, start_epoch=1, interval=1)
     run = train(config, tmp_path / "run")
     manager = run.head.proto_manager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from protopush.data.dataset import ImageDataset
 from protopush.data.feature_shards import SHARD, Claims, Format, file_of, ids_of, missing, refuse_full_disk
@@ -148,6 +148,12 @@ def cache_features(
                 claims.claim(left[0], wait=True)
         counted += done
     return CachedFeatures(view, place, views)
+
+
+def collate_stored(items: list[Any]) -> Any:
+    """A batch of stored features in their own precision: autocast on a CPU refuses to stack float16."""
+    with torch.autocast("cpu", enabled=False):
+        return default_collate(items)
 
 
 def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures | None:

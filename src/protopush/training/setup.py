@@ -17,7 +17,7 @@ from protopush.backbones.create import Backbone, create_backbone
 from protopush.backbones.division import Division, divide
 from protopush.backbones.windows import FULL
 from protopush.data.dataset import ImageDataset, check_masks, mask_shares
-from protopush.data.features import CachedFeatures, inference_batch_size
+from protopush.data.features import CachedFeatures, collate_stored, inference_batch_size
 from protopush.data.manifest import (
     Catalog,
     check_names,
@@ -136,6 +136,7 @@ class Job:
             batch_size=config.batch_size if train or not reads_files else inference_batch_size(self.fabric.device),
             sampler=sampler,
             num_workers=self.config.data.num_workers if reads_files else 0,
+            collate_fn=None if reads_files else collate_stored,
             generator=torch.Generator().manual_seed(config.seed),  # so that nothing else's randomness moves it
         )
 
