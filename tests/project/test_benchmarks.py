@@ -476,3 +476,17 @@ def test_the_quick_form_finds_what_has_moved(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["serve"])
     assert "serve needs images; give --data MANIFEST" in capsys.readouterr().err
+
+
+def test_the_docs_show_what_decisions_and_shortlists_are():
+    docs, results = BENCHMARKS.parent / "docs", BENCHMARKS / "results"
+    speed, push = (docs.joinpath(page).read_text(encoding="utf-8") for page in ("speed.md", "push.md"))
+    decisions = json.loads((results / "decision_speed.json").read_text())["comparisons"]
+    for name in decisions[0]["medians"]:
+        cells = [f"{one['medians'][name]:.2f}" for one in decisions]
+        assert f"| {name} | {' | '.join(cells)} |" in speed
+    found = json.loads((results / "shortlist.json").read_text())
+    for kind, words in (("off", "momentum 0.9"), ("live", "live")):
+        for number, row in enumerate(found[kind], start=2):
+            cells = [f"{row[name]['cost']:.0%}, {row[name]['missed']:.0%}" for name in ("largest", "95th percentile")]
+            assert f"| {words} | {number} | {row['same anchors']:.0%} | {' | '.join(cells)} |" in push
