@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +32,17 @@ SIZES = re.compile(r"batch(es)? of \d+, |\d+ images, |\d+ crops, ")  # words of 
 QUICK: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "push": (
         "push_speed.py",
-        "--cases a b e f --images 16 --maps 256 --windowed 4 --repetitions 3",
+        "--cases a b e f --images 32 --maps 1024 --windowed 8 --repetitions 3",
         ("push_speed.json", "push_speed_windows.json"),
     ),
-    "explain": ("explain_speed.py", "--batch 4 --repetitions 5", ("explain_speed.json",)),
-    "live": ("live_speed.py", "--batch 4 --repetitions 3 --backbones tf_efficientnet_lite0", ("live_speed.json",)),
+    "explain": ("explain_speed.py", "--batch 8 --repetitions 5", ("explain_speed.json",)),
+    "live": ("live_speed.py", "--repetitions 2 --backbones tf_efficientnet_lite0", ("live_speed.json",)),
     "predict": ("predict_speed.py", "RUN DATA --images 64 --repetitions 3", ("predict_speed.json",)),
     "onnx": ("onnx_speed.py", "RUN --images 8 --repetitions 5", ("onnx_speed.json",)),
     "serve": ("serve_speed.py", "RUN DATA --requests 32 --repetitions 1", ("serve_speed.json",)),
 }
 TRAINING = "--model.backbone tf_efficientnet_lite0 --model.windows null --train.epochs 1 --trainer.device cpu"
-ROWS = {"train": 100, "val": 30, "test": 30}  # of the data that the run is trained on
+ROWS = {"train": 15, "val": 5, "test": 10}  # of each class, that the run is trained on
 
 
 class Figure(NamedTuple):
@@ -81,17 +82,19 @@ def has_moved(before: Figure, now: Figure) -> bool:
 
 def small_run(data: Path, folder: Path) -> tuple[Path, Path]:
     """A run on a few images of a manifest with splits, and the manifest of these."""
-    left, rows = dict(ROWS), list[list[str]]()
+    seen, rows = Counter[tuple[str, str]](), list[list[str]]()
     with data.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if left.get(row["split"], 0) > 0:
-                left[row["split"]] -= 1
+            seen[row["split"], row["label"]] += 1
+            if seen[row["split"], row["label"]] <= ROWS.get(row["split"], 0):
                 rows.append([str(data.parent.resolve() / row["image"]), row["label"], row["split"]])
     few, run = folder / "few.csv", folder / "run"
     with few.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["image", "label", "split"], *rows])
     command = [sys.executable, "-m", "protopush", "train", "--data.source", "manifest", "--data.path", str(few)]
-    subprocess.run([*command, "--out", str(run), *TRAINING.split()], check=True, capture_output=True)
+    done = subprocess.run([*command, "--out", str(run), *TRAINING.split()], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
     return run, few
 
 
