@@ -303,10 +303,13 @@ class Run(stored_run.Run):
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
         pushed = replace(self, model=model, folder=out, root=catalog.root.resolve())
-        with bar("Candidates of the prototypes", len(dataset)) as advance:
-            ranked = rank_candidates(pushed, dataset, self.device, self.num_workers, advance=advance)
+        ranked = None
+        if split == "train":  # what a decision chooses from
+            with bar("Candidates of the prototypes", len(dataset)) as advance:
+                ranked = rank_candidates(pushed, dataset, self.device, self.num_workers, advance=advance)
         self._save_as(replace(pushed, model=model.cpu()))
-        save_candidates(pushed, ranked, dataset)
+        if ranked is not None:
+            save_candidates(pushed, ranked, dataset)
         append_metrics(out, push_row(report, 0, None, None))
         return report
 

@@ -78,8 +78,8 @@ def test_push_writes_a_new_run_and_leaves_the_first(home, tmp_path, capsys):
     (tmp_path / "run2" / "old.txt").touch()
     assert main([str(w) for w in (*words, "--out", tmp_path / "run2", "--overwrite")]) == 0
     assert {p.name for p in (tmp_path / "run2").iterdir()} == {
-        "config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "prototypes", "prototypes.json",
-        "prototypes.png", "split.csv",
+        "candidates.safetensors", "config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "prototypes",
+        "prototypes.json", "prototypes.png", "split.csv",
     }  # fmt: skip
     assert len((tmp_path / "run2" / "metrics.jsonl").read_text().splitlines()) == 1
 
