@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +39,10 @@ QUICK: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "live": ("live_speed.py", "--repetitions 2 --backbones tf_efficientnet_lite0", ("live_speed.json",)),
     "predict": ("predict_speed.py", "RUN DATA --images 64 --repetitions 3", ("predict_speed.json",)),
     "onnx": ("onnx_speed.py", "RUN --images 8 --repetitions 5", ("onnx_speed.json",)),
-    "serve": ("serve_speed.py", "RUN DATA --requests 32 --repetitions 1", ("serve_speed.json",)),
+    "serve": ("serve_speed.py", "WINDOWED_RUN DATA --requests 48 --repetitions 1", ("serve_speed.json",)),
 }
-TRAINING = "--model.backbone tf_efficientnet_lite0 --model.windows null --train.epochs 1 --trainer.device cpu"
+TRAINING = "--model.backbone tf_efficientnet_lite0 --train.epochs 1 --trainer.device cpu"
+RUNS = {"RUN": "--model.windows null", "WINDOWED_RUN": "--model.windows.size 64 --model.windows.stride 32"}
 ROWS = {"train": 15, "val": 5, "test": 10}  # of each class, that the run is trained on
 
 
@@ -80,22 +81,25 @@ def has_moved(before: Figure, now: Figure) -> bool:
     return not now.unit and not 1 - MOVED <= now.median / before.median <= 1 + MOVED
 
 
-def small_run(data: Path, folder: Path) -> tuple[Path, Path]:
-    """A run on a few images of a manifest with splits, and the manifest of these."""
+def small_runs(data: Path, folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those of RUNS that are named, on a few images of a manifest with splits; DATA is the manifest of these."""
     seen, rows = Counter[tuple[str, str]](), list[list[str]]()
     with data.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             seen[row["split"], row["label"]] += 1
             if seen[row["split"], row["label"]] <= ROWS.get(row["split"], 0):
                 rows.append([str(data.parent.resolve() / row["image"]), row["label"], row["split"]])
-    few, run = folder / "few.csv", folder / "run"
+    few = folder / "few.csv"
     with few.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["image", "label", "split"], *rows])
-    command = [sys.executable, "-m", "protopush", "train", "--data.source", "manifest", "--data.path", str(few)]
-    done = subprocess.run([*command, "--out", str(run), *TRAINING.split()], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
-    return run, few
+    given, command = {"DATA": str(few)}, [sys.executable, "-m", "protopush", "train", "--data.source", "manifest"]
+    for name in names:
+        given[name] = str(folder / name)
+        words = [*command, "--data.path", str(few), "--out", given[name], *TRAINING.split(), *RUNS[name].split()]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
+    return given
 
 
 def quick(name: str, given: dict[str, str], folder: Path) -> dict[str, Any] | str:
@@ -128,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     moved, failed, given = list[str](), list[str](), dict[str, str]()
     scratch = tempfile.TemporaryDirectory(prefix="protopush-bench-")
     if args.data:
-        run, few = small_run(args.data, Path(scratch.name))
-        given = {"RUN": str(run), "DATA": str(few)}
+        given = small_runs(args.data, Path(scratch.name), {QUICK[name][1].split()[0] for name in names} & RUNS.keys())
     for name in names:
         started, (script, options, files) = time.perf_counter(), QUICK[name]
         print(f"{name}: python benchmarks/{script} {options}", flush=True)

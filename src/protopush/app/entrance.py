@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from protopush.app.service import Service
 
 OPEN = ("/health", "/docs", "/openapi.json")  # without a token: they hold nothing of the run
-LINGER = (
-    2.0  # seconds in which the rest of a body is thrown away: an answer before it would be lost with the connection
-)
+# Seconds in which the rest of a body is thrown away: an answer before its end would be lost with the connection.
+LINGER = 2.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
