@@ -149,7 +149,7 @@ class Protocol(H11Protocol):
         if self.transport.is_closing():
             return
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.cycle is self._before:  # no whole head has come since the last look
+        if idle and self.cycle is self._before:  # no whole head has come since the last check
             if self.cycle is None:
                 self._refuse(b"408 Request Timeout", f"the request was not there after {HEAD_SECONDS:g} s")
             self.transport.close()
