@@ -287,9 +287,8 @@ class Run(stored_run.Run):
             max_patches_per_class: bound the work.
             overwrite: replace the run in ``out``.
         """
-        from protopush.runs.candidates import rank_candidates, save_candidates
+        from protopush.runs.candidates import keep_candidates
         from protopush.runs.decisions import load_decisions
-        from protopush.runs.progress import bar
         from protopush.runs.reanchor import allow_of
         from protopush.training.final_push import push_row
         from protopush.training.run_writer import append_metrics
@@ -303,13 +302,10 @@ class Run(stored_run.Run):
             val_loader=None if guard == "off" else self._loader(self._images("val")[0]),
         )  # fmt: skip
         pushed = replace(self, model=model, folder=out, root=catalog.root.resolve())
-        ranked = None
-        if split == "train":  # what a decision chooses from
-            with bar("Candidates of the prototypes", len(dataset)) as advance:
-                ranked = rank_candidates(pushed, dataset, self.device, self.num_workers, advance=advance)
         self._save_as(replace(pushed, model=model.cpu()))
-        if ranked is not None:
-            save_candidates(pushed, ranked, dataset)
+        model.to(self.device)
+        if split == "train":  # what a decision chooses from; embeddings of validation images are as before
+            keep_candidates(pushed, dataset, None, self.device, self.num_workers)
         append_metrics(out, push_row(report, 0, None, None))
         return report
 

@@ -86,15 +86,10 @@ def _save(job: Job, out: Path) -> Run:
     model.prior, model.train_shares = job.prior(), job.train_shares()
     run = Run(model, list(job.catalog.classes), job.transform, job.catalog.root.resolve(), recorded, out)
 
-    def write() -> None:
-        keep_candidates(
-            run, job.train, job.val, job.fabric.device, job.config.data.num_workers, job.config.push.candidates
-        )
-        model.cpu()
-        save_run(run)
-
-    broadcast_from_rank_zero(write)
+    how = job.fabric.device, data.num_workers, job.config.push.candidates
+    broadcast_from_rank_zero(lambda: keep_candidates(run, job.train, job.val, *how))
     model.cpu()
+    broadcast_from_rank_zero(lambda: save_run(run))
     return run
 
 
