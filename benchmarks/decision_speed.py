@@ -25,7 +25,7 @@ from protopush._compat import ensure_torchvision
 ensure_torchvision()
 import protopush  # noqa: E402
 from protopush.app.run_store import RunStore  # noqa: E402
-from protopush.runs.candidates import Candidates  # noqa: E402
+from protopush.runs.candidates import KeptCandidates  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "decision_speed.json"
 
@@ -33,7 +33,7 @@ OUT = Path(__file__).parent / "results" / "decision_speed.json"
 @contextmanager
 def whole_reads() -> Iterator[None]:
     """The images of the class are read, as where there are no candidates."""
-    with patch.object(Candidates, "bounds", lambda *_: None):
+    with patch.object(KeptCandidates, "bounds", lambda *_: None):
         yield
 
 

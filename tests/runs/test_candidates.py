@@ -27,7 +27,7 @@ from protopush.data.transforms import EvalTransform
 from protopush.explain.neighbours import find_neighbours
 from protopush.models.model_folder import Run, save_run
 from protopush.runs import outcome
-from protopush.runs.candidates import FILE, Candidates, keep_candidates, load_candidates
+from protopush.runs.candidates import FILE, KeptCandidates, candidates_for, keep_candidates, load_candidates
 from protopush.runs.decisions import in_force, load_decisions
 from protopush.runs.outcome import Care, keep_shares
 from protopush.runs.review import Wish, forbid
@@ -116,7 +116,7 @@ def state_of(run: Run) -> tuple[list, torch.Tensor]:
 
 def whole_reads(patch: pytest.MonkeyPatch) -> None:
     """No candidates: every decision reads the images of the class, as if there were no such thing."""
-    patch.setattr(Candidates, "bounds", lambda *_: None)
+    patch.setattr(KeptCandidates, "bounds", lambda *_: None)
 
 
 def decide(run: Run, choose: random.Random, holding: list[int]):
@@ -230,6 +230,29 @@ def test_images_that_were_added_to_training_make_candidates_hold_no_more(tmp_pat
     with torch.no_grad():
         run.head.proj[0].weight.add_(1e-3)
     assert load_candidates(run, train) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_without_images_is_asked_nothing(tmp_path, seed):
+    run = made_run(tmp_path, seed)
+    manager, train, slots = run.head.proto_manager, train_of(run), run.head.proto_manager.used_slots()
+    few = ImageDataset([sample for sample in train.samples if sample.label], train.eval_transform)
+
+    def allow(ids, regions):
+        assert len(ids)
+        return torch.ones(len(ids), len(regions), dtype=torch.bool)
+
+    bounds = candidates_for(run, few, slots, CPU, 0).bounds(slots, allow)
+    assert bounds.rest[0].isneginf().all()
+    assert bounds.similarity[:, 0].isneginf().all()
+    assert bounds.similarity[0, 1, 0] > -1
+    with torch.no_grad():
+        for vectors in (manager.prototypes, manager.anchor_features):
+            if vectors is not None:
+                vectors[0] += 1.0
+    moved = candidates_for(run, few, [(0, 0)], CPU, 0)  # ranked again, over no image
+    assert moved.ranked.regions == run.model.backbone.regions
+    assert moved.bounds(slots, allow).similarity[:, 1:].equal(bounds.similarity[:, 1:])
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(run, capsys):

@@ -168,7 +168,7 @@ def stored_features(backbone: nn.Module, images: ImageDataset) -> CachedFeatures
     except OSError:  # who reads the images says so
         return None
     place = default_cache_dir() / _key(backbone, view, hashes)
-    return None if missing(place, len(view)) else CachedFeatures(view, place)
+    return CachedFeatures(view, place) if len(view) and not missing(place, len(view)) else None
 
 
 def _key(backbone: nn.Module, view: ImageDataset, hashes: Sequence[str], precision: str = "float16") -> str:

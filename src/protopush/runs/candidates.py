@@ -43,7 +43,7 @@ KINDS = ("own", "others")
 Slot = tuple[int, int]  # (class, prototype)
 
 
-class Candidates(NamedTuple):
+class KeptCandidates(NamedTuple):
     """The images of a training set that each prototype likes best, and the prototypes that they were ranked for.
 
     Attributes:
@@ -69,6 +69,8 @@ class Candidates(NamedTuple):
         for c, k in slots:
             found = own.similarities[:, c, k].isfinite()
             some = own.ids[found, c, k]
+            if not len(some):  # a class without images has none to ask about
+                continue
             free = allow(some, regions).any(dim=1)
             ids[: int(free.sum()), c, k] = some[free]
             similarity[: int(free.sum()), c, k] = own.similarities[found, c, k][free]
@@ -87,12 +89,16 @@ class Candidates(NamedTuple):
 def rank_candidates(
     run: Run, train: ImageDataset, device: torch.device, num_workers: int = 0, most: int = MOST,
     advance: Callable[[int], None] = lambda _: None,
-) -> Candidates:  # fmt: skip
+) -> KeptCandidates:  # fmt: skip
     """Rank the training images for every prototype, in one pass."""
     ranked = rank_images(run.model, train, device, most, OTHERS, num_workers, advance)
     with torch.no_grad():
         vectors = run.head.prototypes().float().cpu().clone()
-    return Candidates(ranked, vectors, torch.bincount(torch.tensor(train.labels), minlength=len(vectors)))
+    return KeptCandidates(ranked, vectors, _counts(train, len(vectors)))
+
+
+def _counts(train: ImageDataset, classes: int) -> Tensor:
+    return torch.bincount(torch.tensor(train.labels, dtype=torch.int64), minlength=classes)
 
 
 def keep_candidates(
@@ -109,7 +115,7 @@ def keep_candidates(
 
 def candidates_for(
     run: Run, train: ImageDataset, slots: Sequence[Slot], device: torch.device, num_workers: int
-) -> Candidates:
+) -> KeptCandidates:
     """Candidates of some prototypes: as the run keeps them, else ranked over the images of their classes, and kept."""
     kept = load_candidates(run, train)
     fresh = torch.zeros_like(run.head.proto_manager.mask().cpu()) if kept is None else kept.fresh(run.model)
@@ -126,10 +132,9 @@ def candidates_for(
         new = rank_candidates(run, some, device, num_workers, most, advance)
     own = new.ranked.own
     own.ids = torch.tensor([*places, 0])[own.ids.clamp(max=len(places))]
-    counts = torch.bincount(torch.tensor(train.labels), minlength=len(fresh))
     took = torch.zeros_like(fresh)
     took[tuple(torch.tensor(stale).T)] = True
-    merged = _merged(kept, new._replace(counts=counts), took)
+    merged = _merged(kept, new._replace(counts=_counts(train, len(fresh))), took)
     save_candidates(run, merged, train)
     return merged
 
@@ -154,30 +159,30 @@ def neighbours_of(
     return ranked.ranked.neighbours(run.model, train)
 
 
-def _merged(old: Candidates | None, new: Candidates, took: Tensor) -> Candidates:
+def _merged(old: KeptCandidates | None, new: KeptCandidates, took: Tensor) -> KeptCandidates:
     """The slots ``took`` (C, K) of the new ones, whose images of other classes are not known; the others of the old."""
     if old is None or old.ranked.own.ids.shape != new.ranked.own.ids.shape:
         unknown = torch.full_like(new.vectors, torch.nan)
         others = _unknown(new.ranked.others, torch.ones_like(took))
-        return Candidates(
+        return KeptCandidates(
             new.ranked._replace(others=others), torch.where(took.unsqueeze(2), new.vectors, unknown), new.counts
         )
     own = BestImages(
         *(torch.where(took, getattr(new.ranked.own, name), getattr(old.ranked.own, name)) for name in LISTS)
     )
     others = _unknown(old.ranked.others, took)
-    ranked = RankedImages(own, others, new.ranked.regions, max(old.ranked.error, new.ranked.error))
-    return Candidates(ranked, torch.where(took.unsqueeze(2), new.vectors, old.vectors), new.counts)
+    ranked = RankedImages(own, others, old.ranked.regions, max(old.ranked.error, new.ranked.error))
+    return KeptCandidates(ranked, torch.where(took.unsqueeze(2), new.vectors, old.vectors), new.counts)
 
 
 def _unknown(best: BestImages, slots: Tensor) -> BestImages:
     return BestImages(best.similarities.masked_fill(slots, torch.nan), best.cells, best.ids)
 
 
-def save_candidates(run: Run, candidates: Candidates, train: ImageDataset) -> None:
+def save_candidates(run: Run, candidates: KeptCandidates, train: ImageDataset) -> None:
     """Write :data:`FILE` into the run's folder."""
     ranked = candidates.ranked
-    tensors = {"vectors": candidates.vectors, "counts": candidates.counts}
+    tensors = {"vectors": candidates.vectors}
     listed = sorted({i for best in ranked[:2] for i in best.ids.flatten().tolist()})
     number = torch.zeros(len(train), dtype=torch.int64)
     number[listed] = torch.arange(len(listed))
@@ -195,7 +200,7 @@ def save_candidates(run: Run, candidates: Candidates, train: ImageDataset) -> No
         save_file(plain, temporary, said)
 
 
-def load_candidates(run: Run, train: ImageDataset) -> Candidates | None:
+def load_candidates(run: Run, train: ImageDataset) -> KeptCandidates | None:
     """What :func:`save_candidates` wrote; None where it was for other weights or images, or cannot be read."""
     try:
         with safe_open(run.folder / FILE, framework="pt") as file:
@@ -210,7 +215,7 @@ def load_candidates(run: Run, train: ImageDataset) -> Candidates | None:
             for kind in KINDS
         )
         ranked = RankedImages(own, others, Regions.from_dict(json.loads(said["regions"])), float(said["error"]))
-        return Candidates(ranked, tensors["vectors"], tensors["counts"])
+        return KeptCandidates(ranked, tensors["vectors"], _counts(train, len(tensors["vectors"])))
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with the file: it can be made again
